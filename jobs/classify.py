@@ -1,0 +1,47 @@
+"""rar classify CONFIG: a corpus of images -> predictions, metrics, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.common import ConfigFile, DryRun, Fresh, Out, Sets, guarded, quiet, run_folder_path, say, verdict
+from rar import config
+
+
+def classify(
+    config_file: ConfigFile, out: Out = None, sets: Sets = None, dry_run: DryRun = False, fresh: Fresh = False
+) -> None:
+    """Classify the images of a corpus against a memory.
+
+    Example: rar classify birds.yaml --set corpus.uri=photos/ --out runs/birds
+    """
+    guarded(lambda: run("classify", config_file, out, sets or [], dry_run, fresh))
+
+
+def run(verb: str, config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
+    """`rar classify` and `rar detect`, which differ in their work alone."""
+    quiet()
+    settings = config.load(config_file, sets)
+    from rar import recognise, report, runfolder
+
+    work = {"classify": recognise.classify_work, "detect": recognise.detect_work}[verb](settings)
+    path = run_folder_path(out, verb, config_file)
+    if dry_run:
+        say(recognise.dry_run(settings, work, path))
+        return 0
+    with recognise.session(settings) as address:
+        vocabulary_known = recognise.open_memory(settings, address)
+        folder = runfolder.RunFolder.open(path, verb, settings, fresh=fresh, name=config_file.stem, group=verb)
+        say(f"{verb}: {work.index.num_rows:,} images, {len(vocabulary_known.names):,} classes -> {path}")
+        metrics = recognise.run(settings, address, work, folder)
+    report.write_report([path], path, title=f"rar {verb}: {config_file.stem}")
+    for key in ("top1", "top5", "candidate_recall", "ranked_fraction", "ap", "ap_rare"):
+        if metrics.get(key) is not None:
+            say(f"  {key} {metrics[key]:.4f}")
+    return verdict(folder, settings)
+
+
+if __name__ == "__main__":
+    import typer
+
+    typer.run(classify)

@@ -1,0 +1,28 @@
+"""The console command `rar`: one sub-command a verb, each also runnable as `python -m jobs.<verb>`."""
+
+from __future__ import annotations
+
+import typer
+
+from jobs.classify import classify
+from jobs.demo import demo
+from jobs.detect import detect
+from jobs.memory import memory
+from jobs.report import report
+
+app = typer.Typer(
+    help="Retrieve-and-rank visual recognition: CLIP and Milvus propose classes, an MLLM on Ray Serve ranks them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in (demo, memory, classify, detect, report):
+    app.command()(verb)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What all verbs share: options, run folders, exit codes. One line on stderr for a user's mistake, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rar.config import Config
+from rar.runfolder import RunFolder
+from rar.schema import Exit, Unavailable, UserError
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file; see the README for every key.", show_default=False)]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set retriever.top_k=10. Repeatable.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/<verb>-<config's name>.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it would cost; touch nothing.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh/--resume", help="Start over, or (default) go on where an equal run stopped.")
+]
+
+
+def guarded(work: Callable[[], int | None]) -> None:
+    """Run a verb and exit with the contract's codes."""
+    try:
+        code = work()
+    except UserError as error:
+        print(f"rar: {error}", file=sys.stderr)
+        code = Exit.USER_ERROR
+    except Unavailable as error:
+        print(f"rar: {error}", file=sys.stderr)
+        code = Exit.CRASH
+    except KeyboardInterrupt:
+        print("rar: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        code = Exit.CRASH
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise typer.Exit(int(code or 0))
+
+
+def say(text: str) -> None:
+    """Progress for a person; stdout is kept for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_folder_path(out: Path | None, verb: str, config_file: Path) -> Path:
+    return out or Path("runs") / f"{verb}-{config_file.stem}"
+
+
+def verdict(folder: RunFolder, settings: Config) -> int:
+    """Exit code of a finished run: 3 where more rows failed than `run.max_failed_fraction`."""
+    counts = folder.read("run.json")["counts"]
+    share = counts["failed"] / max(counts["input"], 1)
+    say(f"{folder.path}: {counts['ok']:,} ok, {counts['failed']:,} failed, {counts['skipped']:,} skipped of {counts['input']:,}")
+    if share > settings.run.max_failed_fraction:
+        say(f"rar: {share:.1%} of the rows failed, more than run.max_failed_fraction {settings.run.max_failed_fraction:.1%}")
+        return Exit.TOO_MANY_FAILED
+    return Exit.DONE
+
+
+def quiet() -> None:
+    """Third parties' banners and progress bars off, before they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")

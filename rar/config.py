@@ -1,0 +1,212 @@
+"""One YAML file configures every verb; unknown keys are errors that name the nearest valid key.
+
+`load` reads YAML, applies `--set dotted.key=value` and validates. `fingerprint` hashes what determines the predictions, and
+leaves out what only decides how fast they come (workers, replicas), so that a run may be resumed on another machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rar.schema import UserError
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Corpus(Strict):
+    """Images to read: a folder, a manifest, WebDataset tars, parquet with bytes, or COCO/LVIS JSON; any fsspec path."""
+
+    uri: str = Field(description="folder (labels = sub-folder names), .csv/.parquet manifest, .tar (globs allowed), .json (COCO/LVIS)")
+    format: Literal["auto", "folder", "manifest", "webdataset", "parquet", "coco"] = "auto"
+    images: str | None = Field(None, description="folder of a manifest's or COCO file's relative names; default: the file's own")
+    uri_column: str = "uri"
+    label_column: str = "label"
+    bytes_column: str = "bytes"
+    limit: int | None = Field(None, ge=1, description="read only the first N images, for a quick look")
+
+
+class Encoder(Strict):
+    """The CLIP that embeds images and class names."""
+
+    model: str = Field("miniature", description="open_clip 'architecture/pretrained', a local open_clip folder, or 'miniature'")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "auto"
+    batch_size: int = Field(64, ge=1)
+    templates: list[str] = Field(["a photo of a {}."], min_length=1, description="averaged into one prototype a class")
+    compile: bool = False
+    workers: int = Field(1, ge=1)
+
+
+class Index(Strict):
+    """The index inside Milvus. FLAT is exact; HNSW is for large memories."""
+
+    kind: Literal["auto", "FLAT", "HNSW"] = "auto"
+    m: int = Field(16, ge=4, le=64)
+    ef_construction: int = Field(200, ge=8, le=512)
+    ef: int = Field(128, ge=8)
+
+
+class Memory(Strict):
+    """The external memory: image entries (few-shot) and text entries (zero-shot) in Milvus collections."""
+
+    name: str = Field("memory", pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")
+    uri: str = Field("runs/memory.milvus", description="a folder (Milvus Lite), or http(s)://host:port of a Milvus server")
+    token: str | None = Field(None, description="server credentials; default: the environment's MILVUS_TOKEN")
+    support: Corpus | None = Field(None, description="labelled support images; none: a text memory")
+    shots: int | None = Field(None, ge=1, description="images per class drawn from `support` with the run's seed; default all")
+    classes: str | list[str] | None = Field(None, description="class names, or a file with one a line; default: the support's labels")
+    index: Index = Index()
+
+
+class Retriever(Strict):
+    """Proposes candidates. `all` proposes the whole vocabulary (the MLLM-only arm)."""
+
+    mode: Literal["fused", "text", "knn", "centroid", "all"] = "fused"
+    top_k: int = Field(5, ge=1, le=1000)
+    n_neighbors: int = Field(20, ge=1, le=16384, description="search depth of `knn`")
+
+
+class Ranker(Strict):
+    """The MLLM that ranks candidates. `none` keeps the retriever's order."""
+
+    model: str = Field("miniature", description="hub name or local folder of an image-text-to-text model, or 'miniature'")
+    method: Literal["letters", "generate", "none"] = "letters"
+    permutations: int = Field(1, ge=1, le=26, description="rotations of the candidates whose letter scores are averaged")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "auto"
+    batch_size: int = Field(32, ge=1, description="images per forward pass, and per request to a replica")
+    max_new_tokens: int = Field(256, ge=1)
+    trust_remote_code: bool = False
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    num_gpus: float = Field(0.0, ge=0, description="GPUs (or a fraction of one) per replica")
+    in_flight: int = Field(4, ge=1, description="requests each pipeline worker keeps in flight")
+
+
+class Route(Strict):
+    """Whether the MLLM is asked and how its answer is used.
+
+    `calibrated`: fusion weights and the routing threshold are fitted on the memory's own entries (leave-one-out).
+    `always`: the MLLM is asked for every image and its order is final, as in the paper.
+    """
+
+    mode: Literal["calibrated", "always"] = "calibrated"
+    max_calibration_images: int = Field(1024, ge=0)
+
+
+class Crop(Strict):
+    """What the models see of a box (paper 3.2): grown, squared, resized, blurred outside."""
+
+    size: int = Field(96, ge=16, description="side of the square crop in pixels")
+    scale_small: float = Field(1.5, ge=1, description="growth of boxes of at most 32x32 pixels")
+    scale_medium: float = Field(1.25, ge=1, description="growth of boxes of at most 96x96 pixels")
+    scale_large: float = Field(1.1, ge=1, description="growth of larger boxes")
+    outside: Literal["blur", "grey", "none", "black"] = "blur"
+    sigma: float = Field(0.06, gt=0, description="Gaussian sigma of the blur, as a fraction of the crop's side")
+
+
+class Detect(Strict):
+    """Boxes to recognise: the corpus' own ground-truth boxes, or a detector's proposals."""
+
+    proposals: str | None = Field(None, description="COCO-results JSON; default: the ground-truth boxes of the corpus")
+    style: Literal["coco", "lvis"] = "coco"
+    crop: Crop = Crop()
+    max_boxes: int = Field(300, ge=1, description="proposals kept per image, best first")
+
+
+class Run(Strict):
+    shard_size: int = Field(256, ge=1, description="images per shard: the unit of work, of writing and of resuming")
+    max_failed_fraction: float = Field(0.05, ge=0, le=1)
+    seed: int = 0
+
+
+class Config(Strict):
+    corpus: Corpus | None = None
+    memory: Memory = Memory()
+    encoder: Encoder = Encoder()
+    retriever: Retriever = Retriever()
+    ranker: Ranker = Ranker()
+    route: Route = Route()
+    detect: Detect = Detect()
+    run: Run = Run()
+
+    def fingerprint(self) -> str:
+        """16 hex digits; equal for two configs that must give the same predictions."""
+        data = self.model_dump(mode="json")
+        for section, keys in SPEED_ONLY.items():
+            for key in keys:
+                del data[section][key]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+SPEED_ONLY = {
+    "encoder": ("workers",),
+    "ranker": ("min_replicas", "max_replicas", "num_gpus", "in_flight"),
+    "memory": ("token",),
+    "run": ("max_failed_fraction",),
+}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply overrides of the form `dotted.key=value` (values are YAML). Raises UserError."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"config file not found: {path}")
+    try:
+        data = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a mapping of settings, not a {type(data).__name__}")
+    return build(data, overrides)
+
+
+def build(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Validate a mapping as a Config. Raises UserError with one line per mistake's first cause."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"--set needs dotted.key=value, got {override!r}")
+        _assign(data, key.strip().split("."), yaml.safe_load(value))
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {'.'.join(keys)}: {key!r} is a value, not a section")
+    data[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault in plain words; for an unknown key, the nearest valid one."""
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        return f"config: {where}: {fault['msg'].removeprefix('Value error, ')}, got {fault.get('input')!r}"
+    nearest = difflib.get_close_matches(where, _known_keys(Config), n=1, cutoff=0.0)
+    return f"config: unknown key {where!r}; did you mean {nearest[0]!r}?"
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, Strict):
+                keys += _known_keys(kind, f"{prefix}{name}.")
+    return keys

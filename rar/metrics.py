@@ -1,0 +1,263 @@
+"""How good a run is: accuracies from its predictions, each with a 95 % interval.
+
+Metrics read the stored predictions and join the labels only here, so that a new metric needs no new run. Two choices:
+
+- A plain accuracy gets a Wilson score interval (Wilson 1927): a formula, no seed, sane at 0 and 1 and for a handful of images.
+  It treats images as independent draws, which answers "how would *these classes* fare on more images?". Errors cluster by
+  class, so for a claim about other classes it is too narrow.
+- A difference between two methods on the same images is *paired* and bootstrapped over classes (`paired_difference`): pairing
+  removes what both find hard, and drawing whole classes keeps images of one class together. It costs a seed and some time, and
+  it is too narrow with few classes.
+
+An accuracy over no image is NaN, never 0; `to_json` writes it as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rar.schema import RankStatus
+
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+RESAMPLES = 2000
+RESAMPLE_BLOCK = 2_000_000  # cluster draws held in memory at once
+ABSENT = np.iinfo(np.int64).max  # the place of a class that is not among the candidates
+
+
+class Outcomes(NamedTuple):
+    """What became of each row; every array is (N,) bool. A row without a label is False in all but `asked`."""
+
+    labelled: np.ndarray  # the row has a true name
+    correct: np.ndarray  # the prediction is the true name
+    correct_at_5: np.ndarray  # the true name is among the first five of the final order
+    retriever_correct: np.ndarray  # the retriever's first candidate is the true name
+    proposed: np.ndarray  # the true name is among the candidates
+    asked: np.ndarray  # the ranker was asked, whatever came of it
+
+
+def classification(
+    predictions: pa.Table, truth: Sequence[str | None], vocabulary: Collection[str] | None = None
+) -> dict[str, float]:
+    """Flat dotted keys -> numbers. Accuracies are fractions of the labelled rows, with `.ci_low`/`.ci_high` (95 %, Wilson).
+
+    predictions: N rows of schema.PREDICTIONS, candidates in the retriever's order. truth: N class names, None = unlabelled
+    (counted in `images`, left out of every accuracy). vocabulary: the memory's class names; where given, labels outside it are
+    counted in `out_of_vocabulary` (they are wrong in every accuracy, as nothing could propose them).
+
+    top1, top5, retriever_top1, candidate_recall: as named, see Outcomes. conditional_rank_accuracy: top1 among the rows whose
+    true name is a candidate and whose ranker was asked; answers that could not be parsed count. rank_gain: top1 minus
+    retriever_top1, interval from `paired_difference` over classes. flips_won, flips_lost: rows that ranking set right, wrong.
+    ranked_fraction: rows whose ranker was asked, of all rows. parse_failures, repaired: rows of status fallback, repaired.
+    Raises ValueError where the lengths differ or a ranking does not fit its candidates.
+    """
+    found = outcomes(predictions, truth)
+    names = np.asarray(truth, dtype=object)[found.labelled]
+    correct, retriever = found.correct[found.labelled], found.retriever_correct[found.labelled]
+    judged = found.proposed & found.asked
+    statuses = Counter(predictions["rank_status"].to_pylist())
+    values = {
+        **_accuracy("top1", correct),
+        **_accuracy("top5", found.correct_at_5[found.labelled]),
+        **_accuracy("retriever_top1", retriever),
+        **_accuracy("candidate_recall", found.proposed[found.labelled]),
+        **_accuracy("conditional_rank_accuracy", found.correct[judged]),
+        **_with_interval("rank_gain", *paired_difference(correct, retriever, names, seed=0)),
+        "flips_won": float(np.sum(correct & ~retriever)),
+        "flips_lost": float(np.sum(~correct & retriever)),
+        "ranked_fraction": _mean(found.asked),
+        "parse_failures": float(statuses[RankStatus.FALLBACK]),
+        "repaired": float(statuses[RankStatus.REPAIRED]),
+        "mean_candidates": _mean(_lengths(predictions["candidates"])),
+        "images": float(len(predictions)),
+        "labelled": float(len(names)),
+    }
+    if vocabulary is not None:
+        known = set(vocabulary)
+        values["out_of_vocabulary"] = float(sum(name not in known for name in names))
+    return values
+
+
+def outcomes(predictions: pa.Table, truth: Sequence[str | None]) -> Outcomes:
+    """Judge every row (see Outcomes). The final order is the predicted class, then the ranking without it."""
+    if len(truth) != len(predictions):
+        raise ValueError(f"{len(predictions)} predictions but {len(truth)} labels")
+    labels = pa.array(truth, pa.string())
+    predicted = predictions["class_name"].combine_chunks()
+    correct = _true(pc.equal(predicted, labels))
+    retrieved, ranked = _places(predictions, labels)
+    _, ranked_prediction = _places(predictions, predicted)
+    moved = ranked + (ranked < ranked_prediction)  # one place later than a prediction that is pulled to the front
+    final = np.where(correct, 0, np.where(ranked == ABSENT, ABSENT, moved))
+    return Outcomes(
+        labelled=_true(pc.is_valid(labels)),
+        correct=correct,
+        correct_at_5=final < 5,
+        retriever_correct=retrieved == 0,
+        proposed=retrieved != ABSENT,
+        asked=~_true(pc.equal(predictions["rank_status"], RankStatus.SKIPPED.value)),
+    )
+
+
+def per_class(predictions: pa.Table, truth: Sequence[str | None]) -> pa.Table:
+    """One row a true class, sorted by name: class_name, images, top1, ci_low, ci_high (Wilson), candidate_recall."""
+    found = outcomes(predictions, truth)
+    labels = np.asarray(truth, dtype=object)[found.labelled].astype(str)
+    names, group = np.unique(labels, return_inverse=True)
+    images = np.bincount(group, minlength=len(names))
+    correct = np.bincount(group, weights=found.correct[found.labelled], minlength=len(names))
+    proposed = np.bincount(group, weights=found.proposed[found.labelled], minlength=len(names))
+    intervals = [wilson(int(right), int(total)) for right, total in zip(correct, images, strict=True)]
+    return pa.table(
+        {
+            "class_name": pa.array(names.tolist(), pa.string()),
+            "images": pa.array(images, pa.int64()),
+            "top1": pa.array(correct / images, pa.float64()),
+            "ci_low": pa.array([low for low, _ in intervals], pa.float64()),
+            "ci_high": pa.array([high for _, high in intervals], pa.float64()),
+            "candidate_recall": pa.array(proposed / images, pa.float64()),
+        }
+    )
+
+
+def confusions(predictions: pa.Table, truth: Sequence[str | None], limit: int = 20) -> list[tuple[str, str, int]]:
+    """The most frequent (true name, predicted name, count), most first, ties by name."""
+    pairs = zip(truth, predictions["class_name"].to_pylist(), strict=True)
+    counts = Counter((true, predicted) for true, predicted in pairs if true is not None and true != predicted)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [(true, predicted, count) for (true, predicted), count in ordered[:limit]]
+
+
+def asked_curve(predictions: pa.Table, truth: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
+    """top1 had the ranker been asked only about the least certain images: (fraction asked, top1), two (A + 1,) float64.
+
+    A of the labelled rows were asked. They are taken by the retriever's margin (first score minus second), smallest first; the
+    others keep the retriever's first candidate. The curve starts with nothing asked and ends at the run's own top1.
+    """
+    found = outcomes(predictions, truth)
+    asked = np.flatnonzero(found.labelled & found.asked)
+    by_margin = asked[np.argsort(_margins(predictions)[asked], kind="stable")]
+    unasked = found.correct[found.labelled & ~found.asked].sum()
+    gains = found.correct[by_margin].astype(np.int64) - found.retriever_correct[by_margin]
+    right = unasked + found.retriever_correct[asked].sum() + np.concatenate([[0], np.cumsum(gains)])
+    total = max(1, int(found.labelled.sum()))
+    return np.arange(len(asked) + 1) / total, right / total
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a fraction; (nan, nan) for total = 0."""
+    if total == 0:
+        return math.nan, math.nan
+    fraction = correct / total
+    shrink = 1 + Z_95**2 / total
+    centre = (fraction + Z_95**2 / (2 * total)) / shrink
+    half = Z_95 / shrink * math.sqrt(fraction * (1 - fraction) / total + Z_95**2 / (4 * total**2))
+    return min(fraction, max(0.0, centre - half)), max(fraction, min(1.0, centre + half))
+
+
+def paired_difference(
+    correct_a: Sequence[bool] | np.ndarray,
+    correct_b: Sequence[bool] | np.ndarray,
+    groups: Sequence[str] | np.ndarray,
+    seed: int,
+) -> tuple[float, float, float]:
+    """(accuracy of a minus accuracy of b, ci_low, ci_high) on the same N images; 95 % percentile interval.
+
+    groups: (N,) class of each image. A resample draws as many classes as there are, with replacement, and takes all images of
+    each (the cluster bootstrap, Davison and Hinkley 1997, section 3.8); every image keeps both its outcomes. Methods that agree
+    on every image give (0, 0, 0). Fewer than two classes say nothing about other classes: the bounds are NaN.
+    """
+    gain = np.asarray(correct_a, dtype=np.float64) - np.asarray(correct_b, dtype=np.float64)
+    names, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    if not len(gain) == len(group):
+        raise ValueError(f"{len(gain)} outcomes but {len(group)} groups")
+    if len(names) < 2:
+        return _mean(gain), math.nan, math.nan
+    gains, sizes = np.bincount(group, weights=gain), np.bincount(group)
+    rng = np.random.default_rng(seed)
+    block = max(1, RESAMPLE_BLOCK // len(names))
+    resampled = []
+    for start in range(0, RESAMPLES, block):
+        drawn = rng.integers(len(names), size=(min(block, RESAMPLES - start), len(names)))
+        resampled.append(gains[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(resampled), [0.025, 0.975])
+    return _mean(gain), float(low), float(high)
+
+
+def to_json(values: Mapping[str, float]) -> str:
+    """The text of metrics.json: strict JSON, sorted keys; NaN (an accuracy over no image) is null, whole numbers stay whole."""
+    return json.dumps({key: _plain(values[key]) for key in sorted(values)}, indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: float) -> float | int | None:
+    if math.isnan(value):
+        return None
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _accuracy(name: str, correct: np.ndarray) -> dict[str, float]:
+    return _with_interval(name, _mean(correct), *wilson(int(correct.sum()), len(correct)))
+
+
+def _with_interval(name: str, value: float, low: float, high: float) -> dict[str, float]:
+    return {name: value, f"{name}.ci_low": low, f"{name}.ci_high": high}
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _true(mask: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """(N,) bool; null is False."""
+    return np.asarray(pc.fill_null(mask, False).to_numpy(zero_copy_only=False), dtype=bool)
+
+
+def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
+    """(N,) int64 list lengths; a null list is empty."""
+    return np.asarray(pc.fill_null(pc.list_value_length(lists), 0).to_numpy(), dtype=np.int64)
+
+
+def _margins(predictions: pa.Table) -> np.ndarray:
+    """(N,) float64: the retriever's first score minus its second; inf with fewer than two candidates."""
+    counts = _lengths(predictions["candidates"])
+    scores = pc.struct_field(pc.list_flatten(predictions["candidates"]), "score").to_numpy().astype(np.float64)
+    margins = np.full(len(counts), np.inf)
+    several = counts > 1
+    first = (np.cumsum(counts) - counts)[several]
+    margins[several] = scores[first] - scores[first + 1]
+    return margins
+
+
+def _places(predictions: pa.Table, names: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row's name stands among its candidates: places in the retriever's order and in the ranking.
+
+    names: N strings or nulls. Returns two (N,) int64, 0 = first, ABSENT = not a candidate; the best place where a name occurs
+    twice. Works on the flattened lists, so that a row costs no Python object.
+    """
+    candidates, counts = predictions["candidates"], _lengths(predictions["candidates"])
+    if not np.array_equal(counts, _lengths(predictions["ranking"])):
+        raise ValueError("a ranking is not as long as its candidates")
+    parent = np.repeat(np.arange(len(counts)), counts)
+    start = np.repeat(np.cumsum(counts) - counts, counts)
+    retrieved = np.arange(len(parent)) - start
+    ranking = np.asarray(pc.list_flatten(predictions["ranking"]).to_numpy(), dtype=np.int64)
+    ranked = np.full(len(parent), -1)
+    inside = (ranking >= 0) & (ranking < np.repeat(counts, counts))
+    ranked[(start + ranking)[inside]] = retrieved[inside]
+    if (ranked < 0).any():
+        raise ValueError("a ranking is not a permutation of its candidates' positions")
+    proposed = pc.struct_field(pc.list_flatten(candidates), "class_name")
+    hits = np.flatnonzero(_true(pc.equal(proposed, names.take(pa.array(parent)))))
+    places = []
+    for place in (retrieved, ranked):
+        best = np.full(len(counts), ABSENT)
+        np.minimum.at(best, parent[hits], place[hits])
+        places.append(best)
+    return places[0], places[1]

@@ -1,0 +1,144 @@
+"""The miniature world on disk, and in bulk for training.
+
+`write_world` lays out what a user would bring: folders of photos a class (support and test, disjoint), and scenes with boxes in
+a COCO/LVIS JSON. Scenes hold three frequency groups: `frequent` classes are trained on, `common` ones are novel, `rare` ones
+are novel and appear a quarter as often.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rar.miniature.world import Spec, background, finish, paste, render, rng_of, vocabulary
+
+DRAWN, KEPT = 96, 64  # photos are drawn at 96 pixels everywhere; the MLLM sees 64 of them
+SCENE_HEIGHT, SCENE_WIDTH = 256, 320
+DETECTED = {"frequent": 60, "common": 60, "rare": 60}  # classes of the scenes
+GROUPS = ("novel", "seen")
+
+
+def write_world(folder: Path, seed: int, *, shots: int, tests: int, scenes: int) -> None:
+    """Draw a world: folder/{novel,seen}/{support,test}/<class>/*.png, folder/scenes/*.jpg, folder/scenes.json, scene classes.
+
+    Does nothing where the same world (arguments) stands already; a half-drawn one is drawn afresh.
+    """
+    stamp = {"seed": seed, "shots": shots, "tests": tests, "scenes": scenes}
+    if (folder / "world.json").exists() and json.loads((folder / "world.json").read_text()) == stamp:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    with ProcessPoolExecutor(2) as pool:
+        tasks = []
+        for group in GROUPS:
+            specs = vocabulary("novel" if group == "novel" else "train", seed)
+            for part, count in (("support", shots), ("test", tests)):
+                tasks += [(spec, group, part, count) for spec in specs]
+        list(pool.map(partial(_write_class, folder, seed), tasks, chunksize=8))
+        specs, frequencies = scene_classes(seed)
+        pictures = list(pool.map(partial(_write_scene, folder, seed, specs, frequencies), range(scenes), chunksize=8))
+    (folder / "scenes.json").write_text(json.dumps(_instances(specs, frequencies, pictures)))
+    for group in GROUPS:
+        for part, count in (("support", shots), ("test", tests)):
+            _check(folder / group / part, 120 * count)
+    (folder / "world.json").write_text(json.dumps(stamp))
+
+
+def scene_classes(seed: int) -> tuple[list[Spec], list[str]]:
+    """The classes of the scenes and the frequency group of each."""
+    novel, seen = vocabulary("novel", seed), vocabulary("train", seed)
+    picks = rng_of(seed, "scene classes").permutation(len(novel))
+    groups = {"frequent": seen[: DETECTED["frequent"]]}
+    groups["common"] = [novel[i] for i in picks[: DETECTED["common"]]]
+    groups["rare"] = [novel[i] for i in picks[DETECTED["common"] :][: DETECTED["rare"]]]
+    specs = [spec for members in groups.values() for spec in members]
+    return specs, [group for group, members in groups.items() for _ in members]
+
+
+def draw_scene(specs: Sequence[Spec], frequencies: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarray, list[dict]]:
+    """A picture (256, 320, 3) uint8 of four to ten objects, 16 to 120 pixels wide, and [{"spec": position, "box_xyxy": ...}]."""
+    weights = np.array([{"frequent": 1.0, "common": 1.0, "rare": 0.25}[frequency] for frequency in frequencies])
+    image = background(SCENE_HEIGHT, SCENE_WIDTH, rng)
+    placed: list[dict] = []
+    for _ in range(rng.integers(4, 11)):
+        radius = 8 * 7.5 ** rng.random()
+        x, y = rng.uniform(radius + 2, SCENE_WIDTH - radius - 2), rng.uniform(radius + 2, SCENE_HEIGHT - radius - 2)
+        if any(_overlap((x - radius, y - radius, x + radius, y + radius), other["box_xyxy"]) > 0 for other in placed):
+            continue
+        number = int(rng.choice(len(specs), p=weights / weights.sum()))
+        box = paste(image, specs[number], (x, y), radius, rng)
+        placed.append({"spec": number, "box_xyxy": [float(v) for v in box]})
+    return finish(image, rng), placed
+
+
+def render_all(specs: list[Spec], split: str, per_class: int, seed: int, cache: Path | None = None) -> np.ndarray:
+    """(len(specs) * per_class, 64, 64, 3) uint8, ordered by class, drawn by two processes; memory-mapped when cached."""
+    if cache is not None and cache.exists():
+        return np.load(cache, mmap_mode="r")
+    with ProcessPoolExecutor(2) as pool:
+        parts = pool.map(partial(_pixels, split, per_class, seed), specs, chunksize=32)
+        pixels = np.concatenate(list(parts))
+    if cache is None:
+        return pixels
+    np.save(cache, pixels)
+    return np.load(cache, mmap_mode="r")
+
+
+def _pixels(split: str, per_class: int, seed: int, spec: Spec) -> np.ndarray:
+    """(n, 64, 64, 3) uint8: photos of a class, reduced as the models' preprocessing does."""
+    photos = [render(spec, DRAWN, rng_of(seed, split, spec.name, number)) for number in range(per_class)]
+    return np.stack([np.asarray(Image.fromarray(p).resize((KEPT, KEPT), Image.Resampling.BICUBIC)) for p in photos])
+
+
+def _write_class(folder: Path, seed: int, task: tuple[Spec, str, str, int]) -> None:
+    spec, group, part, count = task
+    place = folder / group / part / spec.name
+    place.mkdir(parents=True)
+    for number in range(count):
+        photo = render(spec, DRAWN, rng_of(seed, f"{group} {part}", spec.name, number))
+        Image.fromarray(photo).save(place / f"{number:03d}.png")
+
+
+def _write_scene(folder: Path, seed: int, specs: list[Spec], frequencies: list[str], number: int) -> list[dict]:
+    image, placed = draw_scene(specs, frequencies, rng_of(seed, "scene", number))
+    (folder / "scenes").mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(folder / "scenes" / f"{number:05d}.jpg", quality=95, subsampling=0)
+    return placed
+
+
+def _instances(specs: list[Spec], frequencies: list[str], pictures: list[list[dict]]) -> dict[str, Any]:
+    """COCO's JSON, with LVIS' `frequency` (r, c, f) in the categories."""
+    annotations = []
+    for number, placed in enumerate(pictures):
+        for one in placed:
+            left, top, right, bottom = one["box_xyxy"]
+            box_xywh = [left, top, right - left, bottom - top]
+            common = {"id": len(annotations) + 1, "image_id": number + 1, "category_id": one["spec"] + 1, "iscrowd": 0}
+            annotations.append({**common, "bbox": box_xywh, "area": box_xywh[2] * box_xywh[3]})
+    size = {"height": SCENE_HEIGHT, "width": SCENE_WIDTH}
+    return {
+        "images": [{"id": n + 1, "file_name": f"scenes/{n:05d}.jpg", **size} for n in range(len(pictures))],
+        "categories": [
+            {"id": n + 1, "name": spec.name, "frequency": frequency[0]}
+            for n, (spec, frequency) in enumerate(zip(specs, frequencies, strict=True))
+        ],
+        "annotations": annotations,
+    }
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return max(width, 0.0) * max(height, 0.0)
+
+
+def _check(folder: Path, expected: int) -> None:
+    found = sum(1 for _ in folder.glob("*/*.png"))
+    if found != expected:
+        raise RuntimeError(f"{folder} holds {found} photos, not {expected}; remove it and run again")

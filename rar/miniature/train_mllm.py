@@ -1,0 +1,272 @@
+"""Trains the miniature MLLM: stock LLaVA classes, a CLIP vision tower and a five-layer Llama, on ranking prompts.
+
+A step asks one kind of question: the picture's name (a caption), which of the candidates it is (one letter; two shuffled
+orders an image, so that the tower's work is used twice), or the sorted list (the paper's request). Loss is taken on answers
+alone. Candidates are the CLIP's own confusions within a random part of the training vocabulary, in shuffled order, so that
+neither position nor retrieval order gives the answer away.
+
+The tower starts from a CLIP of the same resolution, as LLaVA's does; the control is that same CLIP trained on for as long
+as the MLLM is, so pixels and minutes are equal and only the ranking differs.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from rar.miniature.tokens import CAPTION, mllm_tokenizer
+from rar.miniature.train_clip import MEAN, STD, Images
+from rar.miniature.world import Spec
+from rar.prompt import LABELS, generate_answer, generate_prompt, letters_prompt
+
+SIDE, PATCH = 64, 16
+IMAGE_TOKENS = (SIDE // PATCH) ** 2 + 1
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+IGNORE = -100
+
+
+def build(vocabulary: int, image_token: int, hidden: int = 128) -> LlavaForConditionalGeneration:
+    """An untrained miniature LLaVA."""
+    vision = CLIPVisionConfig(
+        hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6, image_size=SIDE,
+        patch_size=PATCH, hidden_act="gelu", layer_norm_eps=1e-5,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=5,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=2048,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=image_token, image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+def start_tower(model: LlavaForConditionalGeneration, clip: open_clip.CLIP) -> None:
+    """Copy the vision tower of an open_clip model of the same shape."""
+    source = clip.visual.state_dict()
+    names = {"conv1.weight": "embeddings.patch_embedding.weight", "class_embedding": "embeddings.class_embedding",
+             "positional_embedding": "embeddings.position_embedding.weight", "ln_pre": "pre_layrnorm",
+             "ln_post": "post_layernorm"}  # fmt: skip
+    weights = {}
+    for name, tensor in source.items():
+        if name == "proj":
+            continue
+        if name.startswith("transformer.resblocks."):
+            _, _, layer, rest = name.split(".", 3)
+            prefix = f"encoder.layers.{layer}."
+            if rest.startswith("attn.in_proj_"):
+                kind = rest.removeprefix("attn.in_proj_")
+                for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                    weights[f"{prefix}self_attn.{part}_proj.{kind}"] = piece
+                continue
+            for old, new in {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
+                             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}.items():  # fmt: skip
+                rest = rest.replace(old, new)
+            weights[prefix + rest] = tensor
+        else:
+            stem = name if name in names else name.rsplit(".", 1)[0]
+            weights[name.replace(stem, names[stem])] = tensor
+    tower = model.model.vision_tower
+    own = getattr(tower, "vision_model", tower)
+    missing, unexpected = own.load_state_dict(weights, strict=False)
+    assert not unexpected and all("position_ids" in name for name in missing), (missing, unexpected)
+
+
+@dataclass(frozen=True)
+class Confusions:
+    """What the retriever would propose: similarities of every training image's CLIP embedding to every class text."""
+
+    image: torch.Tensor  # (N, D) unit norm
+    text: torch.Tensor  # (C, D) unit norm
+
+    def candidates(self, rows: np.ndarray, classes: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+        """(B, k) class numbers, most similar first, the true class among them, drawn within a random part of the classes."""
+        scores = self.image[rows] @ self.text.T
+        truth = torch.from_numpy(classes)
+        share = float(rng.choice([0.02, 0.06, 0.2]))
+        hidden = torch.rand(scores.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31)))) > share
+        group = torch.arange(scores.shape[1]) // 9
+        siblings = group[None] == truth[:, None] // 9
+        hidden &= ~(siblings & (torch.from_numpy(rng.random(scores.shape, np.float32)) < 0.4))
+        scores = scores.masked_fill(hidden, -9.0)
+        scores[torch.arange(len(rows)), truth] = (self.image[rows] * self.text[truth]).sum(1)
+        top = scores.topk(k, dim=1).indices.numpy()
+        lost = ~(top == classes[:, None]).any(1)
+        top[lost, -1] = classes[lost]
+        return top
+
+
+class Asker:
+    """Turns true classes and candidates into token ids: image prefix, question, answer."""
+
+    def __init__(self, specs: list[Spec]) -> None:
+        self.specs = specs
+        self.tokenizer = mllm_tokenizer()
+        image = self.tokenizer.convert_tokens_to_ids("<image>")
+        self.prefix = [*self._ids("USER:"), *[image] * IMAGE_TOKENS]
+
+    def caption(self, truth: int) -> tuple[list[int], list[int]]:
+        return self._turn(CAPTION, self.specs[truth].name)
+
+    def letter(self, truth: int, order: np.ndarray) -> tuple[list[int], list[int]]:
+        names = [self.specs[c].name for c in order]
+        return self._turn(letters_prompt(names), LABELS[list(order).index(truth)])
+
+    def sorted_list(self, truth: int, order: np.ndarray) -> tuple[list[int], list[int]]:
+        """The target puts the truth first and the others by the attributes they share with it."""
+        answer = sorted(order, key=lambda c: -self._alike(truth, c))
+        names, sorted_names = ([self.specs[c].name for c in some] for some in (order, answer))
+        return self._turn(generate_prompt(names), generate_answer(sorted_names))
+
+    def _alike(self, a: int, b: int) -> int:
+        first, second = self.specs[a], self.specs[b]
+        return sum(getattr(first, part) == getattr(second, part) for part in ("shape", "colour", "pattern", "marking"))
+
+    def _turn(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of a turn, and its labels (the answer and the end alone)."""
+        asked = [*self.prefix, *self._ids(prompt + " ASSISTANT:")]
+        answered = [*self._ids(answer), self.tokenizer.eos_token_id]
+        return asked + answered, [IGNORE] * len(asked) + answered
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def stack(turns: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and labels (B, T). Under a causal mask, padding on the right is never seen."""
+    length = max(len(ids) for ids, _ in turns)
+    ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in turns])
+    return ids, torch.tensor([row + [IGNORE] * (length - len(row)) for _, row in turns])
+
+
+def forward(model: LlavaForConditionalGeneration, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T, hidden) last states. pixels (B / q, 3, S, S): each image serves q consecutive rows of ids (B, T)."""
+    features = model.get_image_features(pixel_values=pixels).pooler_output
+    features = torch.stack(list(features)).repeat_interleave(len(ids) // len(pixels), 0)
+    embeds = model.get_input_embeddings()(ids)
+    start = int((ids[0] == model.config.image_token_id).nonzero()[0, 0])
+    embeds = torch.cat([embeds[:, :start], features.to(embeds.dtype), embeds[:, start + IMAGE_TOKENS :]], 1)
+    return model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+
+def train(
+    model: LlavaForConditionalGeneration, images: Images, confusions: Confusions, steps: int, seed: int, lr: float = 1.5e-3, probe=None
+) -> None:
+    """Train in place for a number of steps; prints a line every fifty."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 12])
+    asker = Asker(images.specs)
+    tower = list(model.model.vision_tower.parameters())
+    rest = [p for name, p in model.named_parameters() if "vision_tower" not in name]
+    groups = [{"params": tower, "lr": lr / 3}, {"params": rest, "lr": lr}]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [lr / 3, lr], steps + 1, pct_start=0.06)
+    started, seen = time.time(), {kind: [] for kind in ("caption", "letter", "list")}
+    model.train()
+    for step in range(steps):
+        kind = str(rng.choice(["caption", "letter", "list"], p=_mix(step / steps)))
+        k = int(rng.choice([2, 3] if step < 0.2 * steps else [3, 4, 5, 5, 5, 6]))  # short lists first
+        pixels, ids, labels = _batch(kind, k, asker, images, confusions, rng)
+        with sdpa_kernel(SDPBackend.MATH):
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = forward(model, pixels, ids)
+                answers = labels[:, 1:] != IGNORE
+                logits = model.lm_head(hidden[:, :-1][answers]).float()
+            target = labels[:, 1:][answers]
+            loss = F.cross_entropy(logits, target)
+            optimiser.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        right = (logits.argmax(1) == target).float()
+        # of a letter question, the letter alone; the end of the turn is always right
+        seen[kind].append((right.view(-1, 2)[:, 0] if kind == "letter" else right).mean().item())
+        if step % 50 == 49:
+            rates = " ".join(f"{name} {np.mean(values or [0]):.3f}" for name, values in seen.items())
+            print(f"mllm step {step + 1}/{steps} {rates} {time.time() - started:.0f} s", flush=True)
+            seen = {name: [] for name in seen}
+            if probe and step % 200 == 199:
+                probe(model, step + 1)
+    model.eval()
+
+
+def _mix(progress: float) -> tuple[float, float, float]:
+    """Shares of caption, letter and list steps: words are learned first, then ranking."""
+    return (0.7, 0.3, 0.0) if progress < 0.2 else (0.2, 0.65, 0.15)
+
+
+def _batch(
+    kind: str, k: int, asker: Asker, images: Images, confusions: Confusions, rng: np.random.Generator, batch: int = 96
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    classes = rng.integers(0, len(images.specs), batch)
+    rows = classes * images.per_class + rng.integers(0, images.per_class, batch)
+    proposed = confusions.candidates(rows, classes, k, rng)
+    turns = []
+    for truth, row in zip(classes.tolist(), proposed, strict=True):
+        if kind == "caption":
+            turns.append(asker.caption(truth))
+        elif kind == "letter":
+            turns += [asker.letter(truth, rng.permutation(row)) for _ in range(2)]
+        else:
+            turns.append(asker.sorted_list(truth, rng.permutation(row)))
+    return images.take(rows, rng), *stack(turns)
+
+
+@torch.inference_mode()
+def letters_accuracy(
+    model: LlavaForConditionalGeneration, pixels: np.ndarray, truth: np.ndarray, specs: list[Spec], candidates: np.ndarray, seed: int
+) -> float:
+    """Top-1 of one-letter ranking on shuffled candidates. pixels (N, 64, 64, 3); candidates (N, k) positions in specs."""
+    asker, rng, right = Asker(specs), np.random.default_rng(seed), 0
+    first = asker.tokenizer.convert_tokens_to_ids("A")
+    for start in range(0, len(pixels), 128):
+        part = slice(start, start + 128)
+        orders = [rng.permutation(row) for row in candidates[part]]
+        ids, labels = stack([asker.letter(int(order[0]), order) for order in orders])
+        batch = torch.from_numpy(np.array(pixels[part])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        hidden = forward(model, batch, ids)
+        last = (labels != IGNORE).float().argmax(1) - 1
+        logits = model.lm_head(hidden[torch.arange(len(last)), last])[:, first : first + candidates.shape[1]]
+        picked = logits.argmax(1).numpy()
+        right += sum(order[p] == t for order, p, t in zip(orders, picked, truth[part], strict=True))
+    return right / len(pixels)
+
+
+def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write the standard transformers folder: config, bf16 weights, processor with chat template."""
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=list(MEAN), image_std=list(STD)
+        ),
+        tokenizer=mllm_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    model.float()

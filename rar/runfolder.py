@@ -1,0 +1,176 @@
+"""A run on disk: what a run folder holds, when a shard counts as done, and when a folder may be resumed.
+
+The index is frozen at the first start and cut into shards of `run.shard_size` images. A shard is the unit of work, of writing
+and of resuming: its rows go through every stage together, in batches that depend on the shard alone, so that a resumed run
+computes the same numbers as an uninterrupted one. A shard is done when `predictions/part-N.parquet` exists; it is renamed into
+place after `errors/part-N.parquet`, so that a killed run leaves whole shards and nothing else. Cost: a kill loses the
+shards in flight, at most `shard_size` images a worker.
+
+The folder must be on a file system that all workers share (one machine, NFS); object stores are not written to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rar.config import Config
+from rar.schema import ERRORS, PREDICTIONS, SCHEMA_VERSION, UserError
+
+PACKAGES = ("rar", "ray", "torch", "open_clip_torch", "transformers", "pymilvus", "milvus-lite")
+STATS = b"rar.stats"
+
+
+class RunFolder:
+    """Paths and rules of one run folder. Opening refuses a folder of another verb or config."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path, verb: str, settings: Config, *, fresh: bool, name: str, group: str) -> RunFolder:
+        """Create the folder, or take up one with the same fingerprint. Raises UserError for any other folder."""
+        folder = cls(path)
+        if path.exists() and any(path.iterdir()):
+            if not (path / "run.json").is_file():
+                raise UserError(f"{path} is not a run folder and not empty; choose another --out")
+            known = folder.read("run.json")
+            if fresh:
+                shutil.rmtree(path)
+            elif (known["verb"], known["fingerprint"]) != (verb, settings.fingerprint()):
+                raise UserError(
+                    f"{path} holds a run of another config ({known['verb']}, fingerprint {known['fingerprint']}); "
+                    "use --fresh to replace it, or another --out"
+                )
+        for part in ("predictions", "errors"):
+            (path / part).mkdir(parents=True, exist_ok=True)
+        if not (path / "run.json").exists():
+            folder.write("run.json", _identity(verb, settings, name, group))
+        return folder
+
+    def freeze_index(self, index: pa.Table) -> pa.Table:
+        """Keep the first index: a resumed run must not see files that came or went since."""
+        file = self.path / "index.parquet"
+        if not file.exists():
+            _write_table(index, file)
+        return pq.read_table(file)
+
+    def pending(self, n_shards: int) -> list[int]:
+        """Numbers of the shards that are not written yet."""
+        return [shard for shard in range(n_shards) if not self.part("predictions", shard).exists()]
+
+    def part(self, kind: str, shard: int) -> Path:
+        return self.path / kind / f"part-{shard:06d}.parquet"
+
+    def write_shard(self, shard: int, predictions: pa.Table, errors: pa.Table, stats: Mapping[str, float]) -> None:
+        """Write a shard's two files, each whole or not at all; the predictions last."""
+        if errors.num_rows:
+            _write_table(errors.cast(ERRORS), self.part("errors", shard))
+        schema = PREDICTIONS.with_metadata({STATS: json.dumps(dict(stats)).encode()})
+        _write_table(predictions.cast(schema), self.part("predictions", shard))
+
+    def write_faults(self, errors: pa.Table) -> None:
+        """Rows that failed before there was a shard: faults of the boxes file, or of a memory's support images."""
+        _write_table(errors.cast(ERRORS), self.path / "errors" / "part-before.parquet")
+
+    def predictions(self) -> pa.Table:
+        return _read_parts(self.path / "predictions", PREDICTIONS)
+
+    def errors(self) -> pa.Table:
+        return _read_parts(self.path / "errors", ERRORS)
+
+    def progress(self) -> tuple[int, int]:
+        """(rows predicted, rows failed) so far, from the files' footers."""
+        return tuple(  # type: ignore[return-value]
+            sum(pq.read_metadata(file).num_rows for file in (self.path / kind).glob("part-*.parquet"))
+            for kind in ("predictions", "errors")
+        )
+
+    def stats(self) -> Counter[str]:
+        """Stage seconds, stage rows, MLLM calls and tokens, summed over all shards ever written here."""
+        total: Counter[str] = Counter()
+        for file in sorted((self.path / "predictions").glob("part-*.parquet")):
+            total.update(json.loads((pq.read_schema(file).metadata or {}).get(STATS, b"{}")))
+        return total
+
+    def finish(self, counts: Mapping[str, int], metrics: Mapping[str, float], seconds: float) -> None:
+        """Write metrics.json and complete run.json."""
+        stats = self.stats()
+        stages = {
+            stage: {"rows": int(stats[f"{stage}.rows"]), "seconds": round(stats[f"{stage}.seconds"], 3)}
+            for stage in (key.removesuffix(".rows") for key in stats if key.endswith(".rows"))
+        }
+        for entry in stages.values():
+            entry["rows_per_second"] = round(entry["rows"] / max(entry["seconds"], 1e-9), 1)
+        mllm = {key: int(stats[f"mllm.{key}"]) for key in ("calls", "prompt_tokens", "output_tokens")}
+        known = self.read("run.json")
+        seconds += known.get("seconds", 0.0)
+        self.write("metrics.json", {key: None if math.isnan(value) else value for key, value in metrics.items()})
+        self.write("run.json", {**known, "counts": dict(counts), "stages": stages, "mllm": mllm, "seconds": round(seconds, 2)})
+
+    def read(self, name: str) -> dict[str, Any]:
+        return json.loads((self.path / name).read_text())
+
+    def write(self, name: str, data: Any) -> None:
+        """Write JSON, whole or not at all. Raises ValueError for a number that JSON lacks (use None)."""
+        _replace(self.path / name, json.dumps(data, indent=1, allow_nan=False).encode())
+
+
+def _identity(verb: str, settings: Config, name: str, group: str) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "verb": verb,
+        "name": name,
+        "group": group,
+        "config": _without_secrets(settings),
+        "fingerprint": settings.fingerprint(),
+        "seed": settings.run.seed,
+        "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
+        "git_commit": _git_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _without_secrets(settings: Config) -> dict[str, Any]:
+    data = settings.model_dump(mode="json")
+    del data["memory"]["token"]
+    return data
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _read_parts(folder: Path, schema: pa.Schema) -> pa.Table:
+    tables = [pq.read_table(file) for file in sorted(folder.glob("part-*.parquet"))]
+    return pa.concat_tables([table.replace_schema_metadata(None).cast(schema) for table in tables] or [schema.empty_table()])
+
+
+def _write_table(table: pa.Table, file: Path) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    _replace(file, sink.getvalue())
+
+
+def _replace(file: Path, data: bytes | pa.Buffer) -> None:
+    """Write a file whole or not at all, also when two processes write the same one."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    scratch.write_bytes(data)
+    scratch.replace(file)
