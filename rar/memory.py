@@ -4,7 +4,7 @@ Hard choices, and what they cost:
 - One owner serves an embedded store. Milvus Lite locks its folder to one process, so `open_store` opens the folder in this
   process and serves it on loopback; workers are ordinary clients, and a real server is the same code with another uri.
 - Writes to an embedded store take turns. Milvus Lite allocates row numbers, swaps its write buffer and opens collections
-  without a lock, and its server runs requests in ten threads: parallel writers would lose entries. Searches stay parallel.
+  without a lock, while its server runs requests in ten threads: parallel writers can lose entries. Searches stay parallel.
 - The index exists before the first entry, so `count` and `search` work at any time and a killed build resumes by repeating
   itself: entries have primary keys, so an upsert that is sent twice changes nothing.
 - Searches read with bounded staleness, which on a server saves waiting for its clock to tick; `seal` in return waits until
@@ -246,7 +246,8 @@ class Collection:
     def seal(self, expected: int) -> None:
         """Finish a build: flush once, wait for the index, and check that exactly `expected` entries are there and visible.
 
-        Milvus limits flushes to one in ten seconds, hence only here. Raises UserError when the count differs.
+        Milvus limits flushes to one in ten seconds, hence only here. An embedded store builds HNSW in the background: until it
+        is done these entries are searched exactly, and leaving `open_store` waits for it. Raises UserError for another count.
         """
         self._call(lambda client: client.flush(self.name))
         while self._call(lambda client: client.describe_index(self.name, "vector").get("pending_index_rows", 0)):
@@ -367,7 +368,11 @@ class Collection:
 
 
 def index_kind(index: Index, size_hint: int) -> str:
-    """FLAT or HNSW. `auto` is exact up to FLAT_UP_TO entries, where a search is one small matrix product, and HNSW above."""
+    """FLAT or HNSW. `auto` is exact up to FLAT_UP_TO entries and HNSW above.
+
+    At 50,000 entries of 512 dimensions an exact search on Milvus Lite took 2.8 ms a query (one core, 512 queries a request),
+    which is less than a CLIP encoder needs for an image on that core, and it loses nothing and has no build to wait for.
+    """
     if index.kind != "auto":
         return index.kind
     return "FLAT" if size_hint <= FLAT_UP_TO else "HNSW"

@@ -34,14 +34,18 @@ META = {"fingerprint": "f", "encoder": "open_clip é", "names": ["a", "b"], "sho
 
 @pytest.fixture(scope="session")
 def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """PyPI's Milvus standalone, on ports and in a folder of its own."""
+    """PyPI's Milvus standalone in a folder of its own. Its etcd has fixed ports, so one machine runs one."""
     milvus = pytest.importorskip("milvus", reason="needs PyPI's milvus==2.3.5 (Linux x86-64)")
+    if any(taken(port) for port in (2379, 2380)):
+        pytest.skip("another Milvus or etcd runs on this machine (ports 2379 and 2380)")
     base = tmp_path_factory.mktemp("milvus")
     server = milvus.MilvusServer(milvus.MilvusServerConfig(data_dir=str(base), proxy_port=free_port()))
     server.webservice_port = free_port()
-    server.start()
-    yield f"http://127.0.0.1:{server.listen_port}"
-    server.stop()
+    try:
+        server.start()
+        yield f"http://127.0.0.1:{server.listen_port}"
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session", params=["lite", pytest.param("server", marks=pytest.mark.server)])
@@ -65,6 +69,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def unit(count: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -339,6 +348,28 @@ def own_in_another_process(folder: Path) -> subprocess.Popen[str]:
     owner = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=root, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None and owner.stdout.readline() == "written\n"
     return owner
+
+
+def test_parallel_writers_lose_nothing_while_buffers_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads switch all the time and every other request flushes, which breaks Milvus Lite unless its writes take turns."""
+    monkeypatch.setattr("milvus_lite.engine.collection.MEMTABLE_MEMORY_LIMIT", 4_000)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with open_store(str(tmp_path)) as address:
+            collection = Collection(address, "m")
+            collection.create(16, FLAT, META, size_hint=4000)
+            with futures.ThreadPoolExecutor(4) as pool:
+                list(pool.map(write_rows, [Collection(address, "m") for _ in range(4)], range(4)))
+            collection.seal(1200)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def write_rows(collection: Collection, part: int) -> None:
+    for start in range(300 * part, 300 * part + 300, 20):
+        ids = [f"e{n:06d}" for n in range(start, start + 20)]
+        collection.upsert(ids, range(20), ids, unit(20, 16))
 
 
 def test_folders_that_are_no_store_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,9 +75,11 @@ def word_tokenizer(labels: str = LABELS, extra: tuple[str, ...] = (), **named: s
     )
 
 
-def text_sizes(tokenizer: PreTrainedTokenizerFast, window: int = 256) -> dict:
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-    ids = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=2)
+def text_sizes(tokenizer: PreTrainedTokenizerFast, window: int = 256) -> dict[str, Any]:
+    sizes: dict[str, Any] = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    )
+    ids: dict[str, Any] = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=2)
     return dict(**sizes, **ids, max_position_embeddings=window, initializer_range=0.3)
 
 
@@ -131,7 +134,7 @@ def save_idefics3(folder: Path) -> Path:
 def save_qwen(folder: Path) -> Path:
     extra = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     tokenizer = word_tokenizer(extra=extra)
-    start, end, image, video = tokenizer.convert_tokens_to_ids(list(extra))
+    start, end, image, video = (tokenizer.convert_tokens_to_ids(token) for token in extra)
     config = Qwen2_5_VLConfig(
         text_config=dict(**text_sizes(tokenizer), rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}),
         vision_config=dict(
@@ -149,7 +152,7 @@ def save_qwen(folder: Path) -> Path:
         vision_end_token_id=end,
     )
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    pixels = dict(min_pixels=56 * 56, max_pixels=84 * 84)
+    pixels: dict[str, Any] = dict(min_pixels=56 * 56, max_pixels=84 * 84)
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**pixels),
         tokenizer=tokenizer,

@@ -2,8 +2,10 @@
 
 A step asks one kind of question: the picture's name (a caption), which of the candidates it is (one letter; two shuffled
 orders an image, so that the tower's work is used twice), or the sorted list (the paper's request). Loss is taken on answers
-alone. Candidates are the CLIP's own confusions within a random part of the training vocabulary, in shuffled order, so that
-neither position nor retrieval order gives the answer away.
+alone. Letter questions come in three grades: single words ("moon" or "ring"?), names drawn at random, and the CLIP's own
+confusions within a random part of the training vocabulary. Asked for confusions from the start, which mostly differ in the
+marking, a trial stayed at chance for 450 steps: matching is learned on easy questions first. The order is always
+shuffled, so that neither position nor retrieval order gives the answer away.
 
 The tower starts from a CLIP of the same resolution, as LLaVA's does; the control is that same CLIP trained on for as long
 as the MLLM is, so pixels and minutes are equal and only the ranking differs.
@@ -31,7 +33,7 @@ from transformers import (
 
 from rar.miniature.tokens import CAPTION, mllm_tokenizer
 from rar.miniature.train_clip import MEAN, STD, Images
-from rar.miniature.world import Spec
+from rar.miniature.world import COLOURS, MARKINGS, PATTERNS, SHAPES, Spec
 from rar.prompt import LABELS, generate_answer, generate_prompt, letters_prompt
 
 SIDE, PATCH = 64, 16
@@ -42,6 +44,13 @@ TEMPLATE = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 IGNORE = -100
+ATTRIBUTES = (("shape", SHAPES), ("colour", COLOURS), ("pattern", PATTERNS), ("marking", MARKINGS), ("marking", MARKINGS))
+KINDS = ("caption", "word", "random", "letter", "list")
+STAGES = (  # up to which part of the training, share of each kind
+    (0.2, (0.35, 0.65, 0.0, 0.0, 0.0)),
+    (0.4, (0.2, 0.35, 0.45, 0.0, 0.0)),
+    (1.0, (0.1, 0.15, 0.1, 0.53, 0.12)),
+)
 
 
 def build(vocabulary: int, image_token: int, hidden: int = 128) -> LlavaForConditionalGeneration:
@@ -133,6 +142,13 @@ class Asker:
         names = [self.specs[c].name for c in order]
         return self._turn(letters_prompt(names), LABELS[list(order).index(truth)])
 
+    def word(self, truth: int, k: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """Which colour (shape, pattern, marking) is it, among k."""
+        part, values = ATTRIBUTES[rng.integers(len(ATTRIBUTES))]
+        right = getattr(self.specs[truth], part)
+        words = [str(w) for w in rng.permutation([right, *rng.permutation([v for v in values if v != right])[: k - 1]])]
+        return self._turn(letters_prompt(words), LABELS[words.index(right)])
+
     def sorted_list(self, truth: int, order: np.ndarray) -> tuple[list[int], list[int]]:
         """The target puts the truth first and the others by the attributes they share with it."""
         answer = sorted(order, key=lambda c: -self._alike(truth, c))
@@ -182,11 +198,11 @@ def train(
     groups = [{"params": tower, "lr": lr / 3}, {"params": rest, "lr": lr}]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [lr / 3, lr], steps + 1, pct_start=0.06)
-    started, seen = time.time(), {kind: [] for kind in ("caption", "letter", "list")}
+    started, seen = time.time(), {kind: [] for kind in KINDS}
     model.train()
     for step in range(steps):
-        kind = str(rng.choice(["caption", "letter", "list"], p=_mix(step / steps)))
-        k = int(rng.choice([2, 3] if step < 0.2 * steps else [3, 4, 5, 5, 5, 6]))  # short lists first
+        shares = next(shares for until, shares in STAGES if step < until * steps)
+        kind, k = str(rng.choice(KINDS, p=shares)), int(rng.choice([3, 4, 5, 5, 5, 6]))
         pixels, ids, labels = _batch(kind, k, asker, images, confusions, rng)
         with sdpa_kernel(SDPBackend.MATH):
             with torch.autocast("cpu", torch.bfloat16):
@@ -202,7 +218,7 @@ def train(
         schedule.step()
         right = (logits.argmax(1) == target).float()
         # of a letter question, the letter alone; the end of the turn is always right
-        seen[kind].append((right.view(-1, 2)[:, 0] if kind == "letter" else right).mean().item())
+        seen[kind].append((right if kind in ("caption", "list") else right.view(-1, 2)[:, 0]).mean().item())
         if step % 50 == 49:
             rates = " ".join(f"{name} {np.mean(values or [0]):.3f}" for name, values in seen.items())
             print(f"mllm step {step + 1}/{steps} {rates} {time.time() - started:.0f} s", flush=True)
@@ -212,25 +228,25 @@ def train(
     model.eval()
 
 
-def _mix(progress: float) -> tuple[float, float, float]:
-    """Shares of caption, letter and list steps: words are learned first, then ranking."""
-    return (0.7, 0.3, 0.0) if progress < 0.2 else (0.2, 0.65, 0.15)
-
-
 def _batch(
     kind: str, k: int, asker: Asker, images: Images, confusions: Confusions, rng: np.random.Generator, batch: int = 96
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     classes = rng.integers(0, len(images.specs), batch)
     rows = classes * images.per_class + rng.integers(0, images.per_class, batch)
-    proposed = confusions.candidates(rows, classes, k, rng)
+    if kind in ("letter", "list"):
+        proposed = confusions.candidates(rows, classes, k, rng)
+    else:
+        proposed = np.column_stack([classes, rng.integers(0, len(images.specs), (batch, k - 1))])
     turns = []
     for truth, row in zip(classes.tolist(), proposed, strict=True):
         if kind == "caption":
             turns.append(asker.caption(truth))
-        elif kind == "letter":
-            turns += [asker.letter(truth, rng.permutation(row)) for _ in range(2)]
-        else:
+        elif kind == "word":
+            turns += [asker.word(truth, k, rng) for _ in range(2)]
+        elif kind == "list":
             turns.append(asker.sorted_list(truth, rng.permutation(row)))
+        else:
+            turns += [asker.letter(truth, rng.permutation(row)) for _ in range(2)]
     return images.take(rows, rng), *stack(turns)
 
 
