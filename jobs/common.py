@@ -18,9 +18,7 @@ ConfigFile = Annotated[Path, typer.Argument(help="YAML file; see the README for 
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set retriever.top_k=10. Repeatable.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/<verb>-<config's name>.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it would cost; touch nothing.")]
-Fresh = Annotated[
-    bool, typer.Option("--fresh/--resume", help="Start over, or (default) go on where an equal run stopped.")
-]
+Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or (default) go on where an equal run stopped.")]
 
 
 def guarded(work: Callable[[], int | None]) -> None:
@@ -54,7 +52,9 @@ def verdict(folder: RunFolder, settings: Config) -> int:
     """Exit code of a finished run: 3 where more rows failed than `run.max_failed_fraction`."""
     counts = folder.read("run.json")["counts"]
     share = counts["failed"] / max(counts["input"], 1)
-    say(f"{folder.path}: {counts['ok']:,} ok, {counts['failed']:,} failed, {counts['skipped']:,} skipped of {counts['input']:,}")
+    say(
+        f"{folder.path}: {counts['ok']:,} ok, {counts['failed']:,} failed, {counts['skipped']:,} skipped of {counts['input']:,}"
+    )
     if share > settings.run.max_failed_fraction:
         say(f"rar: {share:.1%} of the rows failed, more than run.max_failed_fraction {settings.run.max_failed_fraction:.1%}")
         return Exit.TOO_MANY_FAILED
@@ -66,4 +66,5 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -34,7 +34,12 @@ def run(config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fre
         failed, metrics = build.build(settings, address, fresh=fresh)
     folder = runfolder.RunFolder.open(path, "memory", settings, fresh=True, name=config_file.stem, group="memory")
     folder.write_faults(failed)
-    counts = {"input": rows + planned.ignored, "ok": rows - failed.num_rows, "failed": failed.num_rows, "skipped": planned.ignored}
+    counts = {
+        "input": rows + planned.ignored,
+        "ok": rows - failed.num_rows,
+        "failed": failed.num_rows,
+        "skipped": planned.ignored,
+    }
     folder.finish(counts, metrics, time.monotonic() - started)
     for key, value in metrics.items():
         say(f"  {key} {value:.4g}")

@@ -26,7 +26,7 @@ MODES = ("text", "centroid", "fused")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a memory will hold. classes: id = position. support: INDEX rows, `shots` a class. ignored: labels outside classes."""
+    """What a memory will hold. classes: id = position. support: INDEX rows, `shots` a class. ignored: other rows."""
 
     classes: list[str]
     support: pa.Table

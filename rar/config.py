@@ -26,9 +26,13 @@ class Strict(BaseModel):
 class Corpus(Strict):
     """Images to read: a folder, a manifest, WebDataset tars, parquet with bytes, or COCO/LVIS JSON; any fsspec path."""
 
-    uri: str = Field(description="folder (labels = sub-folder names), .csv/.parquet manifest, .tar (globs allowed), .json (COCO/LVIS)")
+    uri: str = Field(
+        description="folder (labels = sub-folder names), .csv/.parquet manifest, .tar (globs allowed), .json (COCO/LVIS)"
+    )
     format: Literal["auto", "folder", "manifest", "webdataset", "parquet", "coco"] = "auto"
-    images: str | None = Field(None, description="folder of a manifest's or COCO file's relative names; default: the file's own")
+    images: str | None = Field(
+        None, description="folder of a manifest's or COCO file's relative names; default: the file's own"
+    )
     uri_column: str = "uri"
     label_column: str = "label"
     bytes_column: str = "bytes"
@@ -64,7 +68,9 @@ class Memory(Strict):
     token: str | None = Field(None, description="server credentials; default: the environment's MILVUS_TOKEN")
     support: Corpus | None = Field(None, description="labelled support images; none: a text memory")
     shots: int | None = Field(None, ge=1, description="images per class drawn from `support` with the run's seed; default all")
-    classes: str | list[str] | None = Field(None, description="class names, or a file with one a line; default: the support's labels")
+    classes: str | list[str] | None = Field(
+        None, description="class names, or a file with one a line; default: the support's labels"
+    )
     index: Index = Index()
 
 
@@ -177,7 +183,10 @@ def build(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"--set needs dotted.key=value, got {override!r}")
-        _assign(data, key.strip().split("."), yaml.safe_load(value))
+        try:
+            _assign(data, key.strip().split("."), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise UserError(f"--set {key}: {value!r} is not valid YAML; put it in quotes") from None
     try:
         return Config.model_validate(data)
     except ValidationError as error:

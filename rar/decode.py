@@ -76,8 +76,8 @@ def resize_square(image: np.ndarray, side: int) -> np.ndarray:
 def fit_square(image: np.ndarray, side: int, resize_mode: str, interpolation: str) -> np.ndarray:
     """(H, W, 3) uint8 -> (side, side, 3) uint8 as open_clip's preprocessing does it.
 
-    resize_mode: `shortest` resizes the shorter side to `side` and crops the middle, `squash` stretches. interpolation: `bicubic`
-    or `bilinear`, antialiased. Resizing and cropping are one step here, so pixels outside the crop are never computed.
+    resize_mode: `shortest` resizes the shorter side to `side` and crops the middle, `squash` stretches. interpolation:
+    `bicubic` or `bilinear`, antialiased. Resizing and cropping are one step here, so pixels outside the crop are never computed.
     """
     kernel = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
     if resize_mode == "squash":

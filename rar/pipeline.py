@@ -27,12 +27,14 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset
 from ray.data.datasource import Datasink
+from tenacity import retry, stop_after_attempt
 
 from rar import config, stages
 from rar.decode import fit_square
 from rar.runfolder import RunFolder
 from rar.schema import UserError
 
+OBJECT_STORE_BYTES = 1 << 30
 LOCAL_SLOTS = 6  # logical CPUs of a laptop's Ray: encoder, ranker and decode tasks are placed at once and share the cores
 
 
@@ -41,25 +43,27 @@ def local_ray() -> Iterator[None]:
     """Join the cluster this process was submitted to (RAY_ADDRESS), or start Ray here, quietly, and stop it afterwards."""
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # workers need no second `uv run`: this environment is complete
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=max(LOCAL_SLOTS, os.cpu_count() or 1),
-            include_dashboard=False,
-            object_store_memory=1 << 30,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    _start()
     _configure()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@retry(stop=stop_after_attempt(3), reraise=True, before_sleep=lambda _: ray.shutdown())
+def _start() -> None:
+    """ray.init, tried again: a new local node has 30 s to come up, which a busy laptop may miss."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**quiet)
+    else:
+        slots = max(LOCAL_SLOTS, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=slots, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
 
 
 def _configure() -> None:

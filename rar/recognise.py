@@ -6,6 +6,7 @@ boxes. What a row of the index becomes is in `stages`; what a run leaves on disk
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,8 +84,13 @@ def session(settings: Config, *, create: bool = False) -> Iterator[str]:
         yield address
 
 
-def run(settings: Config, address: str, work: Work, folder: RunFolder) -> dict[str, float]:
-    """The whole of a verb in an open session; does only what is not in the folder yet. Returns the metrics."""
+def run(
+    settings: Config, address: str, work: Work, folder: RunFolder, embedded: Dataset | None = None
+) -> dict[str, float]:
+    """The whole of a verb in an open session; does only what is not in the folder yet. Returns the metrics.
+
+    embedded: the shards of `work` by `embed`, all of them, where several runs share them.
+    """
     started = time.monotonic()
     work = replace(work, index=folder.freeze_index(work.index))
     numbers = folder.pending(pipeline.n_shards(work.index, settings.run.shard_size))
@@ -96,10 +102,31 @@ def run(settings: Config, address: str, work: Work, folder: RunFolder) -> dict[s
     calibration = calibrate(settings, address, vocabulary, folder)
     expected = work.expected(settings.run.shard_size)
     if numbers:
-        embedded = embed(settings, work, vocabulary.facts, numbers)
+        if embedded is None:
+            embedded = embed(settings, work, vocabulary.facts, numbers)
         with pipeline.progress(folder, sum(expected.values()), folder.path.name):
             rank(settings, embedded, vocabulary, calibration, ShardSink(folder.path, expected))
     return finish(settings, work, folder, calibration, time.monotonic() - started)
+
+
+def dry_run(settings: Config, work: Work, path: Path) -> str:
+    """What a run would do, from the index alone: counts, sizes and MLLM requests; nothing is opened or written."""
+    rows, images = int(work.rows_of_images.sum()), work.index.num_rows
+    size = settings.run.shard_size
+    shards = pipeline.n_shards(work.index, size)
+    done = shards - len(RunFolder(path).pending(shards))
+    local = [uri for uri in work.index["uri"].to_pylist()[:1000] if os.path.exists(uri)]
+    sampled = sum(os.path.getsize(uri) for uri in local) / max(len(local), 1)
+    asked = 0 if settings.ranker.method == "none" else rows
+    batches = -(-asked // settings.ranker.batch_size)
+    lines = [
+        f"would recognise {rows:,} {'boxes' if work.boxed else 'images'} of {images:,} images in {shards:,} shards of {size}",
+        f"  {done:,} shards are in {path} already; {work.faults.num_rows:,} boxes cannot be used",
+        f"  about {sampled * images / 1e6:,.1f} MB to read" if local else "  size of the files unknown",
+        f"  encoder {settings.encoder.model}, {settings.encoder.workers} worker(s), batches of {settings.encoder.batch_size}",
+        f"  ranker {settings.ranker.model} ({settings.ranker.method}): at most {asked:,} images in {batches:,} requests",
+    ]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -133,22 +160,20 @@ def open_memory(settings: Config, address: str) -> Vocabulary:
 def embed(settings: Config, work: Work, facts: pipeline.EncoderFacts, numbers: list[int]) -> Dataset:
     """The shards' vectors and encoded bytes: what every arm over the same corpus and encoder shares."""
     shards = pipeline.shards_of(work.index, settings.run.shard_size, numbers)
-    crop = settings.detect.crop if work.boxed else None
-    return pipeline.embedded(pipeline.decoded(shards, facts, crop), settings.encoder)
+    pictures = pipeline.decoded(shards, facts, settings.detect.crop if work.boxed else None)
+    return pictures if settings.retriever.mode == "all" else pipeline.embedded(pictures, settings.encoder)
 
 
 def rank(settings: Config, embedded: Dataset, vocabulary: Vocabulary, calibration: route.Calibration, sink: ShardSink) -> None:
     """The rest of the chain: retrieve, route, rank, predict, write."""
     ask = serve.ask(settings.ranker)
-    found = pipeline.through(
-        embedded, "retrieve", stages.Retrieve(settings.retriever, vocabulary.collection, vocabulary.names)
-    )
+    found = pipeline.through(embedded, "retrieve", stages.Retrieve(settings.retriever, vocabulary.collection, vocabulary.names))
     ranked = pipeline.through(found, "rank", stages.Rank(ask, calibration, settings.ranker.batch_size))
     ranked.write_datasink(sink)
 
 
 def calibrate(settings: Config, address: str, vocabulary: Vocabulary, folder: RunFolder) -> route.Calibration:
-    """Fusion weights and routing threshold for this memory and ranker; kept in the run folder, so that a resumed run has the same.
+    """Fusion weights and routing threshold for this memory and ranker; kept in the run folder, for a resumed run.
 
     The memory's own images are the held-out set: each gets the candidates of heads fitted without it, and the ranker's answer.
     A memory without images has nothing to fit on and takes the defaults of `route.Calibration`.
@@ -183,7 +208,9 @@ def _held_out_candidates(
     """image_id -> candidates by heads fitted without that image, and its class; at most `route.max_calibration_images`."""
     mode = settings.retriever.mode
     if mode in ("knn", "all"):
-        raise UserError(f"route.mode calibrated needs retriever.mode fused, text or centroid; with {mode} set route.mode: always")
+        raise UserError(
+            f"route.mode calibrated needs retriever.mode fused, text or centroid; with {mode} set route.mode: always"
+        )
     images = build.entries_of(build.collection(settings, address, "images"))
     texts = build.entries_of(build.collection(settings, address, "texts"))
     if images is None:

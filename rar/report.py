@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 from rar import figures, metrics, schema
 from rar.corpus import read_many
 from rar.decode import decode
+from rar.runfolder import RunFolder
 
 THUMBNAIL = 144  # longest side in pixels: sharp at 96 CSS pixels on a phone's dense screen
 PICTURES = 12  # a gallery shows at most this many
@@ -55,7 +56,7 @@ APS = {"AP": "ap", "rare": "ap_rare", "common": "ap_common", "frequent": "ap_fre
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunView:
     """One run as its folder tells it. `truth`, `found` and `places` are aligned with the rows of `predictions`."""
 
     name: str
@@ -97,31 +98,26 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Report") -> None
     target.write_text(page.strip() + "\n", encoding="utf-8")
 
 
-def read_run(path: Path) -> RunFolder:
+def read_run(path: Path) -> RunView:
     """Read a run folder. `metrics.json` may be missing (nothing was labelled); `run.json` may not."""
     if not (path / "run.json").is_file():
         raise schema.UserError(f"{path} is not a run folder: it holds no run.json")
     info = json.loads((path / "run.json").read_text())
     values = _metrics(path / "metrics.json")
-    predictions = _read_parts(path / "predictions", schema.PREDICTIONS)
+    folder = RunFolder(path)
+    predictions = folder.predictions()
     index = pq.read_table(path / "index.parquet", partitioning=None)
     places = _places(predictions, index)
     truth = _truth(predictions, index, places)
     found = metrics.outcomes(predictions, truth)
-    errors = _read_parts(path / "errors", schema.ERRORS)
     name, group = str(info.get("name", path.name)), str(info.get("group", info["verb"]))
-    return RunFolder(name, group, info, values, predictions, errors, index, places, truth, found)
+    return RunView(name, group, info, values, predictions, folder.errors(), index, places, truth, found)
 
 
 def _metrics(file: Path) -> dict[str, float | None]:
     """The numbers of a run. COCO's -1, an AP over no ground truth, is as undefined as null."""
     values = json.loads(file.read_text()) if file.is_file() else {}
     return {key: None if key.startswith("ap") and value == -1 else value for key, value in values.items()}
-
-
-def _read_parts(folder: Path, columns: pa.Schema) -> pa.Table:
-    parts = [pq.read_table(part, schema=columns, partitioning=None) for part in sorted(folder.glob("*.parquet"))]
-    return pa.concat_tables(parts) if parts else columns.empty_table()
 
 
 def _places(predictions: pa.Table, index: pa.Table) -> np.ndarray:
@@ -157,7 +153,7 @@ def _iou(boxes_xyxy: np.ndarray, box_xyxy: np.ndarray) -> np.ndarray:
     return shared / np.maximum(areas - shared, 1e-9)
 
 
-def _group(name: str, folders: Sequence[RunFolder]) -> dict[str, Any]:
+def _group(name: str, folders: Sequence[RunView]) -> dict[str, Any]:
     """Everything the template shows of one group of arms."""
     runs = [run for run in folders if run.group == name]
     best = max(runs, key=lambda run: (not math.isnan(run.main), run.main))
@@ -178,7 +174,7 @@ def _group(name: str, folders: Sequence[RunFolder]) -> dict[str, Any]:
     }
 
 
-def _cell(run: RunFolder, runs: Sequence[RunFolder], column: tuple[str, str, str, bool]) -> dict[str, Any]:
+def _cell(run: RunView, runs: Sequence[RunView], column: tuple[str, str, str, bool]) -> dict[str, Any]:
     key, _, unit, mark = column
     value = _number(run.values.get(key))
     shown = [round(_number(other.values.get(key)), 3) for other in runs]
@@ -194,7 +190,7 @@ def _cell(run: RunFolder, runs: Sequence[RunFolder], column: tuple[str, str, str
     }
 
 
-def _axis(runs: Sequence[RunFolder]) -> tuple[float, float]:
+def _axis(runs: Sequence[RunView]) -> tuple[float, float]:
     """Ends of the axis of the interval bars, in whole tenths, wide enough for every arm of the group."""
     keys = ("top1", "top1.ci_low", "top1.ci_high", "ap", "ap.ci_low", "ap.ci_high")
     values = [_number(run.values.get(key)) for run in runs for key in keys]
@@ -203,7 +199,7 @@ def _axis(runs: Sequence[RunFolder]) -> tuple[float, float]:
     return low, max(high, low + 0.1)
 
 
-def _figures(group: str, runs: Sequence[RunFolder], opened: RunFolder) -> list[dict[str, str]]:
+def _figures(group: str, runs: Sequence[RunView], opened: RunView) -> list[dict[str, str]]:
     """Plots of one group: (title, caption, svg); only those that its runs have numbers for."""
     names, drawn = [run.name for run in runs], []
     series = {"top-1": [_interval(run, "top1") for run in runs]}
@@ -229,11 +225,11 @@ def _figures(group: str, runs: Sequence[RunFolder], opened: RunFolder) -> list[d
     return drawn
 
 
-def _interval(run: RunFolder, key: str) -> figures.Interval:
+def _interval(run: RunView, key: str) -> figures.Interval:
     return _number(run.values.get(key)), _number(run.values.get(f"{key}.ci_low")), _number(run.values.get(f"{key}.ci_high"))
 
 
-def _sections(run: RunFolder) -> list[dict[str, Any]]:
+def _sections(run: RunView) -> list[dict[str, Any]]:
     """The galleries of one run. Without labels nothing is won or lost: a look at some predictions instead."""
     found = run.found
     won, lost = found.correct & ~found.retriever_correct, found.retriever_correct & ~found.correct
@@ -254,7 +250,7 @@ def _sections(run: RunFolder) -> list[dict[str, Any]]:
     return sections
 
 
-def _cards(run: RunFolder, rows: np.ndarray) -> list[dict[str, Any]]:
+def _cards(run: RunView, rows: np.ndarray) -> list[dict[str, Any]]:
     records = run.predictions.take(pa.array(rows, pa.int64())).to_pylist()
     cards = []
     for row, record, image in zip(rows, records, _load(run, rows), strict=True):
@@ -277,7 +273,7 @@ def _cards(run: RunFolder, rows: np.ndarray) -> list[dict[str, Any]]:
     return cards
 
 
-def _load(run: RunFolder, rows: np.ndarray) -> list[np.ndarray | schema.RowError]:
+def _load(run: RunView, rows: np.ndarray) -> list[np.ndarray | schema.RowError]:
     """Decoded (H, W, 3) uint8 images of these predictions, or why there is none."""
     known = rows[run.places[rows] >= 0]
     index = run.index.take(pa.array(run.places[known], pa.int64()))
@@ -343,7 +339,7 @@ def _candidates(record: Mapping[str, Any], truth: str | None) -> list[dict[str, 
     ]
 
 
-def _summary(run: RunFolder) -> dict[str, Any]:
+def _summary(run: RunView) -> dict[str, Any]:
     """What was run and what it cost: the rows of the runs, errors, timing and config sections."""
     info, counts = run.info, run.info["counts"]
     stages = info.get("stages", {})

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rar.schema import Candidate, UserError
+from rar.softmax import fit_weights
 
 if TYPE_CHECKING:
     from rar.memory import Entries, Hits
@@ -338,37 +339,6 @@ def _neutral(logits: np.ndarray, present: np.ndarray, truth: np.ndarray) -> floa
         return 0.0
     log_mean = np.logaddexp.reduce(np.where(wrong, logits, -np.inf), axis=1) - np.log(counts)
     return float((log_mean - np.where(wrong, logits, 0.0).sum(axis=1) / counts).mean())
-
-
-def fit_weights(scores: np.ndarray, penalty: np.ndarray, truth: np.ndarray, prior: np.ndarray, strength: float) -> np.ndarray:
-    """Weights w >= 0 (P,) minimising the NLL of softmax(sum_p w_p scores_p + penalty) plus strength / 2 * |w - prior|^2.
-
-    scores: (P, N, K) finite. penalty: (N, K), -inf where a column does not take part. truth: (N,) columns. Convex: projected
-    Newton steps, halved until they pay; deterministic. Without images the prior comes back.
-    """
-    margins = scores - np.take_along_axis(scores, truth[None, :, None], axis=2)
-
-    def loss(weights: np.ndarray) -> float:
-        nll = np.logaddexp.reduce(np.tensordot(weights, margins, 1) + penalty, axis=1).sum()
-        return float(nll + strength / 2 * ((weights - prior) ** 2).sum())
-
-    weights = np.maximum(prior, 0.0)
-    for _ in range(50):
-        logits = np.tensordot(weights, margins, 1) + penalty
-        chances = np.exp(logits - np.logaddexp.reduce(logits, axis=1)[:, None])
-        means = np.einsum("nk,pnk->pn", chances, margins)
-        gradient = means.sum(axis=1) + strength * (weights - prior)
-        second = np.einsum("nk,pnk,qnk->pq", chances, margins, margins, optimize=True)
-        hessian = second - means @ means.T + strength * np.eye(len(weights))
-        free = (weights > 0) | (gradient < 0)
-        step, size = np.zeros_like(weights), 1.0
-        step[free] = np.linalg.solve(hessian[np.ix_(free, free)], gradient[free])
-        while size > 1e-9 and loss(np.maximum(weights - size * step, 0.0)) > loss(weights):
-            size /= 2
-        before, weights = weights, np.maximum(weights - size * step, 0.0)
-        if np.abs(weights - before).max() < 1e-9:
-            break
-    return weights
 
 
 def candidates_from_scores(

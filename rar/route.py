@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from rar.schema import Candidate, Ranking, RankStatus
+from rar.softmax import fit_weights
 
 N_FOLDS = 5
 RIDGE = 1.0  # on weights of features scaled to spread 1; worth a handful of images
@@ -77,7 +78,7 @@ def fuse(
     if _silent(ranking):
         logits = calibration.retriever_scale * scores
     else:
-        logits = calibration.weight_retriever * scores + calibration.weight_ranker * _rank_scores(ranking)
+        logits = calibration.weight_retriever * scores + calibration.weight_ranker * rank_scores(ranking)
     order = np.argsort(-logits, kind="stable")
     return tuple(order.tolist()), tuple(_softmax(logits).tolist())
 
@@ -118,7 +119,7 @@ class _Table:
         columns = np.full(len(candidates), -1)
         for image, (row, ranking, class_id) in enumerate(zip(candidates, rankings, truth, strict=True)):
             features[0, image, : len(row)] = [candidate.score for candidate in row]
-            features[1, image, : len(row)] = _rank_scores(ranking)
+            features[1, image, : len(row)] = rank_scores(ranking)
             penalty[image, : max(len(row), 1)] = 0.0
             ids = [candidate.class_id for candidate in row]
             columns[image] = ids.index(class_id) if class_id in ids else -1
@@ -166,7 +167,7 @@ def _silent(ranking: Ranking) -> bool:
     return ranking.status in (RankStatus.SKIPPED, RankStatus.FALLBACK)
 
 
-def _rank_scores(ranking: Ranking) -> np.ndarray:
+def rank_scores(ranking: Ranking) -> np.ndarray:
     """One log-probability a candidate position; -log(1 + rank), rank = 0, 1, ..., where the ranker gave an order alone."""
     if ranking.scores:
         return np.array(ranking.scores)
@@ -185,34 +186,3 @@ def _spread(feature: np.ndarray, inside: np.ndarray) -> float:
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
     return np.exp(logits - np.logaddexp.reduce(logits))
-
-
-def fit_weights(scores: np.ndarray, penalty: np.ndarray, truth: np.ndarray, prior: np.ndarray, strength: float) -> np.ndarray:
-    """Weights w >= 0 (P,) minimising the NLL of softmax(sum_p w_p scores_p + penalty) plus strength / 2 * |w - prior|^2.
-
-    scores: (P, N, K) finite. penalty: (N, K), -inf where a column does not take part. truth: (N,) columns. Convex: projected
-    Newton steps, halved until they pay; deterministic. Without images the prior comes back.
-    """
-    margins = scores - np.take_along_axis(scores, truth[None, :, None], axis=2)
-
-    def loss(weights: np.ndarray) -> float:
-        nll = np.logaddexp.reduce(np.tensordot(weights, margins, 1) + penalty, axis=1).sum()
-        return float(nll + strength / 2 * ((weights - prior) ** 2).sum())
-
-    weights = np.maximum(prior, 0.0)
-    for _ in range(50):
-        logits = np.tensordot(weights, margins, 1) + penalty
-        chances = np.exp(logits - np.logaddexp.reduce(logits, axis=1)[:, None])
-        means = np.einsum("nk,pnk->pn", chances, margins)
-        gradient = means.sum(axis=1) + strength * (weights - prior)
-        second = np.einsum("nk,pnk,qnk->pq", chances, margins, margins, optimize=True)
-        hessian = second - means @ means.T + strength * np.eye(len(weights))
-        free = (weights > 0) | (gradient < 0)
-        step, size = np.zeros_like(weights), 1.0
-        step[free] = np.linalg.solve(hessian[np.ix_(free, free)], gradient[free])
-        while size > 1e-9 and loss(np.maximum(weights - size * step, 0.0)) > loss(weights):
-            size /= 2
-        before, weights = weights, np.maximum(weights - size * step, 0.0)
-        if np.abs(weights - before).max() < 1e-9:
-            break
-    return weights

@@ -79,6 +79,8 @@ class RunFolder:
         """Write a shard's two files, each whole or not at all; the predictions last."""
         if errors.num_rows:
             _write_table(errors.cast(ERRORS), self.part("errors", shard))
+        else:  # a killed attempt may have left some
+            self.part("errors", shard).unlink(missing_ok=True)
         schema = PREDICTIONS.with_metadata({STATS: json.dumps(dict(stats)).encode()})
         _write_table(predictions.cast(schema), self.part("predictions", shard))
 
@@ -159,7 +161,7 @@ def _git_commit() -> str | None:
 
 
 def _read_parts(folder: Path, schema: pa.Schema) -> pa.Table:
-    tables = [pq.read_table(file) for file in sorted(folder.glob("part-*.parquet"))]
+    tables = [pq.read_table(file, partitioning=None) for file in sorted(folder.glob("*.parquet"))]
     return pa.concat_tables([table.replace_schema_metadata(None).cast(schema) for table in tables] or [schema.empty_table()])
 
 

@@ -76,9 +76,7 @@ class Ranking:
             raise ValueError(f"not a permutation: {self.order}")
 
 
-CANDIDATES = pa.list_(
-    pa.struct([("class_id", pa.int64()), ("class_name", pa.string()), ("score", pa.float32())])
-)
+CANDIDATES = pa.list_(pa.struct([("class_id", pa.int64()), ("class_name", pa.string()), ("score", pa.float32())]))
 
 # One row per image. `offset`/`size` are set for a member of a tar file (bytes range of `uri`'s file), else null.
 # `boxes_xyxy` is set by detection only: pixels, float, one list of 4 per box; `box_scores` one proposal score per box.

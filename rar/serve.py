@@ -125,5 +125,3 @@ def ask(settings: config.Ranker) -> Ask | None:
     if settings.method == "none":
         return None
     return Ask(app_name(settings), settings.in_flight)
-
-

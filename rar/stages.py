@@ -158,15 +158,16 @@ class Retrieve:
         found: list[list[Candidate]] = [[]] * table.num_rows
         rows = [i for i, error in enumerate(table["error"].to_pylist()) if error is None]
         if rows:
-            queries = vectors_of(table)[rows]
-            for row, candidates in zip(rows, self._candidates(queries), strict=True):
+            for row, candidates in zip(rows, self._candidates(table.take(rows)), strict=True):
                 found[row] = candidates
-        return with_candidates(table.drop_columns(["vector"]), found)
+        used = [name for name in ("vector", "pixels") if name in table.column_names]
+        return with_candidates(table.drop_columns(used), found)
 
-    def _candidates(self, queries: np.ndarray) -> list[list[Candidate]]:
-        top_k = min(self.settings.top_k, len(self.names))
+    def _candidates(self, table: pa.Table) -> list[list[Candidate]]:
         if self.settings.mode == "all":
-            return [[Candidate(class_id, name, 0.0) for class_id, name in sorted(self.names.items())]] * len(queries)
+            return [[Candidate(class_id, name, 0.0) for class_id, name in sorted(self.names.items())]] * table.num_rows
+        queries = vectors_of(table)
+        top_k = min(self.settings.top_k, len(self.names))
         if self.settings.mode == "knn":
             hits = self.collection.search(queries, self.settings.n_neighbors)
             return retrieve.knn_candidates(hits, self.names, top_k)

@@ -94,7 +94,12 @@ def render_all(specs: list[Spec], split: str, per_class: int, seed: int, cache: 
 def _pixels(split: str, per_class: int, seed: int, spec: Spec) -> np.ndarray:
     """(n, 64, 64, 3) uint8: photos of a class, reduced as the models' preprocessing does."""
     photos = [render(spec, DRAWN, rng_of(seed, split, spec.name, number)) for number in range(per_class)]
-    return np.stack([np.asarray(Image.fromarray(p).resize((KEPT, KEPT), Image.Resampling.BICUBIC)) for p in photos])
+    return np.stack([reduced(photo) for photo in photos])
+
+
+def reduced(photo: np.ndarray) -> np.ndarray:
+    """(64, 64, 3) uint8: a photo as the MLLM's preprocessing reduces it."""
+    return np.asarray(Image.fromarray(photo).resize((KEPT, KEPT), Image.Resampling.BICUBIC))
 
 
 def _write_class(folder: Path, seed: int, task: tuple[Spec, str, str, int]) -> None:

@@ -53,8 +53,8 @@ def model_config(side: int, patch: int, vocabulary: int) -> dict:
 
 def build(side: int, patch: int) -> open_clip.CLIP:
     cfg = model_config(side, patch, len(clip_tokenizer()))
-    cfg["text_cfg"].pop("hf_tokenizer_name")
-    return open_clip.CLIP(**{**cfg, "vision_cfg": cfg["vision_cfg"], "text_cfg": cfg["text_cfg"]})
+    del cfg["text_cfg"]["hf_tokenizer_name"]  # CLIP's own text tower, whatever the tokenizer
+    return open_clip.CLIP(**cfg)
 
 
 def encode_names(model: open_clip.CLIP, names: list[str]) -> torch.Tensor:
@@ -100,7 +100,10 @@ def train(model: open_clip.CLIP, images: Images, steps: int, seed: int, *, lr: f
         schedule.step()
         running += (logits.argmax(1) == target).float().mean().item()
         if step % 50 == 49:
-            print(f"clip{side} step {step + 1}/{steps} batch accuracy {running / 50:.3f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"clip{side} step {step + 1}/{steps} batch accuracy {running / 50:.3f} {time.time() - started:.0f} s",
+                flush=True,
+            )
             running = 0.0
     model.eval()
 

@@ -5,7 +5,9 @@ orders an image, so that the tower's work is used twice), or the sorted list (th
 alone. Letter questions come in three grades: single words ("moon" or "ring"?), names drawn at random, and the CLIP's own
 confusions within a random part of the training vocabulary. Asked for confusions from the start, which mostly differ in the
 marking, a trial stayed at chance for 450 steps: matching is learned on easy questions first. The order is always
-shuffled, so that neither position nor retrieval order gives the answer away.
+shuffled, so that neither position nor retrieval order gives the answer away. While training, a throw-away linear probe of the
+middle layer also has to tell at the end of each listed name whether it is the right one: one letter is a thin signal for
+learning to compare names with a picture; without the probe another trial was at chance after 650 steps.
 
 The tower starts from a CLIP of the same resolution, as LLaVA's does; the control is that same CLIP trained on for as long
 as the MLLM is, so pixels and minutes are equal and only the ranking differs.
@@ -40,14 +42,16 @@ SIDE, PATCH = 64, 16
 IMAGE_TOKENS = (SIDE // PATCH) ** 2 + 1
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %} "
+    "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 IGNORE = -100
+MATCH_LAYER = 3  # of five: after it two layers are left to find the label of the candidate that matches
 ATTRIBUTES = (("shape", SHAPES), ("colour", COLOURS), ("pattern", PATTERNS), ("marking", MARKINGS), ("marking", MARKINGS))
 KINDS = ("caption", "word", "random", "letter", "list")
 STAGES = (  # up to which part of the training, share of each kind
-    (0.2, (0.35, 0.65, 0.0, 0.0, 0.0)),
+    (0.25, (0.3, 0.7, 0.0, 0.0, 0.0)),
     (0.4, (0.2, 0.35, 0.45, 0.0, 0.0)),
     (1.0, (0.1, 0.15, 0.1, 0.53, 0.12)),
 )
@@ -63,6 +67,7 @@ def build(vocabulary: int, image_token: int, hidden: int = 128) -> LlavaForCondi
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=5,
         num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=2048,
         pad_token_id=0, bos_token_id=2, eos_token_id=3, tie_word_embeddings=True,
+        initializer_range=0.06,  # 0.02 suits hidden sizes of thousands; attention of 128 would start out flat
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=image_token, image_seq_length=IMAGE_TOKENS,
@@ -134,6 +139,7 @@ class Asker:
         self.tokenizer = mllm_tokenizer()
         image = self.tokenizer.convert_tokens_to_ids("<image>")
         self.prefix = [*self._ids("USER:"), *[image] * IMAGE_TOKENS]
+        self.first_label, self.answer = self.tokenizer.convert_tokens_to_ids(["A", "Answer"])
 
     def caption(self, truth: int) -> tuple[list[int], list[int]]:
         return self._turn(CAPTION, self.specs[truth].name)
@@ -176,18 +182,40 @@ def stack(turns: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch
     return ids, torch.tensor([row + [IGNORE] * (length - len(row)) for _, row in turns])
 
 
-def forward(model: LlavaForConditionalGeneration, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T, hidden) last states. pixels (B / q, 3, S, S): each image serves q consecutive rows of ids (B, T)."""
+def name_ends(ids: torch.Tensor, labels: torch.Tensor, first_label: int, answer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each candidate of letter questions ends, (B, T) bool, and which of those is the right one, (B, T) bool.
+
+    A candidate ends before the next label, the last one before the word Answer (token `answer`).
+    """
+    asked = (labels == IGNORE) & (ids != 0)
+    label = asked & (ids >= first_label) & (ids < first_label + len(LABELS))
+    count = label.cumsum(1)
+    following = torch.roll((label & (count > 1)) | (asked & (ids == answer)), -1, 1)
+    right = torch.where((labels >= first_label) & (labels < first_label + len(LABELS)), labels - first_label + 1, 0).amax(1)
+    return following, following & (count == right[:, None])
+
+
+def forward(
+    model: LlavaForConditionalGeneration, pixels: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last and middle states (B, T, hidden). pixels (B / q, 3, S, S): each image serves q consecutive rows of ids (B, T)."""
     features = model.get_image_features(pixel_values=pixels).pooler_output
     features = torch.stack(list(features)).repeat_interleave(len(ids) // len(pixels), 0)
     embeds = model.get_input_embeddings()(ids)
     start = int((ids[0] == model.config.image_token_id).nonzero()[0, 0])
     embeds = torch.cat([embeds[:, :start], features.to(embeds.dtype), embeds[:, start + IMAGE_TOKENS :]], 1)
-    return model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    output = model.model.language_model(inputs_embeds=embeds, use_cache=False, output_hidden_states=True)
+    return output.last_hidden_state, output.hidden_states[MATCH_LAYER]
 
 
 def train(
-    model: LlavaForConditionalGeneration, images: Images, confusions: Confusions, steps: int, seed: int, lr: float = 1.5e-3, probe=None
+    model: LlavaForConditionalGeneration,
+    images: Images,
+    confusions: Confusions,
+    steps: int,
+    seed: int,
+    lr: float = 1.5e-3,
+    probe=None,
 ) -> None:
     """Train in place for a number of steps; prints a line every fifty."""
     torch.manual_seed(seed)
@@ -195,30 +223,38 @@ def train(
     asker = Asker(images.specs)
     tower = list(model.model.vision_tower.parameters())
     rest = [p for name, p in model.named_parameters() if "vision_tower" not in name]
+    match = torch.nn.Linear(model.config.text_config.hidden_size, 1)  # an aid of training, thrown away
+    rest += match.parameters()
     groups = [{"params": tower, "lr": lr / 3}, {"params": rest, "lr": lr}]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [lr / 3, lr], steps + 1, pct_start=0.06)
-    started, seen = time.time(), {kind: [] for kind in KINDS}
+    started, seen = time.time(), {kind: [] for kind in (*KINDS, "match")}
     model.train()
     for step in range(steps):
         shares = next(shares for until, shares in STAGES if step < until * steps)
-        kind, k = str(rng.choice(KINDS, p=shares)), int(rng.choice([3, 4, 5, 5, 5, 6]))
+        kind = str(rng.choice(KINDS, p=shares))
+        k = int(rng.choice([2, 3, 4] if step < STAGES[0][0] * steps else [3, 4, 5, 5, 5, 6]))
         pixels, ids, labels = _batch(kind, k, asker, images, confusions, rng)
         with sdpa_kernel(SDPBackend.MATH):
             with torch.autocast("cpu", torch.bfloat16):
-                hidden = forward(model, pixels, ids)
+                hidden, middle = forward(model, pixels, ids)
                 answers = labels[:, 1:] != IGNORE
                 logits = model.lm_head(hidden[:, :-1][answers]).float()
             target = labels[:, 1:][answers]
             loss = F.cross_entropy(logits, target)
+            if kind not in ("caption", "list"):
+                ends, right = name_ends(ids, labels, asker.first_label, asker.answer)
+                matched = match(middle[ends].float())[:, 0]
+                loss = loss + F.binary_cross_entropy_with_logits(matched, right[ends].float())
+                seen["match"].append(((matched > 0) == right[ends]).float().mean().item())
             optimiser.zero_grad()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        right = (logits.argmax(1) == target).float()
+        correct = (logits.argmax(1) == target).float()
         # of a letter question, the letter alone; the end of the turn is always right
-        seen[kind].append((right if kind in ("caption", "list") else right.view(-1, 2)[:, 0]).mean().item())
+        seen[kind].append((correct if kind in ("caption", "list") else correct.view(-1, 2)[:, 0]).mean().item())
         if step % 50 == 49:
             rates = " ".join(f"{name} {np.mean(values or [0]):.3f}" for name, values in seen.items())
             print(f"mllm step {step + 1}/{steps} {rates} {time.time() - started:.0f} s", flush=True)
@@ -252,7 +288,12 @@ def _batch(
 
 @torch.inference_mode()
 def letters_accuracy(
-    model: LlavaForConditionalGeneration, pixels: np.ndarray, truth: np.ndarray, specs: list[Spec], candidates: np.ndarray, seed: int
+    model: LlavaForConditionalGeneration,
+    pixels: np.ndarray,
+    truth: np.ndarray,
+    specs: list[Spec],
+    candidates: np.ndarray,
+    seed: int,
 ) -> float:
     """Top-1 of one-letter ranking on shuffled candidates. pixels (N, 64, 64, 3); candidates (N, k) positions in specs."""
     asker, rng, right = Asker(specs), np.random.default_rng(seed), 0
@@ -262,7 +303,7 @@ def letters_accuracy(
         orders = [rng.permutation(row) for row in candidates[part]]
         ids, labels = stack([asker.letter(int(order[0]), order) for order in orders])
         batch = torch.from_numpy(np.array(pixels[part])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        hidden = forward(model, batch, ids)
+        hidden, _ = forward(model, batch, ids)
         last = (labels != IGNORE).float().argmax(1) - 1
         logits = model.lm_head(hidden[torch.arange(len(last)), last])[:, first : first + candidates.shape[1]]
         picked = logits.argmax(1).numpy()

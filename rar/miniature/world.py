@@ -153,9 +153,7 @@ def finish(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _object(
-    spec: Spec, x: np.ndarray, y: np.ndarray, pixel: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _object(spec: Spec, x: np.ndarray, y: np.ndarray, pixel: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Colour (H, W, 3) and coverage (H, W) of an object of radius 1 about the origin; `pixel` is a pixel's width."""
     base = np.clip(np.array(RGB[spec.colour]) + rng.uniform(-0.07, 0.07, 3), 0, 1).astype(np.float32)
     distance = _shape(spec.shape, x, y)

@@ -1,0 +1,34 @@
+"""What tests share: recorded data where it is present, a small drawn world, and one Ray for the session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_shared_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn miniature world of seed 0: two support and one test photo a class, four scenes."""
+    from rar.miniature.data import write_world
+
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, 0, shots=2, tests=1, scenes=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray as the commands start it."""
+    from rar import pipeline
+
+    with pipeline.local_ray():
+        yield

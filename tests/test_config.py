@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rar import config
+from rar.config import Config
+from rar.schema import UserError
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "config.yaml"
+    file.write_text(text)
+    return file
+
+
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    """`nested("a.b", 1)` is {"a": {"b": 1}}."""
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    return value
+
+
+def complaint(data: dict[str, Any], *overrides: str) -> str:
+    with pytest.raises(UserError) as raised:
+        config.build(data, overrides)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_file_is_read_over_the_defaults(tmp_path: Path) -> None:
+    file = written(tmp_path, "corpus: {uri: photos}\nretriever:\n  top_k: 7\nmemory: {classes: [cat, dog]}\n")
+    settings = config.load(file)
+    assert settings.corpus == config.Corpus(uri="photos")
+    assert settings.retriever == config.Retriever(top_k=7)
+    assert settings.memory.classes == ["cat", "dog"]
+    assert settings.ranker == Config().ranker
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert config.load(written(tmp_path, "# nothing yet\n")) == Config()
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("encodr", "encoder"),
+        ("encoder.modell", "encoder.model"),
+        ("retriever.topk", "retriever.top_k"),
+        ("detect.crop.sise", "detect.crop.size"),
+        ("memory.support.urii", "memory.support.uri"),
+        ("memory.index.efconstruction", "memory.index.ef_construction"),
+        ("run.shardsize", "run.shard_size"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_valid_one(key: str, meant: str) -> None:
+    data = nested(key, 1)
+    if key.startswith("memory.support"):
+        data["memory"]["support"]["uri"] = "photos"
+    assert complaint(data) == f"config: unknown key {key!r}; did you mean {meant!r}?"
+
+
+def test_every_key_is_known_and_none_else() -> None:
+    known = config._known_keys(Config)
+    assert len(known) == len(set(known))
+    assert {"corpus.uri", "memory.support.uri", "memory.index.m", "detect.crop.sigma", "run.seed"} <= set(known)
+
+    def leaves(data: dict[str, Any], prefix: str = "") -> set[str]:
+        below = [leaves(value, f"{prefix}{key}.") for key, value in data.items() if isinstance(value, dict)]
+        return {prefix + key for key in data}.union(*below)
+
+    full = Config.model_validate({"corpus": {"uri": "a"}, "memory": {"support": {"uri": "a"}}}).model_dump(mode="json")
+    assert set(known) == leaves(full)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("retriever.top_k=9", "retriever", "top_k", 9),
+        ("retriever.mode=knn", "retriever", "mode", "knn"),
+        (" encoder.model =ViT-B-16/openai", "encoder", "model", "ViT-B-16/openai"),
+        ("encoder.templates=['a {}.', 'the {}.']", "encoder", "templates", ["a {}.", "the {}."]),
+        ("encoder.templates=['a = b {}']", "encoder", "templates", ["a = b {}"]),
+        ("encoder.compile=true", "encoder", "compile", True),
+        ("memory.token=null", "memory", "token", None),
+    ],
+)
+def test_set_overrides_one_key(override: str, section: str, key: str, value: Any) -> None:
+    settings = config.build({"retriever": {"n_neighbors": 3}}, [override])
+    assert getattr(getattr(settings, section), key) == value
+    assert settings.retriever.n_neighbors == 3
+
+
+def test_set_reaches_sections_that_the_file_lacks() -> None:
+    settings = config.build({}, ["detect.crop.size=64", "corpus.uri=photos", "detect.crop.outside=grey"])
+    assert settings.detect.crop == config.Crop(size=64, outside="grey")
+    assert settings.corpus == config.Corpus(uri="photos")
+
+
+def test_the_last_set_wins(tmp_path: Path) -> None:
+    file = written(tmp_path, "run: {seed: 1}\n")
+    assert config.load(file, ["run.seed=2", "run.seed=3"]).run.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.seed", "--set needs dotted.key=value, got 'run.seed'"),
+        ("run.seed.deeper=1", "--set run.seed.deeper: 'seed' is a value, not a section"),
+        ("run.seed.much.deeper=1", "--set run.seed.much.deeper: 'seed' is a value, not a section"),
+        ("encoder.templates=[a {}.]", "--set encoder.templates: '[a {}.]' is not valid YAML; put it in quotes"),
+        ("run.sed=1", "config: unknown key 'run.sed'; did you mean 'run.seed'?"),
+        ("run.seed=many", "config: run.seed: Input should be a valid integer"),
+        ("run=1", "config: run: Input should be a valid dictionary"),
+    ],
+)
+def test_mistakes_in_set(override: str, message: str) -> None:
+    assert complaint({"run": {"seed": 0}}, override).startswith(message)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        config.load(tmp_path / "nowhere.yaml")
+    assert str(raised.value) == f"config file not found: {tmp_path / 'nowhere.yaml'}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: [1", " is not valid YAML: "),
+        ("run: {seed: 1}\n\tcorpus: 2\n", " is not valid YAML: "),
+        ("- run\n- corpus\n", " must hold a mapping of settings, not a list"),
+        ("run\n", " must hold a mapping of settings, not a str"),
+    ],
+)
+def test_a_file_of_something_else(tmp_path: Path, text: str, message: str) -> None:
+    file = written(tmp_path, text)
+    with pytest.raises(UserError) as raised:
+        config.load(file)
+    assert str(raised.value).startswith(f"{file}{message}")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        config.load(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("run.seed", "many", "config: run.seed: Input should be a valid integer, unable to parse string as an integer, got 'many'"),
+        ("retriever.top_k", 0, "config: retriever.top_k: Input should be greater than or equal to 1, got 0"),
+        ("retriever.mode", "magic", "config: retriever.mode: Input should be 'fused', 'text', 'knn', 'centroid' or 'all', got"),
+        ("corpus", "photos", "config: corpus: Input should be a valid dictionary or instance of Corpus, got 'photos'"),
+        ("corpus.limit", "a\nb", "config: corpus.uri: Field required"),
+        ("encoder.templates", [], "config: encoder.templates: List should have at least 1 item"),
+        ("memory.name", "no dashes-please", "config: memory.name: String should match pattern"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_its_key(key: str, value: Any, message: str) -> None:
+    assert complaint(nested(key, value)).startswith(message)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().run.seed = 1  # type: ignore[misc]
+
+
+SPEED = {
+    "encoder.workers": st.integers(1, 64),
+    "ranker.min_replicas": st.integers(1, 8),
+    "ranker.max_replicas": st.integers(1, 64),
+    "ranker.num_gpus": st.floats(0, 8),
+    "ranker.in_flight": st.integers(1, 64),
+    "memory.token": st.none() | st.text(max_size=8),
+    "run.max_failed_fraction": st.floats(0, 1),
+}
+RESULT = {
+    "corpus": st.none() | st.builds(lambda uri: {"uri": uri}, st.sampled_from(["photos", "drawings"])),
+    "encoder.model": st.sampled_from(["miniature", "ViT-B-16/openai"]),
+    "encoder.batch_size": st.integers(1, 64),
+    "encoder.templates": st.lists(st.sampled_from(["a {}.", "the {}."]), min_size=1, max_size=2),
+    "memory.uri": st.sampled_from(["runs/memory.milvus", "http://milvus:19530"]),
+    "memory.shots": st.none() | st.integers(1, 16),
+    "memory.index.ef": st.integers(8, 512),
+    "retriever.mode": st.sampled_from(["fused", "knn"]),
+    "retriever.top_k": st.integers(1, 10),
+    "ranker.batch_size": st.integers(1, 64),
+    "ranker.method": st.sampled_from(["letters", "generate", "none"]),
+    "route.mode": st.sampled_from(["calibrated", "always"]),
+    "detect.crop.sigma": st.sampled_from([0.05, 0.06]),
+    "run.shard_size": st.integers(1, 512),
+    "run.seed": st.integers(0, 9),
+}
+
+
+def some_of(values: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.lists(st.sampled_from(sorted(values)), unique=True, max_size=4).flatmap(
+        lambda keys: st.fixed_dictionaries({key: values[key] for key in keys})
+    )
+
+
+def with_values(values: dict[str, Any]) -> Config:
+    return config.build({}, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_of(SPEED), some_of(RESULT))
+def test_what_only_decides_the_speed_leaves_the_fingerprint(speed: dict[str, Any], result: dict[str, Any]) -> None:
+    assert with_values({**speed, **result}).fingerprint() == with_values(result).fingerprint()
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_of(RESULT), some_of(RESULT))
+def test_anything_else_changes_the_fingerprint(first: dict[str, Any], second: dict[str, Any]) -> None:
+    one, other = with_values(first), with_values(second)
+    assert (one.fingerprint() == other.fingerprint()) == (one == other)
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_every_other_key_changes_the_fingerprint() -> None:
+    """Key by key, so that a key added to SPEED_ONLY by mistake, or a section left out of the hash, is seen."""
+    full = Config.model_validate({"corpus": {"uri": "a"}, "memory": {"support": {"uri": "a"}, "classes": ["a"]}})
+    kept = set()
+    for key in config._known_keys(Config):
+        value = full
+        for part in key.split("."):
+            value = getattr(value, part)
+        if not isinstance(value, config.Strict):
+            changed = full.model_copy(update=_changed(full, key.split(".")))
+            kept |= {key} if changed.fingerprint() == full.fingerprint() else set()
+    assert kept == set(SPEED)
+
+
+def _changed(section: config.Strict, keys: list[str]) -> dict[str, Any]:
+    """The update that puts "changed" in place of one value, without validation."""
+    if len(keys) == 1:
+        return {keys[0]: "changed"}
+    inner = getattr(section, keys[0])
+    return {keys[0]: inner.model_copy(update=_changed(inner, keys[1:]))}
+
+
+def test_a_config_that_was_written_down_has_the_same_fingerprint(tmp_path: Path) -> None:
+    settings = with_values({"corpus": {"uri": "photos"}, "run.seed": 3})
+    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    assert config.load(written(tmp_path, text)).fingerprint() == settings.fingerprint()
+    assert len(settings.fingerprint()) == 16 and int(settings.fingerprint(), 16) >= 0

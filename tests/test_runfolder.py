@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rar import config, runfolder
+from rar.runfolder import RunFolder
+from rar.schema import ERRORS, INDEX, PREDICTIONS, UserError
+
+
+def settings(*overrides: str) -> config.Config:
+    return config.build({"corpus": {"uri": "photos"}}, overrides)
+
+
+def opened(path: Path, *overrides: str, verb: str = "classify", fresh: bool = False) -> RunFolder:
+    return RunFolder.open(path, verb, settings(*overrides), fresh=fresh, name="birds", group="zoo")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def predicted(*image_ids: str) -> pa.Table:
+    row: dict[str, Any] = {
+        "uri": "photos/a.jpg",
+        "box_xyxy": None,
+        "candidates": [{"class_id": 3, "class_name": "wren", "score": 0.5}],
+        "ranking": [0],
+        "rank_status": "skipped",
+        "response": "",
+        "scores": [],
+        "routed": True,
+        "class_id": 3,
+        "class_name": "wren",
+        "score": 1.0,
+    }
+    return pa.Table.from_pylist([{"image_id": image_id, **row} for image_id in image_ids], PREDICTIONS)
+
+
+def failed(*uris: str) -> pa.Table:
+    rows = [{"image_id": None, "uri": uri, "stage": "read", "error": "gone"} for uri in uris]
+    return pa.Table.from_pylist(rows, ERRORS)
+
+
+def test_a_new_folder_says_what_it_is(tmp_path: Path) -> None:
+    folder = opened(tmp_path / "runs" / "new", "memory.token=sesame", "run.seed=7")
+    known = folder.read("run.json")
+    assert (known["verb"], known["name"], known["group"], known["seed"]) == ("classify", "birds", "zoo", 7)
+    assert known["schema_version"] == 1
+    assert known["fingerprint"] == settings("run.seed=7").fingerprint()
+    assert {"python", "rar", "torch", "pymilvus"} <= set(known["versions"])
+    assert config.build(known["config"]) == settings("run.seed=7")  # the token is the only thing left out
+    assert (folder.path / "predictions").is_dir() and (folder.path / "errors").is_dir()
+
+
+def test_the_token_is_never_written(tmp_path: Path) -> None:
+    folder = opened(tmp_path, "memory.token=sesame")
+    folder.write_shard(0, predicted("a"), failed("b"), {})
+    folder.finish({"ok": 1}, {"top1": 1.0}, 2.0)
+    assert b"sesame" not in b"".join(contents(tmp_path).values())
+
+
+def test_an_empty_folder_may_be_taken(tmp_path: Path) -> None:
+    assert opened(tmp_path).read("run.json")["verb"] == "classify"
+
+
+@pytest.mark.parametrize("same", [(), ("ranker.max_replicas=8", "memory.token=sesame")])
+def test_an_equal_config_goes_on(tmp_path: Path, same: Sequence[str]) -> None:
+    opened(tmp_path).write_shard(0, predicted("a"), failed(), {})
+    before = contents(tmp_path)
+    folder = opened(tmp_path, *same)
+    assert contents(tmp_path) == before
+    assert folder.pending(2) == [1]
+
+
+@pytest.mark.parametrize(("overrides", "verb"), [(("run.seed=1",), "classify"), ((), "detect")])
+def test_another_config_or_verb_is_refused_and_nothing_changes(tmp_path: Path, overrides: Sequence[str], verb: str) -> None:
+    opened(tmp_path).write_shard(0, predicted("a"), failed("b"), {})
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"another config \(classify, fingerprint [0-9a-f]{16}\); use --fresh") as raised:
+        opened(tmp_path, *overrides, verb=verb)
+    assert "\n" not in str(raised.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("overrides", [(), ("run.seed=1",)])
+def test_fresh_starts_over(tmp_path: Path, overrides: Sequence[str]) -> None:
+    opened(tmp_path).write_shard(0, predicted("a"), failed("b"), {})
+    folder = opened(tmp_path, *overrides, fresh=True)
+    assert folder.pending(1) == [0]
+    assert folder.errors().num_rows == 0
+    assert folder.read("run.json")["fingerprint"] == settings(*overrides).fingerprint()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path, fresh: bool) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not a run folder and not empty; choose another --out"):
+        opened(tmp_path, fresh=fresh)
+    assert contents(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+def test_the_first_index_is_kept(tmp_path: Path) -> None:
+    first = pa.Table.from_pylist([{"row": 0, "uri": "a.jpg"}, {"row": 1, "uri": "b.jpg", "label": "wren"}], INDEX)
+    folder = opened(tmp_path)
+    assert folder.freeze_index(first).equals(first)
+    assert folder.freeze_index(first.slice(0, 1)).equals(first)
+    assert opened(tmp_path).freeze_index(INDEX.empty_table()).equals(first)
+
+
+def test_a_path_that_looks_like_a_partition_adds_no_column(tmp_path: Path) -> None:
+    folder = opened(tmp_path / "seed=1" / "class_id=5")
+    index = pa.Table.from_pylist([{"row": 0, "uri": "a.jpg"}], INDEX)
+    folder.write_shard(0, predicted("a"), failed("b"), {})
+    assert folder.freeze_index(index).equals(index)
+    assert folder.predictions().equals(predicted("a"))
+    assert folder.errors().equals(failed("b"))
+
+
+def test_pending_are_the_shards_without_predictions(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    assert folder.pending(4) == [0, 1, 2, 3]
+    for shard in (2, 0):
+        folder.write_shard(shard, predicted(str(shard)), failed(), {})
+    assert folder.pending(4) == [1, 3]
+    folder.write_shard(3, predicted(), failed("all", "gone"), {})  # a shard may hold nothing but errors
+    assert folder.pending(4) == [1]
+
+
+def test_a_kill_between_the_two_files_leaves_the_shard_pending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = opened(tmp_path)
+
+    class Killed(BaseException):
+        pass
+
+    def replace(file: Path, data: bytes) -> None:
+        if file.parent.name == "predictions":
+            raise Killed
+        whole(file, data)
+
+    whole = runfolder._replace
+    with monkeypatch.context() as patched:
+        patched.setattr(runfolder, "_replace", replace)
+        with pytest.raises(Killed):
+            folder.write_shard(0, predicted("a"), failed("b"), {})
+    assert folder.part("errors", 0).exists()
+    assert folder.pending(1) == [0]
+    folder.write_shard(0, predicted("a", "b"), failed(), {})  # this time b could be read
+    assert folder.pending(1) == []
+    assert folder.progress() == (2, 0)
+
+
+def test_a_kill_while_a_file_is_written_leaves_nothing_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = opened(tmp_path)
+    folder.write_shard(0, predicted("a"), failed(), {})
+    before = folder.read("run.json")
+
+    def half(file: Path, data: bytes) -> int:
+        with file.open("wb") as stream:
+            stream.write(bytes(data)[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", half)
+        for write in (
+            lambda: folder.write_shard(1, predicted("b"), failed(), {}),
+            lambda: folder.write_shard(0, predicted("b"), failed("c"), {}),
+            lambda: folder.write("run.json", {}),
+        ):
+            with pytest.raises(KeyboardInterrupt):
+                write()
+    assert list(tmp_path.rglob("*.tmp"))  # the halves lie there, under names that nothing reads
+    assert folder.pending(2) == [1]
+    assert folder.predictions().equals(predicted("a"))
+    assert (folder.errors().num_rows, folder.progress(), folder.stats()) == (0, (1, 0), {})
+    assert opened(tmp_path).read("run.json") == before
+
+
+def test_files_are_whole_and_scratch_files_gone(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    folder.write_shard(12, predicted("a"), failed("b"), {})
+    folder.finish({}, {}, 1.0)
+    assert sorted(contents(tmp_path)) == [
+        "errors/part-000012.parquet",
+        "metrics.json",
+        "predictions/part-000012.parquet",
+        "run.json",
+    ]
+
+
+def test_a_shard_written_twice_counts_once(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    for _ in range(2):
+        folder.write_shard(0, predicted("a"), failed("b"), {"read.rows": 2, "mllm.calls": 1})
+    assert folder.progress() == (1, 1)
+    assert folder.stats() == {"read.rows": 2, "mllm.calls": 1}
+
+
+def test_predictions_and_errors_come_back_in_shard_order_with_their_schemas(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    for shard in (11, 2, 0):
+        folder.write_shard(shard, predicted(f"{shard}a", f"{shard}b"), failed(f"{shard}c"), {"read.rows": 3})
+    folder.write_faults(failed("before"))
+    assert folder.predictions().schema.equals(PREDICTIONS, check_metadata=True)
+    assert folder.errors().schema.equals(ERRORS, check_metadata=True)
+    assert folder.predictions().equals(predicted("0a", "0b", "2a", "2b", "11a", "11b"))
+    assert folder.errors()["uri"].to_pylist() == ["0c", "2c", "11c", "before"]
+    assert folder.progress() == (6, 4)
+
+
+def test_an_empty_run_has_empty_tables(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    assert folder.predictions().equals(PREDICTIONS.empty_table())
+    assert folder.errors().equals(ERRORS.empty_table())
+    assert (folder.progress(), folder.stats()) == ((0, 0), {})
+
+
+def test_other_columns_or_types_are_refused(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    with pytest.raises(ValueError):
+        folder.write_shard(0, predicted("a").drop_columns(["routed"]), failed(), {})
+    assert folder.pending(1) == [0]
+
+
+def test_files_can_be_read_by_anyone(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    folder.write_shard(0, predicted("a"), failed("b"), {"read.rows": 1})
+    assert pq.read_table(tmp_path / "predictions").to_pylist() == predicted("a").to_pylist()
+    assert pq.read_table(tmp_path / "errors").to_pylist() == failed("b").to_pylist()
+
+
+@given(shards=st.lists(st.dictionaries(st.sampled_from(["read.rows", "read.seconds", "mllm.calls"]), st.integers(0, 99))))
+def test_stats_are_summed_over_shards(tmp_path_factory: pytest.TempPathFactory, shards: list[dict[str, float]]) -> None:
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    (folder.path / "predictions").mkdir()
+    (folder.path / "errors").mkdir()
+    for shard, stats in enumerate(shards):
+        folder.write_shard(shard, predicted(), failed(), stats)
+    for key in ("read.rows", "read.seconds", "mllm.calls"):
+        assert folder.stats()[key] == sum(stats.get(key, 0) for stats in shards)
+
+
+def test_finish_completes_run_json(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    stats = {"read.rows": 4, "read.seconds": 2.0, "embed.rows": 4, "embed.seconds": 0.5, "mllm.calls": 3}
+    folder.write_shard(0, predicted("a"), failed("b"), stats)
+    folder.write_shard(1, predicted("c"), failed(), {**stats, "mllm.prompt_tokens": 70})
+    before = folder.read("run.json")
+    folder.finish({"input": 3, "ok": 2, "failed": 1, "skipped": 0}, {"top1": 0.5}, 2.5)
+    known = folder.read("run.json")
+    assert {key: known[key] for key in before} == before
+    assert known["counts"] == {"input": 3, "ok": 2, "failed": 1, "skipped": 0}
+    assert known["stages"] == {
+        "read": {"rows": 8, "seconds": 4.0, "rows_per_second": 2.0},
+        "embed": {"rows": 8, "seconds": 1.0, "rows_per_second": 8.0},
+    }
+    assert known["mllm"] == {"calls": 6, "prompt_tokens": 70, "output_tokens": 0}
+    assert known["seconds"] == 2.5
+    assert folder.read("metrics.json") == {"top1": 0.5}
+
+
+def test_the_seconds_of_a_resumed_run_add_up(tmp_path: Path) -> None:
+    for seconds in (2.5, 4.0):
+        opened(tmp_path).finish({"ok": 1}, {}, seconds)
+    assert opened(tmp_path).read("run.json")["seconds"] == 6.5
+
+
+def test_a_stage_of_no_measurable_time_has_a_finite_rate(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    folder.write_shard(0, predicted("a"), failed(), {"read.rows": 1, "read.seconds": 0.0})
+    folder.finish({}, {}, 0.0)
+    assert math.isfinite(folder.read("run.json")["stages"]["read"]["rows_per_second"])
+
+
+def test_metrics_that_are_no_number_become_null(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    folder.finish({}, {"top1": 0.25, "conditional_rank_accuracy": float("nan")}, 1.0)
+    text = (tmp_path / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"top1": 0.25, "conditional_rank_accuracy": None}
+
+
+def test_json_never_holds_what_json_lacks(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    with pytest.raises(ValueError):
+        folder.write("metrics.json", {"threshold": math.inf})
+    assert not (tmp_path / "metrics.json").exists()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from rar.runfolder import RunFolder
+for _ in range(200):
+    RunFolder(Path(sys.argv[1])).write("metrics.json", {"filler": sys.argv[2] * 50_000})
+"""
+
+
+def test_two_processes_may_write_one_file(tmp_path: Path) -> None:
+    """Ray may run a write task twice at once; each writes a scratch file of its own."""
+    folder = opened(tmp_path)
+    folder.write("metrics.json", {"filler": "c" * 50_000})
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), letter]) for letter in "ab"]
+    while any(writer.poll() is None for writer in writers):
+        assert folder.read("metrics.json")["filler"] in ("a" * 50_000, "b" * 50_000, "c" * 50_000)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
