@@ -29,11 +29,12 @@ def run(verb: str, config_file: Path, out: Path | None, sets: list[str], dry_run
     if dry_run:
         say(recognise.dry_run(settings, work, path))
         return 0
+    runfolder.RunFolder.check(path, verb, settings, fresh=fresh)
     with recognise.session(settings) as address:
-        vocabulary_known = recognise.open_memory(settings, address)
+        vocabulary = recognise.prepare(settings, address)
         folder = runfolder.RunFolder.open(path, verb, settings, fresh=fresh, name=config_file.stem, group=verb)
-        say(f"{verb}: {work.index.num_rows:,} images, {len(vocabulary_known.names):,} classes -> {path}")
-        metrics = recognise.run(settings, address, work, folder)
+        say(f"{verb}: {work.index.num_rows:,} images, {len(vocabulary.names):,} classes -> {path}")
+        metrics = recognise.run(settings, address, vocabulary, work, folder)
     report.write_report([path], path, title=f"rar {verb}: {config_file.stem}")
     for key in ("top1", "top5", "candidate_recall", "ranked_fraction", "ap", "ap_rare"):
         if metrics.get(key) is not None:

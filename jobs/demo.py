@@ -21,18 +21,18 @@ ARMS: dict[str, dict[str, Any]] = {
     "zero_shot": {"retriever": {"mode": "text"}, "ranker": {"method": "none"}},
     "knn": {"retriever": {"mode": "knn", "n_neighbors": 20}, "ranker": {"method": "none"}},
     "retriever": {"retriever": {"mode": "fused"}, "ranker": {"method": "none"}},
-    "mllm_only": {"retriever": {"mode": "all"}, "ranker": {"method": "generate", "max_new_tokens": 24}},
-    "rar_paper": {"retriever": {"mode": "knn"}, "ranker": {"method": "generate", "max_new_tokens": 64}},
-    "rar": {"retriever": {"mode": "fused"}, "ranker": {"method": "letters", "permutations": 2}},
+    "mllm_only": {"retriever": {"mode": "all"}, "ranker": {"method": "generate", "max_new_tokens": 48}},
+    "rar_paper": {"retriever": {"mode": "knn"}, "ranker": {"method": "generate", "max_new_tokens": 48}},
+    "rar": {"retriever": {"mode": "fused"}, "ranker": {"method": "letters"}},
 }
 ALWAYS = ("mllm_only", "rar_paper")  # the ranker's order is final, as in the paper
 TASKS = ("novel", "seen", "scenes")
-EVERY = 6  # mllm_only reads 120 or more names an image: it is asked for every sixth one
+EVERY = 12  # mllm_only reads 120 or more names an image: it is asked for every twelfth one
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the world, the memories and the runs.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=8, help="World seed: other photos and other novel classes.")]
 Shots = Annotated[int, typer.Option("--shots", min=1, help="Support photos a class.")]
-Tests = Annotated[int, typer.Option("--tests", min=1, help="Test photos a class (120 novel and 120 seen classes).")]
+Tests = Annotated[int, typer.Option("--tests", min=1, help="Test photos a novel class; a seen class has half as many.")]
 Scenes = Annotated[int, typer.Option("--scenes", min=1, help="Pictures with boxes for detection.")]
 
 
@@ -49,7 +49,7 @@ def run(out: Path, seed: int, shots: int, tests: int, scenes: int) -> int:
     started = time.monotonic()
     from rar.miniature.data import write_world
 
-    say(f"drawing the world of seed {seed}: 240 classes, {shots} support and {tests} test photos each, {scenes} scenes")
+    say(f"drawing the world of seed {seed}: 120 novel and 120 seen classes, {scenes} scenes")
     with ThreadPoolExecutor(1) as pool:  # Ray and Milvus start while the photos are drawn
         drawn = pool.submit(write_world, out / "world", seed, shots=shots, tests=tests, scenes=scenes)
         import rar.recognise  # noqa: F401  the heavy imports, meanwhile
@@ -122,7 +122,8 @@ def _run_task(out: Path, seed: int, task: str, address: str, metrics: dict[str, 
         own = work if arm != "mllm_only" else replace(work, index=work.index.take(range(0, work.index.num_rows, EVERY)))
         folder = RunFolder.open(out / "runs" / f"{task}-{arm}", verb, settings, fresh=True, name=arm, group=f"{verb}: {task}")
         began = time.monotonic()
-        values = recognise.run(settings, address, own, folder, embedded if own is work else None)
+        vocabulary = recognise.prepare(settings, address)
+        values = recognise.run(settings, address, vocabulary, own, folder, embedded if own is work else None)
         say(f"  {task} {arm}: " + _headline(values) + f" ({time.monotonic() - began:.1f} s)")
         metrics |= _keys(task, arm, values)
         folders.append(folder.path)

@@ -29,6 +29,7 @@ def run(config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fre
     if dry_run:
         say(f"would write {rows:,} entries to {settings.memory.uri} and a report to {path}")
         return 0
+    runfolder.RunFolder.check(path, "memory", settings, fresh=True)
     started = time.monotonic()
     with recognise.session(settings, create=True) as address:
         failed, metrics = build.build(settings, address, fresh=fresh)

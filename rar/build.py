@@ -21,7 +21,7 @@ from rar.memory import Collection, Entries
 from rar.schema import ERRORS, INDEX, UserError, content_id
 from rar.sinks import MilvusSink
 
-MODES = ("text", "centroid", "fused")
+MODES: tuple[retrieve.Mode, ...] = ("text", "centroid", "fused")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,11 @@ def entry_id(image_id: str, fingerprint: str) -> str:
 
 
 def _fit_heads(
-    settings: Config, heads: Mapping[str, Collection], meta: Mapping[str, object], images: Entries | None, texts: Entries | None
+    settings: Config,
+    heads: Mapping[retrieve.Mode, Collection],
+    meta: Mapping[str, object],
+    images: Entries | None,
+    texts: Entries | None,
 ) -> dict[str, float]:
     """Fit and write every head that the entries allow; returns the held-out accuracy of each that images can measure."""
     metrics = {}

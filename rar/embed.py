@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -33,7 +34,7 @@ class ClipEncoder:
     def __init__(self, settings: config.Encoder) -> None:
         self.settings = settings
         self.device = pick_device(settings.device)
-        self.model, self.tokenizer = _load(settings.model)
+        self.model, self.tokenizer = _load(settings.model)  # Any: open_clip's models share methods, not a class
         self.model.to(self.device, DTYPES[settings.precision]).eval()
         self.preprocess = open_clip.get_model_preprocess_cfg(self.model)
         size = self.preprocess["size"]
@@ -89,7 +90,7 @@ def pick_device(wanted: str) -> str:
     return wanted
 
 
-def _load(name: str) -> tuple[torch.nn.Module, object]:
+def _load(name: str) -> tuple[Any, Any]:
     """Model and tokenizer by open_clip name or local folder. Raises UserError in one line."""
     folder = miniature.CLIP if name == "miniature" else Path(name)
     if folder.is_dir():

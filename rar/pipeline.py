@@ -71,7 +71,6 @@ def _configure() -> None:
     context.target_max_block_size = None  # a shard is never split
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 

@@ -7,6 +7,7 @@ boxes. What a row of the index becomes is in `stages`; what a run leaves on disk
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -75,30 +76,48 @@ def _no_faults() -> pa.Table:
 
 @contextmanager
 def session(settings: Config, *, create: bool = False) -> Iterator[str]:
-    """Milvus and Ray for the length of a command; yields the address that workers reach the memory at."""
-    uri = settings.memory.uri
-    if not create and "://" not in uri and not Path(uri).exists():
-        raise UserError(f"there is no memory at {uri}; build it with `rar memory CONFIG`")
-    with open_store(uri, settings.memory.token) as address, pipeline.local_ray():
-        serve.start()
-        yield address
+    """Milvus and Ray for the length of a command; yields the address that workers reach the memory at.
 
-
-def run(
-    settings: Config, address: str, work: Work, folder: RunFolder, embedded: Dataset | None = None
-) -> dict[str, float]:
-    """The whole of a verb in an open session; does only what is not in the folder yet. Returns the metrics.
-
-    embedded: the shards of `work` by `embed`, all of them, where several runs share them.
+    With `create` an embedded store may be new; one that a user's mistake leaves empty is removed again.
     """
-    started = time.monotonic()
-    work = replace(work, index=folder.freeze_index(work.index))
-    numbers = folder.pending(pipeline.n_shards(work.index, settings.run.shard_size))
+    uri = settings.memory.uri
+    missing = "://" not in uri and not Path(uri).exists()
+    if missing and not create:
+        raise UserError(f"there is no memory at {uri}; build it with `rar memory CONFIG`")
+    try:
+        with open_store(uri, settings.memory.token) as address, pipeline.local_ray():
+            yield address
+    except UserError:
+        if missing:
+            shutil.rmtree(uri, ignore_errors=True)
+        raise
+
+
+def prepare(settings: Config, address: str) -> Vocabulary:
+    """Load the models and open the memory, before anything is written. Raises UserError for what the user must mend."""
     with ThreadPoolExecutor(1) as pool:  # the replica loads while the encoder does
         deployed = pool.submit(serve.deploy, settings.ranker) if settings.ranker.method != "none" else None
         vocabulary = open_memory(settings, address)
         if deployed is not None:
             deployed.result()
+    return vocabulary
+
+
+def run(
+    settings: Config,
+    address: str,
+    vocabulary: Vocabulary,
+    work: Work,
+    folder: RunFolder,
+    embedded: Dataset | None = None,
+) -> dict[str, float]:
+    """The whole of a verb in an open session; does only what is not in the folder yet. Returns the metrics.
+
+    vocabulary: of `prepare`. embedded: the shards of `work` by `embed`, all of them, where several runs share them.
+    """
+    started = time.monotonic()
+    work = replace(work, index=folder.freeze_index(work.index))
+    numbers = folder.pending(pipeline.n_shards(work.index, settings.run.shard_size))
     calibration = calibrate(settings, address, vocabulary, folder)
     expected = work.expected(settings.run.shard_size)
     if numbers:
@@ -195,7 +214,7 @@ def _fit(settings: Config, address: str, vocabulary: Vocabulary) -> route.Calibr
     rows = pipeline.through(rows, "read", stages.load)
     rows = pipeline.through(rows, "recall", stages.Recall(proposed))
     ranked = pipeline.through(rows, "rank", stages.Rank(serve.ask(settings.ranker), PAPER, settings.ranker.batch_size))
-    table = pipeline.collect(ranked)
+    table = pipeline.collect(ranked).sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
     table = table.filter(pc.is_in(table["image_id"], pa.array(list(proposed), pa.string())))
     return route.fit(
         stages.candidates_of(table), rankings_of(table), [truth[image_id] for image_id in table["image_id"].to_pylist()]
@@ -207,7 +226,7 @@ def _held_out_candidates(
 ) -> tuple[dict[str, list[Candidate]], dict[str, int]]:
     """image_id -> candidates by heads fitted without that image, and its class; at most `route.max_calibration_images`."""
     mode = settings.retriever.mode
-    if mode in ("knn", "all"):
+    if mode == "knn" or mode == "all":
         raise UserError(
             f"route.mode calibrated needs retriever.mode fused, text or centroid; with {mode} set route.mode: always"
         )
@@ -252,8 +271,8 @@ def measure(settings: Config, work: Work, folder: RunFolder, calibration: route.
     """metrics.json of a run: accuracies where labels are known; for detection also AP against the corpus' own boxes."""
     predictions = folder.predictions()
     if not work.boxed:
-        labels = dict(zip(work.index["uri"].to_pylist(), work.index["label"].to_pylist(), strict=True))
-        return metrics.classification(predictions, [labels[uri] for uri in predictions["uri"].to_pylist()])
+        truth = dict(zip(work.index["uri"].to_pylist(), work.index["label"].to_pylist(), strict=True))
+        return metrics.classification(predictions, [truth[uri] for uri in predictions["uri"].to_pylist()])
     rows = predictions.to_pylist()
     at = _boxes_of(work.index)
     found = [at[row["uri"], tuple(row["box_xyxy"])] for row in rows]

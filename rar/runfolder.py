@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -42,24 +42,30 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, verb: str, settings: Config, *, fresh: bool, name: str, group: str) -> RunFolder:
-        """Create the folder, or take up one with the same fingerprint. Raises UserError for any other folder."""
+        """Create the folder, or take up one with the same fingerprint. Raises UserError as `check` does."""
+        cls.check(path, verb, settings, fresh=fresh)
         folder = cls(path)
-        if path.exists() and any(path.iterdir()):
-            if not (path / "run.json").is_file():
-                raise UserError(f"{path} is not a run folder and not empty; choose another --out")
-            known = folder.read("run.json")
-            if fresh:
-                shutil.rmtree(path)
-            elif (known["verb"], known["fingerprint"]) != (verb, settings.fingerprint()):
-                raise UserError(
-                    f"{path} holds a run of another config ({known['verb']}, fingerprint {known['fingerprint']}); "
-                    "use --fresh to replace it, or another --out"
-                )
+        if fresh:
+            shutil.rmtree(path, ignore_errors=True)
         for part in ("predictions", "errors"):
             (path / part).mkdir(parents=True, exist_ok=True)
         if not (path / "run.json").exists():
             folder.write("run.json", _identity(verb, settings, name, group))
         return folder
+
+    @classmethod
+    def check(cls, path: Path, verb: str, settings: Config, *, fresh: bool) -> None:
+        """Raises UserError for a folder that is not a run's, or (unless `fresh`) holds a run of another verb or config."""
+        if not path.exists() or not any(path.iterdir()):
+            return
+        if not (path / "run.json").is_file():
+            raise UserError(f"{path} is not a run folder and not empty; choose another --out")
+        known = cls(path).read("run.json")
+        if not fresh and (known["verb"], known["fingerprint"]) != (verb, settings.fingerprint()):
+            raise UserError(
+                f"{path} holds a run of another config ({known['verb']}, fingerprint {known['fingerprint']}); "
+                "use --fresh to replace it, or another --out"
+            )
 
     def freeze_index(self, index: pa.Table) -> pa.Table:
         """Keep the first index: a resumed run must not see files that came or went since."""
@@ -101,17 +107,18 @@ class RunFolder:
             for kind in ("predictions", "errors")
         )
 
-    def stats(self) -> Counter[str]:
+    def stats(self) -> dict[str, float]:
         """Stage seconds, stage rows, MLLM calls and tokens, summed over all shards ever written here."""
-        total: Counter[str] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
         for file in sorted((self.path / "predictions").glob("part-*.parquet")):
-            total.update(json.loads((pq.read_schema(file).metadata or {}).get(STATS, b"{}")))
+            for key, value in json.loads((pq.read_schema(file).metadata or {}).get(STATS, b"{}")).items():
+                total[key] += value
         return total
 
     def finish(self, counts: Mapping[str, int], metrics: Mapping[str, float], seconds: float) -> None:
         """Write metrics.json and complete run.json."""
         stats = self.stats()
-        stages = {
+        stages: dict[str, dict[str, float]] = {
             stage: {"rows": int(stats[f"{stage}.rows"]), "seconds": round(stats[f"{stage}.seconds"], 3)}
             for stage in (key.removesuffix(".rows") for key in stats if key.endswith(".rows"))
         }

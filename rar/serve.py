@@ -74,6 +74,7 @@ def deploy(settings: config.Ranker) -> None:
     Raises UserError where its model cannot be loaded.
     """
     name = app_name(settings)
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})  # called by handle: no HTTP proxy
     if name in serve.status().applications:
         return
     deployment = serve.deployment(
@@ -92,11 +93,6 @@ def deploy(settings: config.Ranker) -> None:
     if mistake := handle.fault.remote().result():
         serve.delete(name)
         raise UserError(f"ranker.model: {mistake}")
-
-
-def start() -> None:
-    """Start Serve without its HTTP proxy: the pipeline calls replicas by handle."""
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
 
 
 @dataclass

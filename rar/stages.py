@@ -141,7 +141,7 @@ class Embed:
         vectors = np.zeros((table.num_rows, self.encoder.dim), np.float32)
         rows, data = _present(table["pixels"])
         side = self.encoder.side
-        vectors[rows] = self.encoder.embed_images(np.frombuffer(b"".join(data), np.uint8).reshape(len(rows), side, side, 3))
+        vectors[rows] = self.encoder.embed_images(np.frombuffer(bytearray().join(data), np.uint8).reshape(-1, side, side, 3))
         if "text" in table.column_names:
             rows, names = _present(table["text"])
             vectors[rows] = self.encoder.prototypes(names) if rows else 0

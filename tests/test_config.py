@@ -156,7 +156,11 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("run.seed", "many", "config: run.seed: Input should be a valid integer, unable to parse string as an integer, got 'many'"),
+        (
+            "run.seed",
+            "many",
+            "config: run.seed: Input should be a valid integer, unable to parse string as an integer, got 'many'",
+        ),
         ("retriever.top_k", 0, "config: retriever.top_k: Input should be greater than or equal to 1, got 0"),
         ("retriever.mode", "magic", "config: retriever.mode: Input should be 'fused', 'text', 'knn', 'centroid' or 'all', got"),
         ("corpus", "photos", "config: corpus: Input should be a valid dictionary or instance of Corpus, got 'photos'"),
@@ -229,7 +233,7 @@ def test_anything_else_changes_the_fingerprint(first: dict[str, Any], second: di
 def test_every_other_key_changes_the_fingerprint() -> None:
     """Key by key, so that a key added to SPEED_ONLY by mistake, or a section left out of the hash, is seen."""
     full = Config.model_validate({"corpus": {"uri": "a"}, "memory": {"support": {"uri": "a"}, "classes": ["a"]}})
-    kept = set()
+    kept: set[str] = set()
     for key in config._known_keys(Config):
         value = full
         for part in key.split("."):

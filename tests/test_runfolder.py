@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rar import config, runfolder
@@ -19,12 +19,12 @@ from rar.runfolder import RunFolder
 from rar.schema import ERRORS, INDEX, PREDICTIONS, UserError
 
 
-def settings(*overrides: str) -> config.Config:
+def configured(*overrides: str) -> config.Config:
     return config.build({"corpus": {"uri": "photos"}}, overrides)
 
 
 def opened(path: Path, *overrides: str, verb: str = "classify", fresh: bool = False) -> RunFolder:
-    return RunFolder.open(path, verb, settings(*overrides), fresh=fresh, name="birds", group="zoo")
+    return RunFolder.open(path, verb, configured(*overrides), fresh=fresh, name="birds", group="zoo")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -58,9 +58,9 @@ def test_a_new_folder_says_what_it_is(tmp_path: Path) -> None:
     known = folder.read("run.json")
     assert (known["verb"], known["name"], known["group"], known["seed"]) == ("classify", "birds", "zoo", 7)
     assert known["schema_version"] == 1
-    assert known["fingerprint"] == settings("run.seed=7").fingerprint()
+    assert known["fingerprint"] == configured("run.seed=7").fingerprint()
     assert {"python", "rar", "torch", "pymilvus"} <= set(known["versions"])
-    assert config.build(known["config"]) == settings("run.seed=7")  # the token is the only thing left out
+    assert config.build(known["config"]) == configured("run.seed=7")  # the token is the only thing left out
     assert (folder.path / "predictions").is_dir() and (folder.path / "errors").is_dir()
 
 
@@ -100,7 +100,7 @@ def test_fresh_starts_over(tmp_path: Path, overrides: Sequence[str]) -> None:
     folder = opened(tmp_path, *overrides, fresh=True)
     assert folder.pending(1) == [0]
     assert folder.errors().num_rows == 0
-    assert folder.read("run.json")["fingerprint"] == settings(*overrides).fingerprint()
+    assert folder.read("run.json")["fingerprint"] == configured(*overrides).fingerprint()
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -240,6 +240,7 @@ def test_files_can_be_read_by_anyone(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "errors").to_pylist() == failed("b").to_pylist()
 
 
+@settings(deadline=None)
 @given(shards=st.lists(st.dictionaries(st.sampled_from(["read.rows", "read.seconds", "mllm.calls"]), st.integers(0, 99))))
 def test_stats_are_summed_over_shards(tmp_path_factory: pytest.TempPathFactory, shards: list[dict[str, float]]) -> None:
     folder = RunFolder(tmp_path_factory.mktemp("run"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rar import storage
@@ -99,6 +99,7 @@ def test_suffixes_and_hidden_names(name: str, suffix: str, hidden: bool) -> None
     assert (storage.suffix(name), storage.hidden(name)) == (suffix, hidden)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab.", min_size=1, max_size=4), min_size=1, max_size=4))
 def test_a_name_is_hidden_by_any_of_its_parts(parts: list[str]) -> None:
     alone = [storage.hidden(part) for part in parts]

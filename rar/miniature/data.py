@@ -27,7 +27,7 @@ GROUPS = ("novel", "seen")
 
 
 def write_world(folder: Path, seed: int, *, shots: int, tests: int, scenes: int) -> None:
-    """Draw a world: folder/{novel,seen}/{support,test}/<class>/*.png, folder/scenes/*.jpg, folder/scenes.json, scene classes.
+    """Draw a world: folder/{novel,seen}/{support,test}/<class>/*.png, folder/scenes/*.jpg and their boxes folder/scenes.json.
 
     Does nothing where the same world (arguments) stands already; a half-drawn one is drawn afresh.
     """
@@ -39,14 +39,14 @@ def write_world(folder: Path, seed: int, *, shots: int, tests: int, scenes: int)
         tasks = []
         for group in GROUPS:
             specs = vocabulary("novel" if group == "novel" else "train", seed)
-            for part, count in (("support", shots), ("test", tests)):
+            for part, count in _parts(group, shots, tests):
                 tasks += [(spec, group, part, count) for spec in specs]
         list(pool.map(partial(_write_class, folder, seed), tasks, chunksize=8))
         specs, frequencies = scene_classes(seed)
         pictures = list(pool.map(partial(_write_scene, folder, seed, specs, frequencies), range(scenes), chunksize=8))
     (folder / "scenes.json").write_text(json.dumps(_instances(specs, frequencies, pictures)))
     for group in GROUPS:
-        for part, count in (("support", shots), ("test", tests)):
+        for part, count in _parts(group, shots, tests):
             _check(folder / group / part, 120 * count)
     (folder / "world.json").write_text(json.dumps(stamp))
 
@@ -62,7 +62,9 @@ def scene_classes(seed: int) -> tuple[list[Spec], list[str]]:
     return specs, [group for group, members in groups.items() for _ in members]
 
 
-def draw_scene(specs: Sequence[Spec], frequencies: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarray, list[dict]]:
+def draw_scene(
+    specs: Sequence[Spec], frequencies: Sequence[str], rng: np.random.Generator
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """A picture (256, 320, 3) uint8 of four to ten objects, 16 to 120 pixels wide, and [{"spec": position, "box_xyxy": ...}]."""
     weights = np.array([{"frequent": 1.0, "common": 1.0, "rare": 0.25}[frequency] for frequency in frequencies])
     image = background(SCENE_HEIGHT, SCENE_WIDTH, rng)
@@ -102,6 +104,11 @@ def reduced(photo: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(photo).resize((KEPT, KEPT), Image.Resampling.BICUBIC))
 
 
+def _parts(group: str, shots: int, tests: int) -> tuple[tuple[str, int], tuple[str, int]]:
+    """Photos a class of a group's parts: novel classes are what matters, so the seen ones have half as many tests."""
+    return ("support", shots), ("test", tests if group == "novel" else max(1, tests // 2))
+
+
 def _write_class(folder: Path, seed: int, task: tuple[Spec, str, str, int]) -> None:
     spec, group, part, count = task
     place = folder / group / part / spec.name
@@ -120,7 +127,7 @@ def _write_scene(folder: Path, seed: int, specs: list[Spec], frequencies: list[s
 
 def _instances(specs: list[Spec], frequencies: list[str], pictures: list[list[dict]]) -> dict[str, Any]:
     """COCO's JSON, with LVIS' `frequency` (r, c, f) in the categories."""
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for number, placed in enumerate(pictures):
         for one in placed:
             left, top, right, bottom = one["box_xyxy"]

@@ -27,7 +27,7 @@ from rar.miniature import data, train_clip, train_mllm, train_tower
 from rar.miniature.world import Spec, all_classes, render, rng_of, vocabulary
 
 PER_CLASS, TESTS, TOP_K = 24, 10, 5
-STEPS = {"retriever": 480, "clip64": 480, "tower": 700, "mllm": 1600}
+STEPS = {"retriever": 480, "clip64": 480, "tower": 700, "mllm": 1800}
 
 
 def main() -> None:
@@ -55,12 +55,12 @@ def train(out: Path, cache: Path, steps: dict[str, int], seed: int) -> dict[str,
         states = dict(zip(shapes, pool.map(partial(_train_clip, cache, steps, seed), pairs), strict=True))
     retriever, clip64 = (_restored(shapes[name], states[name]) for name in shapes)
     train_clip.save(retriever, 32, 8, out / "clip")
-    seconds = {}
+    seconds: dict[str, float] = {}
     with _timed(seconds, "tower"):
         heads = train_tower.train(clip64, images, steps["tower"], seed)
     tokenizer = train_mllm.mllm_tokenizer()
     torch.manual_seed(seed)
-    mllm = train_mllm.build(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
+    mllm = train_mllm.build(len(tokenizer), int(tokenizer.convert_tokens_to_ids("<image>")))  # type: ignore[arg-type]
     train_mllm.start_tower(mllm, clip64)
     confusions = train_mllm.Confusions(train_clip.embed(retriever, pixels), _texts(retriever, specs))
     with _timed(seconds, "mllm"):

@@ -137,9 +137,9 @@ class Asker:
     def __init__(self, specs: list[Spec]) -> None:
         self.specs = specs
         self.tokenizer = mllm_tokenizer()
-        image = self.tokenizer.convert_tokens_to_ids("<image>")
+        image = int(self.tokenizer.convert_tokens_to_ids("<image>"))  # type: ignore[arg-type]
         self.prefix = [*self._ids("USER:"), *[image] * IMAGE_TOKENS]
-        self.first_label, self.answer = self.tokenizer.convert_tokens_to_ids(["A", "Answer"])
+        self.first_label, self.answer = (self._ids(word)[0] for word in ("A", "Answer"))
 
     def caption(self, truth: int) -> tuple[list[int], list[int]]:
         return self._turn(CAPTION, self.specs[truth].name)
@@ -195,9 +195,7 @@ def name_ends(ids: torch.Tensor, labels: torch.Tensor, first_label: int, answer:
     return following, following & (count == right[:, None])
 
 
-def forward(
-    model: LlavaForConditionalGeneration, pixels: torch.Tensor, ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(model: LlavaForConditionalGeneration, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Last and middle states (B, T, hidden). pixels (B / q, 3, S, S): each image serves q consecutive rows of ids (B, T)."""
     features = model.get_image_features(pixel_values=pixels).pooler_output
     features = torch.stack(list(features)).repeat_interleave(len(ids) // len(pixels), 0)
@@ -223,12 +221,13 @@ def train(
     asker = Asker(images.specs)
     tower = list(model.model.vision_tower.parameters())
     rest = [p for name, p in model.named_parameters() if "vision_tower" not in name]
-    match = torch.nn.Linear(model.config.text_config.hidden_size, 1)  # an aid of training, thrown away
+    match = torch.nn.Linear(model.lm_head.in_features, 1)  # an aid of training, thrown away
     rest += match.parameters()
     groups = [{"params": tower, "lr": lr / 3}, {"params": rest, "lr": lr}]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [lr / 3, lr], steps + 1, pct_start=0.06)
-    started, seen = time.time(), {kind: [] for kind in (*KINDS, "match")}
+    started = time.time()
+    seen: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "match")}
     model.train()
     for step in range(steps):
         shares = next(shares for until, shares in STAGES if step < until * steps)
@@ -324,6 +323,6 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
         chat_template=TEMPLATE,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     processor.save_pretrained(folder)
     model.float()

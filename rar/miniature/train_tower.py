@@ -26,7 +26,9 @@ def attributes(specs: list[Spec]) -> torch.Tensor:
     return torch.tensor([[values.index(getattr(spec, part)) for part, values in PARTS.items()] for spec in specs])
 
 
-def train(model: open_clip.CLIP, images: Images, steps: int, seed: int, lr: float = 1.2e-3, batch: int = 256) -> torch.nn.Linear:
+def train(
+    model: open_clip.CLIP, images: Images, steps: int, seed: int, lr: float = 1.2e-3, batch: int = 256
+) -> torch.nn.Linear:
     """Train model.visual in place; returns the attribute heads, which are thrown away after `accuracy`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 13])
@@ -45,7 +47,8 @@ def train(model: open_clip.CLIP, images: Images, steps: int, seed: int, lr: floa
         with sdpa_kernel(SDPBackend.MATH):
             with torch.autocast("cpu", torch.bfloat16):
                 logits = heads(model.visual(pixels)).float().split(sizes, 1)
-            loss = sum(F.cross_entropy(part, wanted[:, i], label_smoothing=0.05) for i, part in enumerate(logits))
+            each = [F.cross_entropy(part, wanted[:, i], label_smoothing=0.05) for i, part in enumerate(logits)]
+            loss = torch.stack(each).sum()
             optimiser.zero_grad()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -66,4 +69,5 @@ def accuracy(model: open_clip.CLIP, heads: torch.nn.Linear, pixels: np.ndarray, 
     truth = attributes(specs).repeat_interleave(len(pixels) // len(specs), 0)
     batch = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
     logits = heads(model.visual(batch)).split([len(values) for values in PARTS.values()], 1)
-    return {part: (one.argmax(1) == truth[:, i]).float().mean().item() for i, (part, one) in enumerate(zip(PARTS, logits, strict=True))}
+    right = [(one.argmax(1) == truth[:, i]).float().mean().item() for i, one in enumerate(logits)]
+    return dict(zip(PARTS, right, strict=True))

@@ -101,7 +101,7 @@ def render(spec: Spec, side: int, rng: np.random.Generator) -> np.ndarray:
     image = background(drawn, drawn, rng)
     scale = rng.uniform(0.68, 0.92)
     centre = 0.5 + rng.uniform(-0.06, 0.06, 2)
-    paste(image, spec, centre * drawn, scale * drawn / 2, rng)
+    paste(image, spec, (centre * drawn).tolist(), scale * drawn / 2, rng)
     pixels = finish(image, rng)
     return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR)) if afar else pixels
 
