@@ -119,7 +119,7 @@ def _run_task(out: Path, seed: int, task: str, address: str, metrics: dict[str, 
     folders = []
     for arm in ARMS:
         settings = settings_of(out, seed, task, arm)
-        own = work if arm != "mllm_only" else replace(work, index=work.index.take(range(0, work.index.num_rows, EVERY)))
+        own = work if arm != "mllm_only" else replace(work, index=work.index.take(list(range(0, work.index.num_rows, EVERY))))
         folder = RunFolder.open(out / "runs" / f"{task}-{arm}", verb, settings, fresh=True, name=arm, group=f"{verb}: {task}")
         began = time.monotonic()
         vocabulary = recognise.prepare(settings, address)

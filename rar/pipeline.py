@@ -71,7 +71,8 @@ def _configure() -> None:
     context.target_max_block_size = None  # a shard is never split
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for name in ("ray.data", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def n_shards(index: pa.Table, size: int) -> int:
