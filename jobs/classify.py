@@ -39,6 +39,8 @@ def run(verb: str, config_file: Path, out: Path | None, sets: list[str], dry_run
     for key in ("top1", "top5", "candidate_recall", "ranked_fraction", "ap", "ap_rare"):
         if metrics.get(key) is not None:
             say(f"  {key} {metrics[key]:.4f}")
+    if strange := metrics.get("out_of_vocabulary"):
+        say(f"  {strange:,.0f} labels of the corpus are no class of the memory and count as wrong")
     return verdict(folder, settings)
 
 

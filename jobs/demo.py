@@ -27,7 +27,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 ALWAYS = ("mllm_only", "rar_paper")  # the ranker's order is final, as in the paper
 TASKS = ("novel", "seen", "scenes")
-EVERY = 12  # mllm_only reads 120 or more names an image: it is asked for every twelfth one
+EVERY = 24  # mllm_only reads 120 or more names an image: it is asked for every 24th one
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the world, the memories and the runs.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=8, help="World seed: other photos and other novel classes.")]

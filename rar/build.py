@@ -109,7 +109,7 @@ def _embed(settings: Config, planned: Plan, facts: pipeline.EncoderFacts) -> pa.
         index = planned.support
         images = pipeline.decoded(pipeline.shards_of(index, size, range(pipeline.n_shards(index, size))), facts)
         datasets.append(images.map_batches(_keep_image_columns, batch_size=None, batch_format="pyarrow"))
-    rows = pipeline.collect(pipeline.embedded(datasets[0].union(*datasets[1:]), settings.encoder))
+    rows = pipeline.collect(pipeline.embedded(pipeline.together(datasets), settings.encoder))
     return _with_entry_columns(rows, class_of, facts.fingerprint)
 
 

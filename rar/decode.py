@@ -77,14 +77,13 @@ def fit_square(image: np.ndarray, side: int, resize_mode: str, interpolation: st
     """(H, W, 3) uint8 -> (side, side, 3) uint8 as open_clip's preprocessing does it.
 
     resize_mode: `shortest` resizes the shorter side to `side` and crops the middle, `squash` stretches. interpolation:
-    `bicubic` or `bilinear`, antialiased. Resizing and cropping are one step here, so pixels outside the crop are never computed.
+    `bicubic` or `bilinear`, antialiased. Resizing and cropping are one step here, so what is cropped away is never computed.
     """
     kernel = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
     if resize_mode == "squash":
         return np.asarray(Image.fromarray(image).resize((side, side), kernel))
     height, width = image.shape[:2]
-    scale = side / min(height, width)
-    grown_width, grown_height = max(side, round(width * scale)), max(side, round(height * scale))
+    grown_width, grown_height = (int(side * length / min(height, width)) for length in (width, height))
     left, top = round((grown_width - side) / 2) / grown_width * width, round((grown_height - side) / 2) / grown_height * height
     right, bottom = left + side / grown_width * width, top + side / grown_height * height
     box = (left, top, min(right, width), min(bottom, height))

@@ -42,6 +42,7 @@ LOCAL_SLOTS = 6  # logical CPUs of a laptop's Ray: encoder, ranker and decode ta
 def local_ray() -> Iterator[None]:
     """Join the cluster this process was submitted to (RAY_ADDRESS), or start Ray here, quietly, and stop it afterwards."""
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # workers need no second `uv run`: this environment is complete
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at barriers starve their neighbours on few cores
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if ray.is_initialized():
@@ -61,9 +62,23 @@ def _start() -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if "RAY_ADDRESS" in os.environ:
         ray.init(**quiet)
-    else:
-        slots = max(LOCAL_SLOTS, os.cpu_count() or 1)
+        return
+    slots = max(LOCAL_SLOTS, os.cpu_count() or 1)
+    with _silent_stderr():
         ray.init(address="local", num_cpus=slots, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Ray's C++ core writes a banner past Python's logging; what fails here is raised, not printed."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _configure() -> None:
@@ -113,6 +128,11 @@ def embedded(dataset: Dataset, settings: config.Encoder) -> Dataset:
         num_cpus=1,
         num_gpus=1 if settings.device.startswith("cuda") else 0,
     )
+
+
+def together(datasets: Sequence[Dataset]) -> Dataset:
+    """Datasets of equal columns as one, so that they share a pool of actors."""
+    return datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
 
 
 def collect(dataset: Dataset) -> pa.Table:
@@ -169,7 +189,7 @@ def progress(folder: RunFolder, total: int, title: str) -> Iterator[None]:
     start, began = sum(folder.progress()), time.monotonic()
 
     def report() -> None:
-        while not done.wait(3):
+        while not done.wait(5):
             now = sum(folder.progress())
             rate = (now - start) / (time.monotonic() - began)
             left = f"{(total - now) / rate:.0f} s left" if rate else "starting"

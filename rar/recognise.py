@@ -125,7 +125,7 @@ def run(
             embedded = embed(settings, work, vocabulary.facts, numbers)
         with pipeline.progress(folder, sum(expected.values()), folder.path.name):
             rank(settings, embedded, vocabulary, calibration, ShardSink(folder.path, expected))
-    return finish(settings, work, folder, calibration, time.monotonic() - started)
+    return finish(settings, work, folder, calibration, vocabulary, time.monotonic() - started)
 
 
 def dry_run(settings: Config, work: Work, path: Path) -> str:
@@ -253,7 +253,9 @@ def rankings_of(table: pa.Table) -> list[Ranking]:
     return found
 
 
-def finish(settings: Config, work: Work, folder: RunFolder, calibration: route.Calibration, seconds: float) -> dict[str, float]:
+def finish(
+    settings: Config, work: Work, folder: RunFolder, calibration: route.Calibration, vocabulary: Vocabulary, seconds: float
+) -> dict[str, float]:
     """Write run.json's counts and metrics.json; returns the metrics. Raises RuntimeError where rows are missing."""
     if work.faults.num_rows:
         folder.write_faults(work.faults)
@@ -262,26 +264,28 @@ def finish(settings: Config, work: Work, folder: RunFolder, calibration: route.C
     counts = {"input": total, "ok": predicted, "failed": failed, "skipped": work.empty_images}
     if predicted + failed + work.empty_images != total:
         raise RuntimeError(f"{folder.path}: {total} rows went in, {predicted} + {failed} + {work.empty_images} came out")
-    values = dict(measure(settings, work, folder, calibration))
+    values = dict(measure(settings, work, folder, calibration, vocabulary))
     folder.finish(counts, values, seconds)
     return values
 
 
-def measure(settings: Config, work: Work, folder: RunFolder, calibration: route.Calibration) -> dict[str, float]:
+def measure(
+    settings: Config, work: Work, folder: RunFolder, calibration: route.Calibration, vocabulary: Vocabulary
+) -> dict[str, float]:
     """metrics.json of a run: accuracies where labels are known; for detection also AP against the corpus' own boxes."""
-    predictions = folder.predictions()
+    predictions, names = folder.predictions(), list(vocabulary.names.values())
     if not work.boxed:
         truth = dict(zip(work.index["uri"].to_pylist(), work.index["label"].to_pylist(), strict=True))
-        return metrics.classification(predictions, [truth[uri] for uri in predictions["uri"].to_pylist()])
+        return metrics.classification(predictions, [truth[uri] for uri in predictions["uri"].to_pylist()], names)
     rows = predictions.to_pylist()
     at = _boxes_of(work.index)
     found = [at[row["uri"], tuple(row["box_xyxy"])] for row in rows]
     labels = [label for _, _, label in found]
-    values = metrics.classification(predictions, labels) if any(labels) else {}
+    values = metrics.classification(predictions, labels, names) if any(labels) else {}
     assert settings.corpus is not None
     categories = detect.category_names(settings.corpus.uri)
     known = set(categories.values())
-    if not all(c["class_name"] in known for row in rows for c in row["candidates"]):
+    if not known.issuperset(names):
         return values  # a vocabulary of its own: there is no truth to hold it against
     fused = [
         route.fuse(candidates, ranking, calibration)[1]

@@ -56,6 +56,8 @@ class RunFolder:
     @classmethod
     def check(cls, path: Path, verb: str, settings: Config, *, fresh: bool) -> None:
         """Raises UserError for a folder that is not a run's, or (unless `fresh`) holds a run of another verb or config."""
+        if path.is_file():
+            raise UserError(f"{path} is a file; choose a folder for --out")
         if not path.exists() or not any(path.iterdir()):
             return
         if not (path / "run.json").is_file():

@@ -61,6 +61,7 @@ class Crop:
     def _boxes(self, picture: dict) -> list[dict]:
         keep = {name: picture[name] for name in ("shard", "row", "uri", "image_id", "coco_id", "stage", "error")}
         boxes = np.array(picture["boxes_xyxy"], np.float64).reshape(-1, 4)
+        keep["seconds_read"] = picture.get("seconds_read", 0.0) / max(len(boxes), 1)
         own = zip(boxes.tolist(), picture["box_scores"], picture["box_labels"], strict=True)
         rows = [{**keep, "box_xyxy": box, "box_score": score, "label": label} for box, score, label in own]
         if picture["error"] is not None or not rows:
@@ -84,6 +85,7 @@ class Crop:
 
 CROPS = pa.schema(
     [
+        ("seconds_read", pa.float64()),
         ("shard", pa.int32()),
         ("row", pa.int64()),
         ("uri", pa.string()),

@@ -65,7 +65,7 @@ def scene_classes(seed: int) -> tuple[list[Spec], list[str]]:
 def draw_scene(
     specs: Sequence[Spec], frequencies: Sequence[str], rng: np.random.Generator
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """A picture (256, 320, 3) uint8 of four to ten objects, 16 to 120 pixels wide, and [{"spec": position, "box_xyxy": ...}]."""
+    """A picture (256, 320, 3) uint8 of up to ten objects, 16 to 120 pixels wide, and [{"spec": position, "box_xyxy": ...}]."""
     weights = np.array([{"frequent": 1.0, "common": 1.0, "rare": 0.25}[frequency] for frequency in frequencies])
     image = background(SCENE_HEIGHT, SCENE_WIDTH, rng)
     placed: list[dict] = []

@@ -1,7 +1,7 @@
-"""Trains everything: `python -m rar.miniature.train --out DIR` draws the photos, trains, measures and writes weights and card.
+"""Trains everything: `python -m rar.miniature.train --out DIR` draws photos, trains, measures and writes weights and card.
 
-In order, on two cores: the retriever (CLIP, 32 pixels) beside a CLIP of 64 pixels, whose tower then learns attributes; from that
-one tower start the MLLM and the control. The control is a CLIP of the MLLM's resolution and tower, trained contrastively for
+In order, on two cores: the retriever (CLIP, 32 pixels) beside a CLIP of 64 pixels, whose tower then learns attributes; from it
+start the MLLM and the control. The control is a CLIP of the MLLM's resolution and tower, trained contrastively for
 as many seconds as the MLLM was: it says what pixels and minutes alone are worth.
 
 Validation families choose; novel classes are looked at once, at the end, for the card. Seeded, but not bit for bit the same

@@ -6,8 +6,8 @@ the object's width, five pixels there, so that the retriever confuses siblings a
 A *family* is a (shape, colour) pair. Families are split, not classes: of 100, 70 may be trained on, 10 choose models
 (validation) and 20 are novel, i.e. no weight sees such a pair in any image or text. Every shape and every colour occurs in
 all three, so novelty is in the combination. `vocabulary` draws 120 classes of a split: 20 families (10 for validation) of
-two or four patterns x three markings, so that every class has two siblings which differ in the marking alone. Vocabularies
-of world seeds 0..8 are disjoint.
+two or four patterns x three markings, so that every class has two siblings which differ in the marking alone. The novel
+vocabularies of world seeds 0..8 are disjoint.
 
 Everything is a function of (world seed, split, class, image number): equal arguments give equal pixels. Formulas, not a
 drawing library, because pixels then do not depend on its version. Cost: about a millisecond an image of 96 pixels.
