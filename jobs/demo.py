@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,17 +17,18 @@ import typer
 
 from jobs.common import guarded, quiet, say
 
+FREE_TEXT = {"method": "generate", "max_new_tokens": 48, "batch_size": 64}
 ARMS: dict[str, dict[str, Any]] = {
     "zero_shot": {"retriever": {"mode": "text"}, "ranker": {"method": "none"}},
     "knn": {"retriever": {"mode": "knn", "n_neighbors": 20}, "ranker": {"method": "none"}},
     "retriever": {"retriever": {"mode": "fused"}, "ranker": {"method": "none"}},
-    "mllm_only": {"retriever": {"mode": "all"}, "ranker": {"method": "generate", "max_new_tokens": 48}},
-    "rar_paper": {"retriever": {"mode": "knn"}, "ranker": {"method": "generate", "max_new_tokens": 48}},
+    "mllm_only": {"retriever": {"mode": "all"}, "ranker": FREE_TEXT},
+    "rar_paper": {"retriever": {"mode": "knn"}, "ranker": FREE_TEXT},
     "rar": {"retriever": {"mode": "fused"}, "ranker": {"method": "letters"}},
 }
 ALWAYS = ("mllm_only", "rar_paper")  # the ranker's order is final, as in the paper
 TASKS = ("novel", "seen", "scenes")
-EVERY = 24  # mllm_only reads 120 or more names an image: it is asked for every 24th one
+EVERY = 60  # mllm_only reads 120 or more names an image: it is asked for every 60th one
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the world, the memories and the runs.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=8, help="World seed: other photos and other novel classes.")]
@@ -36,7 +37,7 @@ Tests = Annotated[int, typer.Option("--tests", min=1, help="Test photos a novel 
 Scenes = Annotated[int, typer.Option("--scenes", min=1, help="Pictures with boxes for detection.")]
 
 
-def demo(out: Out = Path("runs/demo"), seed: Seed = 0, shots: Shots = 4, tests: Tests = 12, scenes: Scenes = 120) -> None:
+def demo(out: Out = Path("runs/demo"), seed: Seed = 0, shots: Shots = 4, tests: Tests = 9, scenes: Scenes = 100) -> None:
     """Run retrieve-and-rank on the miniature world: memory, classify, detect, report, and a table of arms.
 
     Example: rar demo --seed 1 --out runs/demo1
@@ -52,10 +53,7 @@ def run(out: Path, seed: int, shots: int, tests: int, scenes: int) -> int:
     say(f"drawing the world of seed {seed}: 120 novel and 120 seen classes, {scenes} scenes")
     with ThreadPoolExecutor(1) as pool:  # Ray and Milvus start while the photos are drawn
         drawn = pool.submit(write_world, out / "world", seed, shots=shots, tests=tests, scenes=scenes)
-        import rar.recognise  # noqa: F401  the heavy imports, meanwhile
-
-        drawn.result()
-    metrics, folders = _run_arms(out, seed, started)
+        metrics, folders = _run_arms(out, seed, started, drawn)
     _report(out, metrics, folders)
     print(table(metrics))
     say(f"report: {out / 'report.html'}   metrics: {out / 'metrics.json'}   {metrics['seconds']:.0f} s")
@@ -83,16 +81,17 @@ def settings_of(out: Path, seed: int, task: str, arm: str) -> Any:
     return config.build(data)
 
 
-def _run_arms(out: Path, seed: int, started: float) -> tuple[dict[str, float], list[Path]]:
+def _run_arms(out: Path, seed: int, started: float, drawn: Future[None]) -> tuple[dict[str, float], list[Path]]:
     from rar import build, recognise, serve
 
     shutil.rmtree(out / "runs", ignore_errors=True)
     shutil.rmtree(out / "memory.milvus", ignore_errors=True)
-    _scene_support(out / "world", seed)
     metrics: dict[str, float] = {}
     folders: list[Path] = []
     with recognise.session(settings_of(out, seed, "novel", "rar"), create=True) as address, ThreadPoolExecutor(1) as pool:
         deployed = [pool.submit(serve.deploy, settings_of(out, seed, "novel", arm).ranker) for arm in ("rar", *ALWAYS)]
+        drawn.result()
+        _scene_support(out / "world", seed)
         for task in TASKS:
             say(f"{task}: building the memory")
             build.build(settings_of(out, seed, task, "rar"), address, fresh=False)

@@ -114,13 +114,17 @@ def _embed(settings: Config, planned: Plan, facts: pipeline.EncoderFacts) -> pa.
 
 
 COLUMNS = pa.schema(
-    [(name, pa.string()) for name in ("uri", "image_id", "label", "stage", "error", "text")] + [("pixels", pa.large_binary())]
+    [
+        ("shard", pa.int32()),
+        *((name, pa.string()) for name in ("uri", "image_id", "label", "stage", "error", "text")),
+        ("pixels", pa.large_binary()),
+    ]
 )
 
 
 def _as_image_rows(names: pa.Table) -> pa.Table:
     empty = {field.name: pa.nulls(names.num_rows, field.type) for field in COLUMNS}
-    return pa.table({**empty, "text": names["text"], "label": names["text"]}, schema=COLUMNS)
+    return pa.table({**empty, "shard": names["shard"], "text": names["text"], "label": names["text"]}, schema=COLUMNS)
 
 
 def _keep_image_columns(table: pa.Table) -> pa.Table:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,6 @@ class ClipEncoder:
         self.interpolation: str = self.preprocess["interpolation"]
         if self.resize_mode not in ("shortest", "squash"):
             raise UserError(f"encoder.model: {settings.model} has resize_mode {self.resize_mode!r}, not shortest or squash")
-        if self.device == "cpu":  # Ray gives an actor of one CPU one thread; the encoder's actors share the machine instead
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
         self.mean = torch.tensor(self.preprocess["mean"], device=self.device).view(1, 3, 1, 1) * 255
         self.std = torch.tensor(self.preprocess["std"], device=self.device).view(1, 3, 1, 1) * 255
         self.dim: int = self.embed_texts(["a"]).shape[1]

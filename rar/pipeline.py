@@ -4,8 +4,10 @@ A block is a shard. Blocks are kept whole (no size limit splits them, no batch r
 written, resumed and batched together (see runfolder). Cost: a worker holds a shard of encoded images in memory, about
 `run.shard_size` x the mean file size; choose smaller shards for very large pictures.
 
-Actors hold what is slow to load (the encoder); everything else is a task. The encoder's actors and the decode tasks run at
-the same time, so decoding overlaps the forward pass; ranking is a remote call, so its tasks wait more than they work.
+A shard is one task from reading to writing. What is slow to load lives in actors that the task calls: encoders here, rankers
+on Ray Serve. While one task waits for a model, others decode, so decoding overlaps the forward pass. The encoders belong to
+the session and not to a Ray Data actor pool, because a pool starts anew with every pipeline: importing torch and open_clip
+takes longer than embedding thousands of small pictures. Cost: their number is fixed (`encoder.workers`), not autoscaled.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import Dataset
 from ray.data.datasource import Datasink
 from tenacity import retry, stop_after_attempt
 
@@ -35,14 +37,14 @@ from rar.runfolder import RunFolder
 from rar.schema import UserError
 
 OBJECT_STORE_BYTES = 1 << 30
-LOCAL_SLOTS = 6  # logical CPUs of a laptop's Ray: encoder, ranker and decode tasks are placed at once and share the cores
+LOCAL_SLOTS = 5  # logical CPUs of a laptop's Ray: encoder, rankers and tasks are placed at once and share the cores
+TASK_CPUS = 0.5  # tasks wait for models about as much as they work
 
 
 @contextmanager
 def local_ray() -> Iterator[None]:
     """Join the cluster this process was submitted to (RAY_ADDRESS), or start Ray here, quietly, and stop it afterwards."""
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # workers need no second `uv run`: this environment is complete
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at barriers starve their neighbours on few cores
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if ray.is_initialized():
@@ -53,6 +55,9 @@ def local_ray() -> Iterator[None]:
     try:
         yield
     finally:
+        logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # its metrics thread outlives Ray by a moment
+        encoders.cache_clear()
+        encoder_facts.cache_clear()
         ray.shutdown()
 
 
@@ -106,7 +111,7 @@ def _shard(index: pa.Table, size: int, number: int) -> pa.Table:
 
 def through(dataset: Dataset, name: str, work: stages.Stage) -> Dataset:
     """Add a stage that runs as tasks, one whole shard a call."""
-    return dataset.map_batches(stages.timed(name, work), batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+    return dataset.map_batches(stages.timed(name, work), batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
 
 
 def decoded(dataset: Dataset, encoder: EncoderFacts, crop: config.Crop | None = None) -> Dataset:
@@ -118,16 +123,15 @@ def decoded(dataset: Dataset, encoder: EncoderFacts, crop: config.Crop | None = 
 
 
 def embedded(dataset: Dataset, settings: config.Encoder) -> Dataset:
-    """pixels (and text) -> vector, by actors that hold the encoder."""
-    return dataset.map_batches(
-        stages.Embed,
-        fn_constructor_args=(settings,),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=settings.workers),
-        num_cpus=1,
-        num_gpus=1 if settings.device.startswith("cuda") else 0,
-    )
+    """pixels (and text) -> vector, by the session's encoders; shards take turns among them."""
+    actors = encoders(settings.model_dump_json())
+
+    def embed(table: pa.Table) -> pa.Table:
+        if table.num_rows == 0:
+            return stages.with_vectors(table, np.zeros((0, 1), np.float32))
+        return ray.get(actors[table["shard"][0].as_py() % len(actors)].embed.remote(table))
+
+    return dataset.map_batches(embed, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
 
 
 def together(datasets: Sequence[Dataset]) -> Dataset:
@@ -159,27 +163,44 @@ class EncoderFacts:
         return fit_square(image, self.side, self.resize_mode, self.interpolation)
 
 
+@ray.remote(max_restarts=-1, max_task_retries=-1)
+class EncoderActor:
+    """One loaded encoder. It outlives a pipeline: the memory, the calibration and every run of a session share it."""
+
+    def __init__(self, settings: str) -> None:
+        self.mistake: str | None = None  # kept and asked for: a constructor that raises would be tried again and again
+        try:
+            self.stage = stages.Embed(config.Encoder.model_validate_json(settings))
+        except UserError as error:
+            self.mistake = str(error)
+
+    def facts(self) -> EncoderFacts | str:
+        """What the driver must know, or what the user must mend."""
+        if self.mistake is not None:
+            return self.mistake
+        encoder = self.stage.encoder
+        return EncoderFacts(encoder.side, encoder.dim, encoder.fingerprint(), encoder.resize_mode, encoder.interpolation)
+
+    def embed(self, table: pa.Table) -> pa.Table:
+        return self.stage(table)
+
+
+@lru_cache
+def encoders(settings: str) -> tuple[Any, ...]:
+    """The session's actors for a config.Encoder as JSON; `local_ray` forgets them."""
+    parsed = config.Encoder.model_validate_json(settings)
+    gpus = 0 if parsed.device == "cpu" or not ray.cluster_resources().get("GPU") else 1
+    start = EncoderActor.options(num_cpus=1, num_gpus=gpus)  # type: ignore[attr-defined]
+    return tuple(start.remote(settings) for _ in range(parsed.workers))
+
+
 @lru_cache
 def encoder_facts(settings: str) -> EncoderFacts:
-    """settings: a config.Encoder as JSON. Raises UserError for a model that cannot be loaded."""
-    try:
-        return EncoderFacts(**ray.get(_probe.remote(settings)))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, UserError) else error from None
-
-
-@ray.remote(num_cpus=1)
-def _probe(settings: str) -> dict[str, Any]:
-    from rar.embed import ClipEncoder
-
-    encoder = ClipEncoder(config.Encoder.model_validate_json(settings))
-    return {
-        "side": encoder.side,
-        "dim": encoder.dim,
-        "fingerprint": encoder.fingerprint(),
-        "resize_mode": encoder.resize_mode,
-        "interpolation": encoder.interpolation,
-    }
+    """Of a config.Encoder as JSON. Raises UserError for a model that cannot be loaded."""
+    found = ray.get(encoders(settings)[0].facts.remote())
+    if isinstance(found, str):
+        raise UserError(found)
+    return found
 
 
 @contextmanager

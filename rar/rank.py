@@ -12,7 +12,6 @@ its row is a FALLBACK with calls = 0, where a reply that nobody can read is a FA
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,8 +46,6 @@ class MllmRanker:
         """model_path: a local folder or a hub name (config.model may be 'miniature', which the caller resolves)."""
         self.config = config
         self.device = _device(config.device)
-        if self.device.type == "cpu":  # Ray gives a replica of one CPU one thread; the replicas share the machine instead
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.max_replicas))
         self.processor, self.model = _load(config, model_path, self.device)
         self.window: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.model_path = model_path

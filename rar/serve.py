@@ -71,6 +71,7 @@ def app_name(settings: config.Ranker) -> str:
 def deploy(settings: config.Ranker) -> None:
     """Start the application for a ranker and return when it answers; does nothing where it runs already.
 
+    It ends with this command's own Ray; on a cluster that was joined it stays, for the jobs that share it.
     Raises UserError where its model cannot be loaded.
     """
     name = app_name(settings)

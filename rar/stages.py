@@ -147,7 +147,7 @@ class Embed:
         if "text" in table.column_names:
             rows, names = _present(table["text"])
             vectors[rows] = self.encoder.prototypes(names) if rows else 0
-        return table.drop_columns(["pixels"]).append_column("vector", vectors_column(vectors))
+        return with_vectors(table, vectors)
 
 
 class Retrieve:
@@ -244,6 +244,11 @@ class Rank:
 def vectors_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
     """(N, D) float32 as an Arrow column."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float32()), vectors.shape[1])
+
+
+def with_vectors(table: pa.Table, vectors: np.ndarray) -> pa.Table:
+    """pixels -> vector: (N, D) float32 takes their place."""
+    return table.drop_columns(["pixels"]).append_column("vector", vectors_column(vectors))
 
 
 def vectors_of(table: pa.Table) -> np.ndarray:
