@@ -169,6 +169,8 @@ def read_json(path: str) -> Any:
             return json.load(file)
     except FileNotFoundError:
         raise UserError(f"file not found: {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; a COCO or LVIS JSON file is needed here") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 

@@ -54,7 +54,7 @@ class ClipEncoder:
         """pixels (N, side, side, 3) uint8 RGB -> (N, dim) float32, unit norm. Batches of a fixed size, in order."""
         out = [np.zeros((0, self.dim), np.float32)]
         for start in range(0, len(pixels), self.settings.batch_size):
-            batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + self.settings.batch_size]))
+            batch = torch.from_numpy(np.array(pixels[start : start + self.settings.batch_size]))
             batch = (batch.to(self.device).permute(0, 3, 1, 2).float() - self.mean) / self.std
             features = self._encode(batch.to(DTYPES[self.settings.precision]))
             out.append(F.normalize(features.float(), dim=1).cpu().numpy())
