@@ -91,7 +91,7 @@ def save_llava(folder: Path, tokenizer: PreTrainedTokenizerFast, window: int = 2
     config = LlavaConfig(
         vision_config=vision,
         text_config=LlamaConfig(**text_sizes(tokenizer, window)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),  # type: ignore[arg-type]
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     )
@@ -112,10 +112,10 @@ def save_idefics3(folder: Path) -> Path:
     vision = dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16
     )
-    config = Idefics3Config(
+    config = Idefics3Config(  # type: ignore[call-arg]
         vision_config=vision,
         text_config=LlamaConfig(**text_sizes(tokenizer)),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),  # type: ignore[arg-type]
         pad_token_id=0,
         scale_factor=2,
     )
@@ -146,10 +146,10 @@ def save_qwen(folder: Path) -> Path:
             fullatt_block_indexes=[1],
             window_size=56,
         ),
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
+        image_token_id=image,  # type: ignore[arg-type]
+        video_token_id=video,  # type: ignore[arg-type]
+        vision_start_token_id=start,  # type: ignore[arg-type]
+        vision_end_token_id=end,  # type: ignore[arg-type]
     )
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     pixels: dict[str, Any] = dict(min_pixels=56 * 56, max_pixels=84 * 84)
