@@ -38,7 +38,7 @@ class RunFolder:
     """Paths and rules of one run folder. Opening refuses a folder of another verb or config."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path.absolute()  # workers may stand elsewhere
 
     @classmethod
     def open(cls, path: Path, verb: str, settings: Config, *, fresh: bool, name: str, group: str) -> RunFolder:

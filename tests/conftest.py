@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # before ray is imported, as the commands do
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
