@@ -62,7 +62,7 @@ def verdict(folder: RunFolder, settings: Config) -> int:
 
 
 def quiet() -> None:
-    """Third parties' banners, progress bars and surprises off. Ray reads some of these when it is imported, so call this first."""
+    """Third parties' banners, progress bars and surprises off; to be called first, as Ray reads some when imported."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else each worker starts by `uv run` in an uploaded copy
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
