@@ -44,8 +44,7 @@ TASK_CPUS = 0.5  # tasks wait for models about as much as they work
 @contextmanager
 def local_ray() -> Iterator[None]:
     """Join the cluster this process was submitted to (RAY_ADDRESS), or start Ray here, quietly, and stop it afterwards."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU: no warning about it
     if ray.is_initialized():
         yield
         return

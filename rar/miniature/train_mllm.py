@@ -7,7 +7,7 @@ confusions within a random part of the training vocabulary. Asked for confusions
 marking, a trial stayed at chance for 450 steps: matching is learned on easy questions first. The order is always
 shuffled, so that neither position nor retrieval order gives the answer away. While training, a throw-away linear probe of the
 middle layer also has to tell at the end of each listed name whether it is the right one: one letter is a thin signal for
-learning to compare names with a picture; without the probe another trial was at chance after 650 steps.
+learning to compare names with a picture; without the probe (and with a weaker tower) a trial was at chance after 650 steps.
 
 The tower starts from a CLIP of the same resolution, as LLaVA's does; the control is that same CLIP trained on for as long
 as the MLLM is, so pixels and minutes are equal and only the ranking differs.
@@ -207,13 +207,7 @@ def forward(model: LlavaForConditionalGeneration, pixels: torch.Tensor, ids: tor
 
 
 def train(
-    model: LlavaForConditionalGeneration,
-    images: Images,
-    confusions: Confusions,
-    steps: int,
-    seed: int,
-    lr: float = 1.5e-3,
-    probe=None,
+    model: LlavaForConditionalGeneration, images: Images, confusions: Confusions, steps: int, seed: int, lr: float = 1.5e-3
 ) -> None:
     """Train in place for a number of steps; prints a line every fifty."""
     torch.manual_seed(seed)
@@ -258,8 +252,6 @@ def train(
             rates = " ".join(f"{name} {np.mean(values or [0]):.3f}" for name, values in seen.items())
             print(f"mllm step {step + 1}/{steps} {rates} {time.time() - started:.0f} s", flush=True)
             seen = {name: [] for name in seen}
-            if probe and step % 200 == 199:
-                probe(model, step + 1)
     model.eval()
 
 
