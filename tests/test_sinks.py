@@ -5,7 +5,6 @@ Run: pytest tests/test_sinks.py
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,14 +34,6 @@ def collection(address: str, request: pytest.FixtureRequest) -> Collection:
     made = Collection(address, f"sink_{request.node.name}")
     made.create(DIM, Index(), {"fingerprint": "f"}, size_hint=10)
     return made
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # a busy machine needs more than the default 30 s
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def block(first: int, count: int, vector_type: pa.DataType) -> pa.Table:
@@ -103,7 +94,7 @@ def test_only_a_server_is_written_from_other_nodes() -> None:
     assert pickle.loads(pickle.dumps(MilvusSink(Collection("http://127.0.0.1:4000", "m")))).collection.name == "m"
 
 
-def test_ray_workers_write_through_one_owner(collection: Collection, cluster: None, tmp_path: Path) -> None:
+def test_ray_workers_write_through_one_owner(collection: Collection, ray_session: None, tmp_path: Path) -> None:
     def embed(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         number = batch["id"]
         vectors = np.stack([number, number * 0 + 1, number * 0, number * 0 - 1], axis=1).astype(np.float32)
