@@ -24,40 +24,61 @@ class Strict(BaseModel):
 
 
 class Corpus(Strict):
-    """Images to read: a folder, a manifest, WebDataset tars, parquet with bytes, or COCO/LVIS JSON; any fsspec path."""
+    """Images to read: a folder, a manifest, WebDataset tars, parquet with bytes, or COCO/LVIS JSON; any fsspec path.
+
+    `embeddings` brings vectors instead of images (encoder.model: precomputed): .npz, .npy with `ids`, or parquet.
+    """
 
     uri: str = Field(
         description="folder (labels = sub-folder names), .csv/.parquet manifest, .tar (globs allowed), .json (COCO/LVIS)"
     )
-    format: Literal["auto", "folder", "manifest", "webdataset", "parquet", "coco"] = "auto"
+    format: Literal["auto", "folder", "manifest", "webdataset", "parquet", "coco", "embeddings"] = "auto"
     images: str | None = Field(
         None, description="folder of a manifest's or COCO file's relative names; default: the file's own"
     )
     uri_column: str = "uri"
     label_column: str = "label"
     bytes_column: str = "bytes"
+    vector_column: str = Field("vector", description="of a parquet file of embeddings")
+    ids: str | None = Field(None, description="manifest (CSV or parquet) naming the rows of an .npy of embeddings, in order")
     limit: int | None = Field(None, ge=1, description="read only the first N images, for a quick look")
 
 
 class Encoder(Strict):
     """The CLIP that embeds images and class names."""
 
-    model: str = Field("miniature", description="open_clip 'architecture/pretrained', a local open_clip folder, or 'miniature'")
+    model: str = Field(
+        "miniature",
+        description="open_clip 'architecture/pretrained' or local open_clip folder; 'timm/NAME' or a local timm folder (images "
+        "alone); 'miniature'; or 'precomputed': the corpora hold embeddings",
+    )
+    source: str = Field("", description="for precomputed embeddings: a name of what made them, part of the fingerprint")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     batch_size: int = Field(64, ge=1)
-    templates: list[str] = Field(["a photo of a {}."], min_length=1, description="averaged into one prototype a class")
+    templates: str | list[str] = Field(
+        ["a photo of a {}."], min_length=1, description="averaged into one prototype a class; or a data set's name, e.g. pets"
+    )
+    descriptions: str | None = Field(None, description='JSON of {"class name": ["sentence", ...]}, averaged into prototypes')
+    views: Literal["one", "flip", "crops"] = Field(
+        "one", description="of a query image, averaged: crops are five and their flips"
+    )
     compile: bool = False
     workers: int = Field(1, ge=1)
 
 
 class Index(Strict):
-    """The index inside Milvus. FLAT is exact; HNSW is for large memories."""
+    """The index inside Milvus. FLAT is exact; HNSW is for large memories; HNSW_SQ8 keeps a byte a dimension (servers that have it).
 
-    kind: Literal["auto", "FLAT", "HNSW"] = "auto"
+    REDUCED is the paper's 1/9: HNSW over a fitted projection to d/9, and the shortlist rescored with the full vectors.
+    """
+
+    kind: Literal["auto", "FLAT", "HNSW", "HNSW_SQ8", "REDUCED"] = "auto"
     m: int = Field(16, ge=4, le=64)
     ef_construction: int = Field(200, ge=8, le=512)
     ef: int = Field(128, ge=8)
+    reduction: int = Field(9, ge=2, description="of REDUCED: the graph holds vectors of 1/reduction of the dimensions")
+    shortlist: int = Field(10, ge=1, description="of REDUCED: neighbors rescored for each one returned")
 
 
 class Memory(Strict):
@@ -71,15 +92,24 @@ class Memory(Strict):
     classes: str | list[str] | None = Field(
         None, description="class names, or a file with one a line; default: the support's labels"
     )
+    class_embeddings: str | None = Field(
+        None, description="with precomputed embeddings: .npy of (classes, D) text vectors in the order of `classes`"
+    )
+    version: int | None = Field(
+        None, ge=1, description="a snapshot to read (`rar memory --snapshot`); default: the live memory"
+    )
     index: Index = Index()
 
 
 class Retriever(Strict):
     """Proposes candidates. `all` proposes the whole vocabulary (the MLLM-only arm)."""
 
-    mode: Literal["fused", "text", "knn", "centroid", "all"] = "fused"
+    mode: Literal["fused", "text", "knn", "centroid", "tip", "lda", "all"] = "fused"
     top_k: int = Field(5, ge=1, le=1000)
-    n_neighbors: int = Field(20, ge=1, le=16384, description="search depth of `knn`")
+    n_neighbors: int = Field(20, ge=1, le=16384, description="search depth of `knn` and `tip`")
+    sharpness: float | None = Field(
+        None, gt=0, description="of the votes of `knn` and `tip`; default: fitted on the memory; 1000: the nearest alone counts"
+    )
 
 
 class Ranker(Strict):
@@ -117,17 +147,41 @@ class Crop(Strict):
     scale_small: float = Field(1.5, ge=1, description="growth of boxes of at most 32x32 pixels")
     scale_medium: float = Field(1.25, ge=1, description="growth of boxes of at most 96x96 pixels")
     scale_large: float = Field(1.1, ge=1, description="growth of larger boxes")
+    scale_context: float = Field(2.0, ge=1, description="growth of every box in the window `context`")
+    views: list[Literal["adaptive", "tight", "context"]] = Field(
+        ["adaptive"], min_length=1, max_length=3, description="windows averaged by the retriever; the ranker sees the first"
+    )
     outside: Literal["blur", "grey", "none", "black"] = "blur"
     sigma: float = Field(0.06, gt=0, description="Gaussian sigma of the blur, as a fraction of the crop's side")
+
+
+class Detector(Strict):
+    """A class-agnostic proposal stage of our own: an open detector of transformers."""
+
+    model: str = Field(description="hub name or local folder of a Grounding DINO, MM-Grounding DINO or OWLv2 model")
+    prompt: str = Field("object", description="what Grounding DINO is asked for; OWLv2's objectness needs none")
+    threshold: float = Field(0.05, ge=0, le=1, description="least score of a box")
+    nms_iou: float = Field(0.7, gt=0, le=1, description="of two boxes that overlap more, the better one stays")
+    batch_size: int = Field(8, ge=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "auto"
+    workers: int = Field(1, ge=1)
 
 
 class Detect(Strict):
     """Boxes to recognise: the corpus' own ground-truth boxes, or a detector's proposals."""
 
-    proposals: str | None = Field(None, description="COCO-results JSON; default: the ground-truth boxes of the corpus")
+    proposals: str | None = Field(
+        None, description="COCO-results JSON or parquet; default: the ground-truth boxes of the corpus"
+    )
+    detector: Detector | None = Field(None, description="makes the proposals itself, instead of `proposals`")
     style: Literal["coco", "lvis"] = "coco"
     crop: Crop = Crop()
     max_boxes: int = Field(300, ge=1, description="proposals kept per image, best first")
+    classes_per_box: int = Field(5, ge=1, description="candidates of a box that become detections")
+    score: Literal["product", "geometric", "class", "proposal"] = Field(
+        "product", description="how proposal score and class probability make a detection's score"
+    )
 
 
 class Run(Strict):
