@@ -113,16 +113,33 @@ class Retriever(Strict):
 
 
 class Ranker(Strict):
-    """The MLLM that ranks candidates. `none` keeps the retriever's order."""
+    """The MLLM that ranks candidates. `none` keeps the retriever's order; `endpoint` asks an OpenAI-compatible server."""
 
-    model: str = Field("miniature", description="hub name or local folder of an image-text-to-text model, or 'miniature'")
-    method: Literal["letters", "generate", "none"] = "letters"
+    model: str = Field(
+        "miniature",
+        description="hub name or local folder of an image-text-to-text model, 'miniature', or the endpoint's model name",
+    )
+    method: Literal["letters", "likelihood", "yes_no", "generate", "endpoint", "none"] = "letters"
+    prompts: str | None = Field(None, description="YAML of prompt templates; default: the built-in ones")
+    none_of_these: bool = Field(False, description="letters: one more label for an image that shows no candidate")
+    exemplars: int = Field(0, ge=0, le=4, description="pictures of each candidate from the image memory, shown beside its name")
     permutations: int = Field(1, ge=1, le=26, description="rotations of the candidates whose letter scores are averaged")
+    debias: Literal["none", "prior"] = Field(
+        "none", description="prior: divide by the label prior of a small unlabelled sample"
+    )
+    adapter: str | None = Field(None, description="folder of a LoRA adapter (peft)")
+    quantization: Literal["none", "int8", "int4"] = "none"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     batch_size: int = Field(32, ge=1, description="images per forward pass, and per request to a replica")
     max_new_tokens: int = Field(256, ge=1)
     trust_remote_code: bool = False
+    base_url: str | None = Field(
+        None, description="endpoint: e.g. http://host:8000/v1; its key is the environment's RAR_API_KEY"
+    )
+    timeout_s: float = Field(60.0, gt=0, description="endpoint: of one request")
+    attempts: int = Field(5, ge=1, description="endpoint: tries of one request before its image is a fallback")
+    cache: str | None = Field(None, description="folder of answers by content, shared by runs; deterministic requests only")
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
     num_gpus: float = Field(0.0, ge=0, description="GPUs (or a fraction of one) per replica")
@@ -137,6 +154,12 @@ class Route(Strict):
     """
 
     mode: Literal["calibrated", "always"] = "calibrated"
+    coverage: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="conformal: show the ranker as few candidates as hold the truth this often; default: top_k",
+    )
     max_calibration_images: int = Field(1024, ge=0)
 
 
@@ -211,7 +234,7 @@ class Config(Strict):
 
 SPEED_ONLY = {
     "encoder": ("workers",),
-    "ranker": ("min_replicas", "max_replicas", "num_gpus", "in_flight"),
+    "ranker": ("min_replicas", "max_replicas", "num_gpus", "in_flight", "timeout_s", "attempts", "cache"),
     "memory": ("token",),
     "run": ("max_failed_fraction",),
 }
