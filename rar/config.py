@@ -68,7 +68,7 @@ class Encoder(Strict):
 
 
 class Index(Strict):
-    """The index inside Milvus. FLAT is exact; HNSW is for large memories; HNSW_SQ8 keeps a byte a dimension (servers that have it).
+    """The index inside Milvus. FLAT is exact; HNSW is for large memories; HNSW_SQ8 keeps a byte a dimension, on newer servers.
 
     REDUCED is the paper's 1/9: HNSW over a fitted projection to d/9, and the shortlist rescored with the full vectors.
     """
@@ -226,18 +226,29 @@ class Config(Strict):
     def fingerprint(self) -> str:
         """16 hex digits; equal for two configs that must give the same predictions."""
         data = self.model_dump(mode="json")
-        for section, keys in SPEED_ONLY.items():
-            for key in keys:
-                del data[section][key]
+        for key in SPEED_ONLY:
+            *sections, last = key.split(".")
+            where: Any = data
+            for section in sections:
+                where = (where or {}).get(section)
+            if where is not None:  # an optional section
+                del where[last]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-SPEED_ONLY = {
-    "encoder": ("workers",),
-    "ranker": ("min_replicas", "max_replicas", "num_gpus", "in_flight", "timeout_s", "attempts", "cache"),
-    "memory": ("token",),
-    "run": ("max_failed_fraction",),
-}
+SPEED_ONLY = (
+    "encoder.workers",
+    "detect.detector.workers",
+    "ranker.min_replicas",
+    "ranker.max_replicas",
+    "ranker.num_gpus",
+    "ranker.in_flight",
+    "ranker.timeout_s",
+    "ranker.attempts",
+    "ranker.cache",
+    "memory.token",
+    "run.max_failed_fraction",
+)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
