@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from jobs.bench import bench
 from jobs.classify import classify
 from jobs.demo import demo
 from jobs.detect import detect
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 for verb in (demo, memory, classify, detect, report):
     app.command()(verb)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -83,6 +83,7 @@ def settings_of(out: Path, seed: int, task: str, arm: str) -> Any:
 
 def _run_arms(out: Path, seed: int, started: float, drawn: Future[None]) -> tuple[dict[str, float], list[Path]]:
     from rar import build, recognise, serve
+    from rar.miniature.data import write_scene_support
 
     shutil.rmtree(out / "runs", ignore_errors=True)
     shutil.rmtree(out / "memory.milvus", ignore_errors=True)
@@ -91,7 +92,7 @@ def _run_arms(out: Path, seed: int, started: float, drawn: Future[None]) -> tupl
     with recognise.session(settings_of(out, seed, "novel", "rar"), create=True) as address, ThreadPoolExecutor(1) as pool:
         deployed = [pool.submit(serve.deploy, settings_of(out, seed, "novel", arm).ranker) for arm in ("rar", *ALWAYS)]
         drawn.result()
-        _scene_support(out / "world", seed)
+        write_scene_support(out / "world", seed)
         for task in TASKS:
             say(f"{task}: building the memory")
             build.build(settings_of(out, seed, task, "rar"), address, fresh=False)
@@ -155,18 +156,6 @@ def _combined(metrics: dict[str, float]) -> dict[str, float]:
     metrics["classify.rar.ranked_fraction"] = asked / images
     metrics["classify.rar.parse_failures"] = sum(metrics[f"{group}.parse_failures"] for group in groups)
     return dict(sorted(metrics.items()))
-
-
-def _scene_support(world: Path, seed: int) -> None:
-    """The support photos of the scenes' classes, as a manifest: they lie in the novel and the seen folders."""
-    from rar.miniature.data import scene_classes
-
-    lines = ["uri,label"]
-    for spec, frequency in zip(*scene_classes(seed), strict=True):
-        group = "seen" if frequency == "frequent" else "novel"
-        photos = sorted((world / group / "support" / spec.name).glob("*.png"))
-        lines += [f"{photo.relative_to(world)},{spec.name}" for photo in photos]
-    (world / "scenes_support.csv").write_text("\n".join(lines) + "\n")
 
 
 def _report(out: Path, metrics: dict[str, float], folders: list[Path]) -> None:

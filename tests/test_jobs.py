@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from jobs.demo import ARMS, settings_of, table
+from rar import build, config, recognise
 from rar.runfolder import RunFolder
 
 
@@ -104,9 +105,11 @@ def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
 
-def test_a_killed_run_resumes_to_the_same_predictions(world: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_predictions(world: Path, ray_session: None, tmp_path: Path) -> None:
     file = write_config(tmp_path, world, corpus={"limit": 60}, memory={"shots": 1})
-    assert rar("memory", file, "--out", tmp_path / "memory", cwd=tmp_path).returncode == 0
+    settings = config.load(file)
+    with recognise.session(settings, create=True) as address:
+        build.build(settings, address, fresh=False)
     killed = RunFolder(tmp_path / "killed")
     arguments = [sys.executable, "-m", "jobs.cli", "classify", str(file), "--out", str(killed.path)]
     with subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL) as process:
@@ -120,12 +123,13 @@ def test_a_killed_run_resumes_to_the_same_predictions(world: Path, tmp_path: Pat
     assert 0 < len(done) < 15, "the kill came too late to show anything"
     assert rar("classify", file, "--out", killed.path, cwd=tmp_path).returncode == 0
     assert {file: file.stat().st_mtime_ns for file in done} == done
-    whole = RunFolder(tmp_path / "whole")
-    assert rar("classify", file, "--out", whole.path, cwd=tmp_path).returncode == 0
+    with recognise.session(settings) as address:  # never interrupted
+        vocabulary = recognise.prepare(settings, address)
+        whole = RunFolder.open(tmp_path / "whole", "classify", settings, fresh=False, name="whole", group="classify")
+        recognise.run(settings, address, vocabulary, recognise.classify_work(settings), whole)
     by_uri = [sorted(run.predictions().to_pylist(), key=lambda row: row["uri"]) for run in (killed, whole)]
     assert by_uri[0] == by_uri[1] and len(by_uri[0]) == 60
-    for run in (killed, whole):
-        assert (run.path / "report.html").is_file() and (run.path / "metrics.json").is_file()
+    assert (killed.path / "report.html").is_file() and (killed.path / "metrics.json").is_file()
     page = tmp_path / "both.html"
     assert rar("report", killed.path, whole.path, "--out", page, cwd=tmp_path).returncode == 0 and page.is_file()
 

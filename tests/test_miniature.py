@@ -208,6 +208,20 @@ def xywh(box_xyxy: Sequence[float]) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
+def test_noisy_proposals_lie_near_their_objects_and_the_better_ones_score_higher() -> None:
+    box = [100.0, 80.0, 40.0, 40.0]
+    pictures = [{"id": n, "width": 320, "height": 256} for n in range(400)]
+    scenes = {"images": pictures, "annotations": [{"image_id": n, "bbox": box} for n in range(400)]}
+    found = data.noisy_proposals(scenes, 0)
+    assert found == data.noisy_proposals(scenes, 0) != data.noisy_proposals(scenes, 1)
+    near = [one for one in found if np.abs(np.array(one["bbox"]) - box).max() < 20]
+    assert 0.85 * 400 < len({one["image_id"] for one in near}) < 400 < len(near)
+    errors = [np.abs(np.array(one["bbox"]) - box).mean() for one in near]
+    assert np.corrcoef(errors, [one["score"] for one in near])[0, 1] < 0
+    strays = [one["score"] for one in found if one not in near]
+    assert np.mean(strays) < 0.3 < 0.7 < np.mean([one["score"] for one in near])
+
+
 def test_render_all_is_ordered_by_class_and_cached(tmp_path: Path) -> None:
     chosen = vocabulary("validation", 0)[:3]
     pixels = data.render_all(chosen, "validation", 2, 0)

@@ -2,7 +2,7 @@
 
 `write_world` lays out what a user would bring: folders of photos a class (support and test, disjoint), and scenes with boxes in
 a COCO/LVIS JSON. Scenes hold three frequency groups: `frequent` classes are trained on, `common` ones are novel, `rare` ones
-are novel and appear a quarter as often.
+are novel and appear a quarter as often. `noisy_proposals` stands in for a detector: boxes of the scenes, shifted and misjudged.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ DRAWN, KEPT = 96, 64  # photos are drawn at 96 pixels everywhere; the MLLM sees 
 SCENE_HEIGHT, SCENE_WIDTH = 256, 320
 DETECTED = {"frequent": 60, "common": 60, "rare": 60}  # classes of the scenes
 GROUPS = ("novel", "seen")
+MISSED, TWICE, JITTER, STRAY = 0.05, 1 / 3, 0.08, 3  # of `noisy_proposals`
 
 
 def write_world(folder: Path, seed: int, *, shots: int, tests: int, scenes: int) -> None:
@@ -60,6 +61,16 @@ def scene_classes(seed: int) -> tuple[list[Spec], list[str]]:
     groups["rare"] = [novel[i] for i in picks[DETECTED["common"] :][: DETECTED["rare"]]]
     specs = [spec for members in groups.values() for spec in members]
     return specs, [group for group, members in groups.items() for _ in members]
+
+
+def write_scene_support(world: Path, seed: int) -> None:
+    """The support photos of the scenes' classes, as a manifest: they lie in the novel and seen folders."""
+    lines = ["uri,label"]
+    for spec, frequency in zip(*scene_classes(seed), strict=True):
+        group = "seen" if frequency == "frequent" else "novel"
+        photos = sorted((world / group / "support" / spec.name).glob("*.png"))
+        lines += [f"{photo.relative_to(world)},{spec.name}" for photo in photos]
+    (world / "scenes_support.csv").write_text("\n".join(lines) + "\n")
 
 
 def draw_scene(
@@ -143,6 +154,36 @@ def _instances(specs: list[Spec], frequencies: list[str], pictures: list[list[di
         ],
         "annotations": annotations,
     }
+
+
+def noisy_proposals(scenes: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """What a class-agnostic detector might make of scenes (a COCO JSON as `write_world` writes it), in COCO's results format.
+
+    Of each object 5 % are missed; the others are found once, a third of them twice. Centre and sides are off by a normal error
+    of 8 % of the side, and the score falls with that error, so that it is informative but noisy. Each picture has three more
+    boxes of nothing in particular, most of them with low scores.
+    """
+    rng = rng_of(seed, "proposals")
+    proposals = []
+    for one in scenes["annotations"]:
+        for _ in range(0 if rng.random() < MISSED else 1 + (rng.random() < TWICE)):
+            left, top, width, height = one["bbox"]
+            error = rng.normal(0, JITTER, 4)
+            wide, high = width * np.exp(error[2]), height * np.exp(error[3])
+            x, y = left + width / 2 + error[0] * width, top + height / 2 + error[1] * height
+            score = 1 / (1 + np.exp(rng.normal(0, 1) - 3 + 8 * np.abs(error).mean()))
+            proposals.append(_proposal(one["image_id"], x - wide / 2, y - high / 2, wide, high, score))
+    for picture in scenes["images"]:
+        for _ in range(STRAY):
+            side = float(rng.uniform(16, 120))
+            left, top = rng.uniform(0, picture["width"] - side), rng.uniform(0, picture["height"] - side)
+            proposals.append(_proposal(picture["id"], left, top, side, side, 1 / (1 + np.exp(rng.normal(2, 1)))))
+    return proposals
+
+
+def _proposal(image_id: int, left: float, top: float, width: float, height: float, score: float) -> dict[str, Any]:
+    bbox_xywh = [float(value) for value in (left, top, width, height)]
+    return {"image_id": image_id, "category_id": 1, "bbox": bbox_xywh, "score": float(score)}
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> float:

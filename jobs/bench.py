@@ -1,0 +1,108 @@
+"""rar bench NAME: benchmarks; a table, then one JSON object as the last line of stdout (design 4.4).
+
+Throughputs are ratios of two ways to do the same work, measured in turns in one process; nothing here is asserted.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.common import guarded, quiet
+from rar.schema import UserError
+
+SHARED = Path("../shared/data")
+
+Data = Annotated[Path | None, typer.Option("--data", help="Folder of recorded data; default: those under ../shared/data.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Random splits or draws.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs of each side; medians are reported.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=8, help="World seed.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder that keeps what was drawn and run; default: a temporary one.")]
+
+bench = typer.Typer(help=__doc__, no_args_is_help=True)
+
+
+@bench.command()
+def adapters(data: Data = None, seeds: Seeds = 5) -> None:
+    """Accuracy of every retrieval mode on recorded embeddings, and (without --data) on the miniature world."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import adapters as module
+
+        if data is not None:
+            return module.run(_existing(data), seeds)
+        found = [module.run(_existing(SHARED / name), seeds)["sets"] for name in ("clip_b16_memories", "grocery")]
+        return {"sets": {**found[0], **found[1], **module.miniature(seeds)["sets"]}}
+
+    _run(work)
+
+
+@bench.command()
+def replay(data: Data = None, seeds: Seeds = 5) -> None:
+    """Fusion and routing on recorded CLIP candidates and GPT-4V answers, no model needed."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import replay as module
+
+        return module.run(_existing(data or SHARED), seeds)
+
+    _run(work)
+
+
+@bench.command()
+def ablation(out: Out = None, seed: Seed = 0, scenes: int = 450) -> None:
+    """AP of detection with given boxes, with noisy proposals, and of every part of it, on miniature scenes."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import ablation as module
+
+        if out is not None:
+            return module.run(out, seed, scenes)
+        with tempfile.TemporaryDirectory() as folder:
+            return module.run(Path(folder), seed, scenes)
+
+    _run(work)
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give the recorded data with --data DIR")
+    return folder
+
+
+def _run(work: Callable[[], dict[str, Any]]) -> None:
+    def job() -> int:
+        quiet()
+        result = work()
+        print(table(result))
+        print(json.dumps(result))
+        return 0
+
+    guarded(job)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Every group of numbers in a nested result as one line: its path, then its numbers by name."""
+    rows = list(_rows(result, ()))
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {values}" for name, values in rows)
+
+
+def _rows(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    items = list(enumerate(value)) if isinstance(value, list) else list(value.items())
+    numbers = [(key, one) for key, one in items if not isinstance(one, dict | list)]
+    if numbers:
+        shown = (f"{key} {one:.4g}" if isinstance(one, float) else f"{key} {one}" for key, one in numbers)
+        yield ".".join(path), "  ".join(shown)
+    for key, one in items:
+        if isinstance(one, dict | list):
+            yield from _rows(one, (*path, str(key)))
+
+
+if __name__ == "__main__":
+    bench()

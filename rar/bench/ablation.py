@@ -1,0 +1,88 @@
+"""What each part of detection is worth, on miniature scenes (`rar bench ablation`): given boxes, noisy proposals, and a grid.
+
+The grid crosses the window's growth (by object size, or tight), the surroundings (blurred, or left), the views (one, or tight
+and context averaged) and the ranker (none, or letters). Every arm is an ordinary `rar detect` run over the same scenes; arms
+that differ in the ranker alone share their embeddings. AP is in COCO style with the frequency groups of LVIS. A run is left in
+the folder, so that its report shows the crops.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rar import build, config, pipeline, recognise
+from rar.miniature.data import noisy_proposals, write_scene_support, write_world
+from rar.runfolder import RunFolder
+
+KEYS = ("ap", "ap50", "ap_rare", "ap_common", "ap_frequent", "ap_small", "ap_medium", "ap_large", "top1", "ranked_fraction")
+ARMS: dict[str, dict[str, Any]] = {
+    "clip": {"retriever": {"mode": "text"}, "ranker": {"method": "none"}},
+    "retriever": {"ranker": {"method": "none"}},
+    "rar": {},
+}
+TIGHT = {"scale_small": 1.0, "scale_medium": 1.0, "scale_large": 1.0}
+PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "scale": {"adaptive": {}, "tight": TIGHT},
+    "outside": {"blur": {"outside": "blur"}, "none": {"outside": "none"}},
+    "views": {"one": {}, "with context": {"views": ["adaptive", "context"]}},
+}
+
+
+def run(out: Path, seed: int = 0, scenes: int = 450, shots: int = 4) -> dict[str, Any]:
+    """Draw the scenes, run all arms, and return {"boxes", "given": {arm: AP...}, "proposals": ..., "grid": [row, ...]}."""
+    write_world(out / "world", seed, shots=shots, tests=1, scenes=scenes)
+    write_scene_support(out / "world", seed)
+    truth = json.loads((out / "world" / "scenes.json").read_text())
+    (out / "proposals.json").write_text(json.dumps(noisy_proposals(truth, seed)))
+    with recognise.session(_settings(out, seed, {}), create=True) as address:
+        build.build(_settings(out, seed, {}), address, fresh=False)
+        given = dict(_arms(out, seed, address, "given", {}, ARMS))
+        proposed = dict(_arms(out, seed, address, "proposals", {"proposals": str(out / "proposals.json")}, ARMS))
+        grid = list(_grid(out, seed, address))
+    return {"boxes": len(truth["annotations"]), "images": scenes, "given": given, "proposals": proposed, "grid": grid}
+
+
+def _settings(out: Path, seed: int, detect: Mapping[str, Any], **sections: Any) -> config.Config:
+    world = out / "world"
+    memory = {"name": "scenes", "uri": str(out / "memory.milvus"), "support": {"uri": str(world / "scenes_support.csv")}}
+    data: dict[str, Any] = {
+        "corpus": {"uri": str(world / "scenes.json")},
+        "memory": {**memory, "classes": str(world / "scenes.json")},
+        "detect": dict(detect),
+        "run": {"seed": seed},
+        **sections,
+    }
+    return config.build(data)
+
+
+def _grid(out: Path, seed: int, address: str) -> Iterator[dict[str, Any]]:
+    for names in itertools.product(*PARTS.values()):
+        crop: dict[str, Any] = {}
+        for options, name in zip(PARTS.values(), names, strict=True):
+            crop |= options[name]
+        title = "-".join(names).replace(" ", "_")
+        for arm, values in _arms(
+            out, seed, address, title, {"crop": crop}, {"retriever": ARMS["retriever"], "rar": ARMS["rar"]}
+        ):
+            yield {**dict(zip(PARTS, names, strict=True)), "ranker": "letters" if arm == "rar" else "none", **values}
+
+
+def _arms(
+    out: Path, seed: int, address: str, title: str, detect: Mapping[str, Any], arms: Mapping[str, dict[str, Any]]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Embed the boxes once, then run every arm over them."""
+    base = _settings(out, seed, detect)
+    work = recognise.detect_work(base)
+    facts = pipeline.encoder_facts(base.encoder.model_dump_json())
+    shards = list(range(pipeline.n_shards(work.index, base.run.shard_size)))
+    embedded = recognise.embed(base, work, facts, shards).materialize()
+    for arm, sections in arms.items():
+        settings = _settings(out, seed, detect, **sections)
+        folder = RunFolder.open(out / "runs" / f"{title}-{arm}", "detect", settings, fresh=True, name=arm, group=title)
+        vocabulary = recognise.prepare(settings, address)
+        values = recognise.run(settings, address, vocabulary, work, folder, embedded)
+        yield arm, {key: values[key] for key in KEYS if key in values}
