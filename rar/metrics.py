@@ -9,15 +9,14 @@ Metrics read the stored predictions and join the labels only here, so that a new
   removes what both find hard, and drawing whole classes keeps images of one class together. It costs a seed and some time, and
   it is too narrow with few classes.
 
-An accuracy over no image is NaN, never 0; `to_json` writes it as null.
+An accuracy over no image is NaN, never 0; metrics.json has null for it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -189,17 +188,6 @@ def paired_difference(
         resampled.append(gains[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
     low, high = np.quantile(np.concatenate(resampled), [0.025, 0.975])
     return _mean(gain), float(low), float(high)
-
-
-def to_json(values: Mapping[str, float]) -> str:
-    """The text of metrics.json: strict JSON, sorted keys; NaN (an accuracy over no image) is null, whole numbers stay whole."""
-    return json.dumps({key: _plain(values[key]) for key in sorted(values)}, indent=1, allow_nan=False) + "\n"
-
-
-def _plain(value: float) -> float | int | None:
-    if math.isnan(value):
-        return None
-    return int(value) if float(value).is_integer() else float(value)
 
 
 def _accuracy(name: str, correct: np.ndarray) -> dict[str, float]:

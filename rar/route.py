@@ -9,13 +9,16 @@ Where cross-validated fused accuracy is not above the retriever's, b = 0 and the
 make a dataset worse than its retriever; a gain too small to show on the calibration images is given up for that. Nor is it
 asked where the retriever is so sure that asking does not pay. That cost is counted in the fused model's probabilities, not in
 right and wrong images: the lowest threshold with few enough lost images is mostly a lucky one, and loses more on new images.
+
+With `route.coverage` the ranker is shown fewer candidates where fewer will do: those of at least the probability that the true
+class has in that share of the calibration images (split conformal prediction, least ambiguous sets; Sadinle et al. 1609.00451).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,14 +38,16 @@ class Calibration:
     ranker's log-probabilities to the retriever's logits as they are.
 
     threshold: probability of the best candidate by the retriever alone at and above which the ranker is not asked; inf = always
-    ask, 0 = never. retriever_scale: a of the retriever alone. images: calibration images with the truth among their candidates;
-    the accuracies are over all calibration images, the fused one cross-validated; None where nothing was fitted.
+    ask, 0 = never. retriever_scale: a of the retriever alone. least_probability: by the retriever alone, of candidates that the
+    ranker is shown. images: calibration images with the truth among their candidates; the accuracies are over all calibration
+    images, the fused one cross-validated; None where nothing was fitted.
     """
 
     weight_retriever: float = 1.0
     weight_ranker: float = 1.0
     retriever_scale: float = 1.0
     threshold: float = math.inf
+    least_probability: float = 0.0
     images: int = 0
     retriever_top1: float | None = None
     fused_top1: float | None = None
@@ -59,10 +64,18 @@ class Calibration:
 
 def routed(candidates: Sequence[Candidate], calibration: Calibration) -> bool:
     """True: the image is routed past the ranker, because the retriever is sure enough or there is nothing to order."""
+    return n_shown(candidates, calibration) < 2
+
+
+def n_shown(candidates: Sequence[Candidate], calibration: Calibration) -> int:
+    """How many candidates, the first ones, the ranker is to order; 0 where it is not asked."""
     if len(candidates) < 2:
-        return True
-    scores = np.array([candidate.score for candidate in candidates])
-    return bool(_softmax(calibration.retriever_scale * scores).max() >= calibration.threshold)
+        return 0
+    chances = _softmax(calibration.retriever_scale * np.array([candidate.score for candidate in candidates]))
+    if chances.max() >= calibration.threshold:
+        return 0
+    shown = int((chances >= calibration.least_probability).sum())
+    return shown if shown > 1 else 0
 
 
 def fuse(
@@ -83,8 +96,23 @@ def fuse(
     return tuple(order.tolist()), tuple(_softmax(logits).tolist())
 
 
-def fit(candidates: Sequence[Sequence[Candidate]], rankings: Sequence[Ranking], truth: Sequence[int]) -> Calibration:
-    """Calibrate on images with known class ids (`truth`). Fewer than MIN_IMAGES usable images give the defaults."""
+def among(ranking: Ranking, count: int) -> Ranking:
+    """A ranking of the first candidates as one of all `count`: the others follow in retrieval order and score as the last."""
+    hidden = range(len(ranking.order), count)
+    scores = ranking.scores and (*ranking.scores, *[min(ranking.scores)] * len(hidden))
+    return replace(ranking, order=(*ranking.order, *hidden), scores=scores)
+
+
+def fit(
+    candidates: Sequence[Sequence[Candidate]],
+    rankings: Sequence[Ranking],
+    truth: Sequence[int],
+    coverage: float | None = None,
+) -> Calibration:
+    """Calibrate on images with known class ids (`truth`). Fewer than MIN_IMAGES usable images give the defaults.
+
+    coverage: share of images, of those whose truth is among the candidates, in which it is to be among those shown; None: 1.
+    """
     table = _Table.of(candidates, rankings, truth)
     n_usable = int((table.columns >= 0).sum())
     if n_usable < MIN_IMAGES:
@@ -96,11 +124,13 @@ def fit(candidates: Sequence[Sequence[Candidate]], rankings: Sequence[Ranking], 
     chances = table.cross_validated_chances()
     retriever_top1 = float((retriever_choice == table.columns).mean())
     fused_top1 = float((chances.argmax(axis=1) == table.columns).mean())
+    least = table.least_probability(scale, coverage) if coverage is not None else 0.0
+    measured = (least, n_usable, retriever_top1, fused_top1)
     if fused_top1 <= retriever_top1 or weight_ranker == 0:
-        return Calibration(scale, 0.0, scale, 0.0, n_usable, retriever_top1, fused_top1)
+        return Calibration(scale, 0.0, scale, 0.0, *measured)
     costs = chances.max(axis=1) - chances[np.arange(len(chances)), retriever_choice]
-    threshold = _threshold(table.confidence(scale), costs)
-    return Calibration(weight_retriever, weight_ranker, scale, threshold, n_usable, retriever_top1, fused_top1)
+    threshold = _threshold(table.retriever_chances(scale).max(axis=1), costs)
+    return Calibration(weight_retriever, weight_ranker, scale, threshold, *measured)
 
 
 @dataclass(frozen=True)
@@ -149,10 +179,16 @@ class _Table:
             chances[inside] = np.exp(logits - np.logaddexp.reduce(logits, axis=1)[:, None])
         return chances
 
-    def confidence(self, scale: float) -> np.ndarray:
-        """(N,) probability of the best candidate by the retriever alone."""
-        logits = scale * self.features[0] + self.penalty
-        return np.array([_softmax(row).max() for row in logits])
+    def retriever_chances(self, scale: float) -> np.ndarray:
+        """(N, K) probabilities by the retriever alone."""
+        return np.array([_softmax(row) for row in scale * self.features[0] + self.penalty])
+
+    def least_probability(self, scale: float, coverage: float) -> float:
+        """What the truth's probability by the retriever reaches in a share `coverage` of new images; 0 for too few images."""
+        usable = np.flatnonzero(self.columns >= 0)
+        chances = np.sort(self.retriever_chances(scale)[usable, self.columns[usable]])
+        place = math.floor((1 - coverage) * (len(chances) + 1)) - 1
+        return float(chances[place]) if place >= 0 else 0.0
 
 
 def _threshold(confidence: np.ndarray, costs: np.ndarray) -> float:

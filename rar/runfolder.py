@@ -126,7 +126,7 @@ class RunFolder:
         }
         for entry in stages.values():
             entry["rows_per_second"] = round(entry["rows"] / max(entry["seconds"], 1e-9), 1)
-        mllm = {key: int(stats[f"mllm.{key}"]) for key in ("calls", "prompt_tokens", "output_tokens")}
+        mllm = {key: int(stats[f"mllm.{key}"]) for key in ("calls", "candidates", "prompt_tokens", "output_tokens")}
         known = self.read("run.json")
         seconds += known.get("seconds", 0.0)
         self.write("metrics.json", {key: None if math.isnan(value) else value for key, value in metrics.items()})

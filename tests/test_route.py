@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_default_asks_always_unless_there_is_nothing_to_order() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0, 100), st.floats(0, 100), st.one_of(st.just(math.inf), st.floats(0, 1)), st.integers(0, 9999))
 def test_calibration_survives_json(a: float, b: float, threshold: float, images: int) -> None:
-    calibration = Calibration(a, b, a, threshold, images, 0.5, None)
+    calibration = Calibration(a, b, a, threshold, 0.1, images, 0.5, None)
     text = json.dumps(calibration.to_dict(), allow_nan=False)
     assert Calibration.from_dict(json.loads(text)) == calibration
 
@@ -184,6 +185,40 @@ def test_solver_against_a_grid() -> None:
     found = route.fit_weights(scores, penalty, truth, prior, 2.0)
     grid = [np.array([a, b]) for a in np.linspace(0, 2, 81) for b in np.linspace(0, 2, 81)]
     assert loss(found) <= min(map(loss, grid))
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.99])
+def test_the_candidates_shown_hold_the_truth_as_often_as_asked(coverage: float) -> None:
+    calibration = route.fit(*world(400, "perfect"), coverage=coverage)
+    held = []
+    for seed in range(1, 9):
+        rows, _, truth = world(400, "perfect", seed)
+        shown = [
+            {one.class_id for one in row[: max(1, route.n_shown(row, replace(calibration, threshold=math.inf)))]}
+            for row in rows
+        ]
+        inside = [class_id in {one.class_id for one in row} for row, class_id in zip(rows, truth, strict=True)]
+        held += [class_id in few for few, class_id, known in zip(shown, truth, inside, strict=True) if known]
+    assert np.mean(held) == pytest.approx(coverage, abs=0.05) or np.mean(held) > coverage  # one candidate is always kept
+
+
+def test_without_coverage_all_candidates_are_shown() -> None:
+    rows, rankings, truth = world(400, "perfect")
+    calibration = replace(route.fit(rows, rankings, truth), threshold=math.inf)
+    assert {route.n_shown(row, calibration) for row in rows} == {len(rows[0])}
+
+
+def test_a_lone_candidate_is_not_worth_a_question() -> None:
+    sure, unsure = candidates(5.0, 0.0, -1.0), candidates(1.0, 0.9, -4.0)
+    calibration = Calibration(least_probability=0.05)
+    assert (route.n_shown(sure, calibration), route.n_shown(unsure, calibration)) == (0, 2)
+
+
+def test_a_ranking_of_the_first_is_one_of_all() -> None:
+    partial = Ranking((1, 0), RankStatus.RANKED, (-2.0, -0.1))
+    whole = route.among(partial, 4)
+    assert (whole.order, whole.scores) == ((1, 0, 2, 3), (-2.0, -0.1, -2.0, -2.0))
+    assert route.among(Ranking((1, 0), RankStatus.RANKED), 3).scores == ()
 
 
 def test_silent_rankings_say_nothing_of_the_ranker() -> None:

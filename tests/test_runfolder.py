@@ -266,7 +266,7 @@ def test_finish_completes_run_json(tmp_path: Path) -> None:
         "read": {"rows": 8, "seconds": 4.0, "rows_per_second": 2.0},
         "embed": {"rows": 8, "seconds": 1.0, "rows_per_second": 8.0},
     }
-    assert known["mllm"] == {"calls": 6, "prompt_tokens": 70, "output_tokens": 0}
+    assert known["mllm"] == {"calls": 6, "candidates": 0, "prompt_tokens": 70, "output_tokens": 0}
     assert known["seconds"] == 2.5
     assert folder.read("metrics.json") == {"top1": 0.5}
 
