@@ -8,6 +8,7 @@ from jobs.bench import bench
 from jobs.classify import classify
 from jobs.demo import demo
 from jobs.detect import detect
+from jobs.evaluate import evaluate
 from jobs.memory import memory
 from jobs.report import report
 
@@ -17,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, memory, classify, detect, report):
+for verb in (demo, memory, classify, detect, evaluate, report):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 

@@ -17,13 +17,14 @@ import typer
 
 from jobs.common import guarded, quiet, say
 
+NEAREST = {"mode": "knn", "n_neighbors": 20, "sharpness": 1000.0}  # the paper's rule: a class is as near as its nearest image
 FREE_TEXT = {"method": "generate", "max_new_tokens": 48, "batch_size": 64}
 ARMS: dict[str, dict[str, Any]] = {
     "zero_shot": {"retriever": {"mode": "text"}, "ranker": {"method": "none"}},
-    "knn": {"retriever": {"mode": "knn", "n_neighbors": 20}, "ranker": {"method": "none"}},
+    "knn": {"retriever": NEAREST, "ranker": {"method": "none"}},
     "retriever": {"retriever": {"mode": "fused"}, "ranker": {"method": "none"}},
     "mllm_only": {"retriever": {"mode": "all"}, "ranker": FREE_TEXT},
-    "rar_paper": {"retriever": {"mode": "knn"}, "ranker": FREE_TEXT},
+    "rar_paper": {"retriever": NEAREST, "ranker": FREE_TEXT},
     "rar": {"retriever": {"mode": "fused"}, "ranker": {"method": "letters"}},
 }
 ALWAYS = ("mllm_only", "rar_paper")  # the ranker's order is final, as in the paper
@@ -113,9 +114,8 @@ def _run_task(out: Path, seed: int, task: str, address: str, metrics: dict[str, 
     verb = "detect" if task == "scenes" else "classify"
     base = settings_of(out, seed, task, "rar")
     work = recognise.detect_work(base) if verb == "detect" else recognise.classify_work(base)
-    shards = list(range(pipeline.n_shards(work.index, base.run.shard_size)))
     facts = pipeline.encoder_facts(base.encoder.model_dump_json())
-    embedded = recognise.embed(base, work, facts, shards).materialize()
+    embedded = recognise.embed(base, work, facts).materialize()
     folders = []
     for arm in ARMS:
         settings = settings_of(out, seed, task, arm)

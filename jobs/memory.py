@@ -1,53 +1,122 @@
-"""rar memory CONFIG: support images and class names -> embeddings -> Milvus collections and fitted heads."""
+"""rar memory CONFIG: support images and class names -> embeddings -> Milvus collections and fitted heads; and what is there."""
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from jobs.common import ConfigFile, DryRun, Fresh, Out, Sets, guarded, quiet, run_folder_path, say, verdict
 from rar import config
+from rar.schema import UserError
+
+if TYPE_CHECKING:
+    from rar.memories import Stored
+
+Listing = Annotated[
+    bool, typer.Option("--list", help="Print the memories and snapshots at memory.uri, one a line; build nothing.")
+]
+Describe = Annotated[bool, typer.Option("--describe", help="Print this memory as JSON, with its classes; build nothing.")]
+Snapshot = Annotated[bool, typer.Option("--snapshot", help="Copy the memory to its next version; read it by memory.version.")]
+Drop = Annotated[bool, typer.Option("--drop", help="Delete the memory, or the snapshot that memory.version names.")]
+Remove = Annotated[list[str] | None, typer.Option("--remove", help="Take a class out, with all its entries. Repeatable.")]
 
 
-def memory(config_file: ConfigFile, out: Out = None, sets: Sets = None, dry_run: DryRun = False, fresh: Fresh = False) -> None:
-    """Build or extend a memory.
+def memory(
+    config_file: ConfigFile,
+    out: Out = None,
+    sets: Sets = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    listing: Listing = False,
+    describe: Describe = False,
+    snapshot: Snapshot = False,
+    drop: Drop = False,
+    remove: Remove = None,
+) -> None:
+    """Build or extend a memory; or look at it, freeze it, or take something out.
 
     Example: rar memory birds.yaml --set memory.shots=4
     """
-    guarded(lambda: run(config_file, out, sets or [], dry_run, fresh))
+    others = {"--list": listing, "--describe": describe, "--snapshot": snapshot, "--drop": drop, "--remove": bool(remove)}
+    chosen = [name for name, wanted in others.items() if wanted]
+    if not chosen:
+        guarded(lambda: build_memory(config_file, out, sets or [], dry_run, fresh))
+    guarded(lambda: other(config_file, sets or [], chosen, remove or []))
 
 
-def run(config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
+def build_memory(config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
     quiet()
     settings = config.load(config_file, sets)
     from rar import build, recognise, runfolder
 
     planned = build.plan(settings)
     path = run_folder_path(out, "memory", config_file)
-    rows = planned.support.num_rows + len(planned.classes)
     say(f"memory {settings.memory.name!r}: {len(planned.classes):,} classes, {planned.support.num_rows:,} support images")
+    if planned.undescribed:
+        say(f"  {planned.undescribed:,} names of encoder.descriptions are no class and are ignored")
     if dry_run:
-        say(f"would write {rows:,} entries to {settings.memory.uri} and a report to {path}")
+        rows = planned.support.num_rows + len(planned.classes)
+        say(f"would write at most {rows:,} entries to {settings.memory.uri} and a report to {path}")
         return 0
     runfolder.RunFolder.check(path, "memory", settings, fresh=True)
     started = time.monotonic()
     with recognise.session(settings, create=True) as address:
-        failed, metrics = build.build(settings, address, fresh=fresh)
+        built = build.build(settings, address, fresh=fresh)
     folder = runfolder.RunFolder.open(path, "memory", settings, fresh=True, name=config_file.stem, group="memory")
-    folder.write_faults(failed)
-    counts = {
-        "input": rows + planned.ignored,
-        "ok": rows - failed.num_rows,
-        "failed": failed.num_rows,
-        "skipped": planned.ignored,
-    }
-    folder.finish(counts, metrics, time.monotonic() - started)
-    for key, value in metrics.items():
+    folder.write_faults(built.failed)
+    failed = built.failed.num_rows
+    counts = {"input": built.rows + planned.ignored, "ok": built.rows - failed, "failed": failed, "skipped": planned.ignored}
+    folder.finish(counts, built.metrics, time.monotonic() - started)
+    for key, value in built.metrics.items():
         say(f"  {key} {value:.4g}")
     return verdict(folder, settings)
 
 
-if __name__ == "__main__":
-    import typer
+def other(config_file: Path, sets: list[str], chosen: list[str], names: list[str]) -> int:
+    """What does not build: one thing at a time, and without loading any model."""
+    quiet()
+    settings = config.load(config_file, sets)
+    if len(chosen) > 1:
+        raise UserError(f"{chosen[0]} and {chosen[1]} are two commands; give one of them")
+    from rar import build, memories
+    from rar.memory import open_store
 
+    store = settings.memory
+    if "://" not in store.uri and not Path(store.uri).exists():
+        raise UserError(f"there is no memory at {store.uri}; build it with `rar memory CONFIG`")
+    with open_store(store.uri, store.token) as address:
+        if chosen == ["--list"]:
+            print(table(memories.memories(address, store.token)))
+        elif chosen == ["--describe"]:
+            found = memories.find(address, store.name, store.version, store.token)
+            print(json.dumps(asdict(found) | {"class_names": build.class_names(settings, address)}, indent=1))
+        elif chosen == ["--snapshot"]:
+            print(f"{store.name} version {memories.snapshot(address, store.name, store.token)}")
+        elif chosen == ["--remove"]:
+            print(json.dumps(build.remove(settings, address, names), indent=1))
+        else:
+            memories.drop_memory(address, store.name, store.version, store.token)
+            print(f"dropped {store.name}" + (f" version {store.version}" if store.version else ""))
+    return 0
+
+
+def table(found: list[Stored]) -> str:
+    """One line a memory: name, version, entries of each part, classes, index, digest, when it was made and by which encoder."""
+    lines = [
+        f"{'memory':<20} {'version':>7} {'images':>9} {'texts':>8} {'classes':>8} {'index':<9} {'digest':<16} created, encoder"
+    ]
+    for one in found:
+        version = "live" if one.version is None else str(one.version)
+        counts = f"{one.counts.get('images', 0):>9,} {one.counts.get('texts', 0):>8,} {one.classes:>8,}"
+        made = f"{one.digest or 'half written':<16} {one.created}, {one.encoder}"
+        lines.append(f"{one.name:<20} {version:>7} {counts} {one.index:<9} {made}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
     typer.run(memory)

@@ -2,35 +2,45 @@
 
 A memory NAME is a handful of collections: NAME_images (one entry a support image), NAME_texts (one a class name) and
 NAME_head_MODE for each retrieval mode that its entries allow (see retrieve). Entry ids are content hash + encoder fingerprint,
-so building twice changes nothing, and adding images adds only those. Heads are refitted from all entries at every build:
-closed form, seconds even for thousands of classes.
+so building twice changes nothing, and a build embeds only what the memory lacks. A class keeps its id for life; new names get
+new ids. Nothing is taken away by a build: a class that the config no longer names stays until `remove`.
+
+Heads are refitted from all entries at every build, in closed form: seconds for thousands of classes, and all entries in the
+driver's memory at once, which is what bounds the size of an image memory (a million of 512 dimensions are 2 GB).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rar import corpus, pipeline, retrieve
+from rar import config, corpus, memories, pipeline, retrieve, stages, templates, vectors
 from rar.config import Config
 from rar.memory import Collection, Entries
-from rar.schema import ERRORS, INDEX, UserError, content_id
+from rar.schema import ERRORS, INDEX, UserError, content_id, entry_id
 from rar.sinks import MilvusSink
 
-MODES: tuple[retrieve.Mode, ...] = ("text", "centroid", "fused")
+PARTS = ("images", "texts")
+ENTRY_COLUMNS = ["entry_id", "class_id", "class_name", "vector"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a memory will hold. classes: id = position. support: INDEX rows, `shots` a class. ignored: other rows."""
+    """What a memory will hold. classes: the names to embed. support: INDEX rows, `shots` a class. ignored: other rows.
+
+    undescribed: how many names of encoder.descriptions are no class.
+    """
 
     classes: list[str]
     support: pa.Table
     ignored: int
+    undescribed: int = 0
 
 
 def plan(settings: Config) -> Plan:
@@ -38,6 +48,7 @@ def plan(settings: Config) -> Plan:
     memory = settings.memory
     if memory.support is None and memory.classes is None:
         raise UserError("memory needs `classes` (names), `support` (labelled images), or both")
+    check_kind(settings, memory.support)
     listed = corpus.list_images(memory.support) if memory.support else INDEX.empty_table()
     labelled = listed.filter(pc.is_valid(listed["label"]))
     if memory.support and not labelled.num_rows:
@@ -48,7 +59,22 @@ def plan(settings: Config) -> Plan:
     if memory.support and not known.num_rows:
         raise UserError(f"no label of memory.support is among the {len(classes)} classes; first label: {labelled['label'][0]}")
     support = _draw(known, memory.shots, settings.run.seed)
-    return Plan(classes, support, listed.num_rows - known.num_rows)
+    file = settings.encoder.descriptions
+    strange = templates.unused_descriptions(templates.read_descriptions(file), classes, file) if file else 0
+    return Plan(classes, support, listed.num_rows - known.num_rows, strange)
+
+
+def check_kind(settings: Config, images: config.Corpus | None) -> None:
+    """Raises UserError for vectors where an encoder is to make them, and for pictures where none is."""
+    if images is None:
+        return
+    brought, precomputed = corpus.format_of(images) == "embeddings", settings.encoder.model == "precomputed"
+    if brought and not precomputed:
+        raise UserError(f"{images.uri} holds embeddings, not pictures: set encoder.model: precomputed")
+    if precomputed and not brought:
+        raise UserError(
+            f"encoder.model is precomputed, but {images.uri} holds no embeddings; give an .npz, .npy or parquet of them"
+        )
 
 
 def _draw(labelled: pa.Table, shots: int | None, seed: int) -> pa.Table:
@@ -63,54 +89,172 @@ def _draw(labelled: pa.Table, shots: int | None, seed: int) -> pa.Table:
     return labelled.take(sorted(chosen))
 
 
-def build(settings: Config, address: str, *, fresh: bool) -> tuple[pa.Table, dict[str, float]]:
-    """Embed and write everything, fit the heads. Returns the support rows that failed (ERRORS) and metrics."""
+def facts_of(settings: Config, images: config.Corpus | None) -> stages.EncoderFacts:
+    """What makes the vectors: the session's encoder, or, for vectors that the user brings, their name and dimension."""
+    if settings.encoder.model != "precomputed":
+        return pipeline.encoder_facts(settings.encoder.model_dump_json())
+    brought = images or settings.memory.support
+    if brought is None:
+        raise UserError("encoder.model precomputed needs memory.support: the embeddings to remember")
+    dim = vectors.dim_of(brought)
+    return stages.EncoderFacts(0, dim, vectors.fingerprint(settings.encoder.source, dim), "", "", embeds_texts=False)
+
+
+@dataclass(frozen=True)
+class Built:
+    """rows: support images and names that the memory was to hold; failed: those that it could not (ERRORS)."""
+
+    rows: int
+    failed: pa.Table
+    metrics: dict[str, float]
+
+
+def build(settings: Config, address: str, *, fresh: bool) -> Built:
+    """Embed and write what the memory lacks, and fit the heads."""
+    if settings.memory.version is not None:
+        raise UserError("memory.version names a snapshot, which is never changed; leave it out to build the live memory")
     planned = plan(settings)
-    facts = pipeline.encoder_facts(settings.encoder.model_dump_json())
-    images, texts = (collection(settings, address, kind) for kind in ("images", "texts"))
-    heads = {mode: collection(settings, address, f"head_{mode}") for mode in MODES}
+    facts = facts_of(settings, None)
+    if settings.memory.classes is not None and not facts.embeds_texts and settings.memory.support is None:
+        raise UserError(f"encoder.model {settings.encoder.model} embeds images alone: set memory.support, or use a CLIP")
+    parts = {kind: collection(settings, address, kind) for kind in PARTS}
     if fresh:
-        for one in (images, texts, *heads.values()):
-            one.drop()
-    meta = {"fingerprint": facts.fingerprint, "encoder": settings.encoder.model, "dim": facts.dim}
-    rows = _embed(settings, planned, facts)
+        _drop(settings, address)
+    for one in parts.values():
+        check_maker(settings, one, facts)
+    had = {kind: entries_of(one) for kind, one in parts.items()}
+    class_of = _class_ids(planned.classes, had.values())
+    rows = _embed(settings, planned, facts, had)
+    rows = _with_entry_columns(rows, class_of, facts.fingerprint)
     failed = rows.filter(pc.is_valid(rows["error"]))
     good = rows.filter(pc.is_null(rows["error"]))
-    kinds = ((images, good.filter(pc.is_null(good["text"]))), (texts, good.filter(pc.is_valid(good["text"]))))
-    for one, entries in kinds:
+    meta = {"fingerprint": facts.fingerprint, "encoder": settings.encoder.model, "dim": facts.dim}
+    for kind, entries in zip(
+        PARTS, (good.filter(pc.is_null(good["text"])), good.filter(pc.is_valid(good["text"]))), strict=True
+    ):
         if entries.num_rows:
-            one.create(facts.dim, settings.memory.index, meta, entries.num_rows)
-            known = set(one.fetch().entry_ids) if one.count() else set()
-            pipeline.write(entries.select(["entry_id", "class_id", "class_name", "vector"]), MilvusSink(one))
-            one.seal(len(known | set(entries["entry_id"].to_pylist())))
-    metrics = _fit_heads(settings, heads, meta, entries_of(images), entries_of(texts))
-    counts = {"classes": len(planned.classes), "entries.images": images.count() if images.exists() else 0}
-    return failed.select(ERRORS.names).cast(ERRORS), {**counts, "entries.texts": texts.count(), **metrics}
+            _write(settings, parts[kind], had[kind], entries, meta)
+    metrics = fit_heads(settings, address, meta)
+    counts: dict[str, float] = {"classes": len(class_of), "embedded": good.num_rows}
+    counts |= {f"entries.{kind}": one.count() if one.exists() else 0 for kind, one in parts.items()}
+    if planned.undescribed:
+        counts["undescribed"] = planned.undescribed
+    named = len(planned.classes) if facts.embeds_texts or settings.memory.class_embeddings else 0
+    return Built(planned.support.num_rows + named, failed.select(ERRORS.names).cast(ERRORS), {**counts, **metrics})
+
+
+def check_maker(settings: Config, one: Collection, facts: stages.EncoderFacts) -> None:
+    """Raises UserError where a part of the memory holds the vectors of another encoder."""
+    if not one.exists():
+        return
+    made_by = one.meta()["fingerprint"]
+    if made_by != facts.fingerprint:
+        raise UserError(
+            f"memory {settings.memory.name!r} was made by another encoder, templates, descriptions, views or precision "
+            f"({made_by}, not {facts.fingerprint}); rebuild it with `rar memory CONFIG --fresh`, or use what it was made with"
+        )
+
+
+def _write(settings: Config, one: Collection, had: Entries | None, entries: pa.Table, meta: Mapping[str, object]) -> None:
+    known = set(had.entry_ids) if had is not None else set()
+    every = known | set(entries["entry_id"].to_pylist())
+    one.create(int(str(meta["dim"])), settings.memory.index, meta, len(every), stages.vectors_of(entries))
+    pipeline.write(entries.select(ENTRY_COLUMNS), MilvusSink(one))
+    one.seal(len(every))
+
+
+def remove(settings: Config, address: str, names: Sequence[str]) -> dict[str, float]:
+    """Take classes with all their entries out of a memory, and refit the heads. Raises UserError for a name that it lacks."""
+    if settings.memory.version is not None:
+        raise UserError("memory.version names a snapshot, which is never changed; leave it out to change the live memory")
+    removed = {kind: 0 for kind in PARTS}
+    parts = {kind: one for kind in PARTS if (one := collection(settings, address, kind)).exists()}
+    held = {kind: one.fetch() for kind, one in parts.items()}
+    class_of = _class_ids([], held.values())
+    if strange := [name for name in names if name not in class_of]:
+        raise UserError(
+            f"memory {settings.memory.name!r} has no class {strange[0]!r}; `rar memory CONFIG --describe` lists them"
+        )
+    for kind, one in parts.items():
+        removed[kind] = sum(one.remove_class(class_of[name]) for name in names)
+        one.seal(len(held[kind]) - removed[kind])
+    meta = next(iter(parts.values())).meta()
+    metrics = fit_heads(settings, address, {key: meta[key] for key in ("fingerprint", "encoder", "dim")})
+    return {**{f"removed.{kind}": count for kind, count in removed.items()}, **metrics}
 
 
 def collection(settings: Config, address: str, kind: str) -> Collection:
-    return Collection(address, f"{settings.memory.name}_{kind}", settings.memory.token)
+    """A part of the memory: images, texts or head_MODE; of the snapshot that the config names, if it names one."""
+    memory = settings.memory
+    return Collection(address, memories.collection_name(memory.name, kind, memory.version), memory.token)
 
 
 def entries_of(one: Collection) -> Entries | None:
-    return one.fetch() if one.exists() else None
+    """All entries of a part; None where it does not exist or is empty."""
+    return one.fetch() if one.exists() and one.count() else None
 
 
-def _embed(settings: Config, planned: Plan, facts: pipeline.EncoderFacts) -> pa.Table:
-    """Support images and class names through one pool of encoders: (uri, image_id, stage, error, text, entry columns)."""
-    class_of = {name: number for number, name in enumerate(planned.classes)}
+def class_names(settings: Config, address: str) -> list[str]:
+    """The classes of a memory, by id. Raises UserError where there is no such memory."""
+    memory = settings.memory
+    counts = memories.find(address, memory.name, memory.version, memory.token).counts
+    held = [collection(settings, address, kind).fetch() for kind in PARTS if kind in counts]
+    return list(_class_ids([], held))
+
+
+def _drop(settings: Config, address: str) -> None:
+    for kind in (*PARTS, *(f"head_{mode}" for mode in retrieve.MODES)):
+        collection(settings, address, kind).drop()
+
+
+def _class_ids(names: Sequence[str], held: Iterable[Entries | None]) -> dict[str, int]:
+    """class name -> id: those of the memory as they are, the others counted on from there."""
+    pairs = (zip(one.class_names, one.class_ids.tolist(), strict=True) for one in held if one is not None)
+    known = dict(sorted(chain.from_iterable(pairs), key=itemgetter(1)))
+    free = max(known.values(), default=-1) + 1
+    new = [name for name in names if name not in known]
+    return known | {name: free + position for position, name in enumerate(new)}
+
+
+def _embed(settings: Config, planned: Plan, facts: stages.EncoderFacts, had: Mapping[str, Entries | None]) -> pa.Table:
+    """The rows that the memory lacks, with their vectors (columns COLUMNS and `vector`), and those that failed."""
     size = settings.run.shard_size
-    names = pa.table({"text": pa.array(planned.classes, pa.string())})
-    texts = pipeline.shards_of(names, size, range(pipeline.n_shards(names, size))).map_batches(
-        _as_image_rows, batch_size=None, batch_format="pyarrow"
-    )
-    datasets = [texts]
+    texts = had["texts"]
+    written = set(texts.class_names) if texts is not None else set()
+    names = [name for name in planned.classes if name not in written]
+    support = pipeline.shards_of(planned.support, pipeline.evenly(planned.support, size))
+    if settings.encoder.model == "precomputed":
+        assert settings.memory.support is not None
+        read = pipeline.through(support, "read", stages.LoadVectors(settings.memory.support))
+        new = pipeline.through(read, "skip", stages.Lacking(had["images"], facts.fingerprint))
+        brought = pipeline.collect(pipeline.plainly(new, _brought_columns))
+        return pa.concat_tables([brought, _brought_texts(settings, planned, names, facts.dim)])
+    datasets = []
     if planned.support.num_rows:
-        index = planned.support
-        images = pipeline.decoded(pipeline.shards_of(index, size, range(pipeline.n_shards(index, size))), facts)
-        datasets.append(images.map_batches(_keep_image_columns, batch_size=None, batch_format="pyarrow"))
-    rows = pipeline.collect(pipeline.embedded(pipeline.together(datasets), settings.encoder))
-    return _with_entry_columns(rows, class_of, facts.fingerprint)
+        read = pipeline.through(support, "read", stages.load)
+        new = pipeline.through(read, "skip", stages.Lacking(had["images"], facts.fingerprint))
+        datasets.append(pipeline.plainly(pipeline.with_pixels(new, facts), _as_columns))
+    if facts.embeds_texts and names:
+        table = pa.table({"text": pa.array(names, pa.string())})
+        datasets.append(pipeline.plainly(pipeline.shards_of(table, pipeline.evenly(table, size)), _as_image_rows))
+    if not datasets:
+        return _empty_rows(facts.dim)
+    return pipeline.collect(pipeline.embedded(pipeline.together(datasets), settings.encoder))
+
+
+def _brought_texts(settings: Config, planned: Plan, names: Sequence[str], dim: int) -> pa.Table:
+    """Text rows of the classes `names` from memory.class_embeddings; none where the user brings none."""
+    file = settings.memory.class_embeddings
+    if file is None:
+        return _empty_rows(dim)
+    if settings.memory.classes is None:
+        raise UserError("memory.class_embeddings needs memory.classes: the names, in the order of its rows")
+    brought = vectors.class_embeddings(file, len(planned.classes))
+    if brought.shape[1] != dim:
+        raise UserError(f"{file} has {brought.shape[1]} dimensions and memory.support {dim}; bring both from one encoder")
+    rows = [planned.classes.index(name) for name in names]
+    table = _as_image_rows(pa.table({"text": pa.array(names, pa.string()), "shard": pa.nulls(len(names), pa.int32())}))
+    return stages.with_vectors(table, brought[rows])
 
 
 COLUMNS = pa.schema(
@@ -122,13 +266,23 @@ COLUMNS = pa.schema(
 )
 
 
+def _empty_rows(dim: int) -> pa.Table:
+    return stages.with_vectors(COLUMNS.empty_table(), np.zeros((0, dim), np.float32))
+
+
 def _as_image_rows(names: pa.Table) -> pa.Table:
     empty = {field.name: pa.nulls(names.num_rows, field.type) for field in COLUMNS}
     return pa.table({**empty, "shard": names["shard"], "text": names["text"], "label": names["text"]}, schema=COLUMNS)
 
 
-def _keep_image_columns(table: pa.Table) -> pa.Table:
+def _as_columns(table: pa.Table) -> pa.Table:
     return table.append_column("text", pa.nulls(table.num_rows, pa.string())).select(COLUMNS.names).cast(COLUMNS)
+
+
+def _brought_columns(table: pa.Table) -> pa.Table:
+    """As COLUMNS, and the vector that came along."""
+    pixels = table.append_column("pixels", pa.nulls(table.num_rows, pa.large_binary()))
+    return _as_columns(pixels).append_column("vector", table["vector"])
 
 
 def _with_entry_columns(rows: pa.Table, class_of: Mapping[str, int], fingerprint: str) -> pa.Table:
@@ -143,26 +297,18 @@ def _with_entry_columns(rows: pa.Table, class_of: Mapping[str, int], fingerprint
     return rows.append_column("class_name", pa.array(labels, pa.string()))
 
 
-def entry_id(image_id: str, fingerprint: str) -> str:
-    return f"{image_id}-{fingerprint}"
-
-
-def _fit_heads(
-    settings: Config,
-    heads: Mapping[retrieve.Mode, Collection],
-    meta: Mapping[str, object],
-    images: Entries | None,
-    texts: Entries | None,
-) -> dict[str, float]:
+def fit_heads(settings: Config, address: str, meta: Mapping[str, object]) -> dict[str, float]:
     """Fit and write every head that the entries allow; returns the held-out accuracy of each that images can measure."""
+    images, texts = (entries_of(collection(settings, address, kind)) for kind in PARTS)
     metrics = {}
-    for mode, one in heads.items():
-        if mode == "centroid" and images is None:
+    for mode in retrieve.MODES:
+        one = collection(settings, address, f"head_{mode}")
+        one.drop()
+        if not retrieve.allows(mode, images, texts):
             continue
         head = retrieve.fit_head(mode, images, texts, settings.run.seed)
         entries = head.to_entries()
-        one.drop()
-        one.create(entries.vectors.shape[1], settings.memory.index, {**meta, "head": head.meta}, len(entries))
+        one.create(entries.vectors.shape[1], config.Index(), {**meta, "head": head.meta}, len(entries))
         one.upsert(entries.entry_ids, entries.class_ids, entries.class_names, entries.vectors)
         one.seal(len(entries))
         if images is not None:

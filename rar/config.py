@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rar.schema import UserError
+from rar.wording import load_wording
 
 
 class Strict(BaseModel):
@@ -198,13 +199,38 @@ class Detect(Strict):
         None, description="COCO-results JSON or parquet; default: the ground-truth boxes of the corpus"
     )
     detector: Detector | None = Field(None, description="makes the proposals itself, instead of `proposals`")
-    style: Literal["coco", "lvis"] = "coco"
+    style: Literal["coco", "lvis", "v3det"] = "coco"
     crop: Crop = Crop()
     max_boxes: int = Field(300, ge=1, description="proposals kept per image, best first")
     classes_per_box: int = Field(5, ge=1, description="candidates of a box that become detections")
     score: Literal["product", "geometric", "class", "proposal"] = Field(
         "product", description="how proposal score and class probability make a detection's score"
     )
+
+
+class Serve(Strict):
+    """`rar serve`: the HTTP API. Its bearer token, where it asks for one, is the environment's RAR_API_TOKEN."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; any but loopback needs RAR_API_TOKEN")
+    port: int = Field(8000, ge=1, le=65535)
+    endpoints: list[Literal["rank", "recognize"]] = Field(
+        ["rank", "recognize"], min_length=1, description="`rank` alone needs no memory"
+    )
+    url_prefixes: list[str] = Field([], description="images may be named by URLs that begin so; default: no URL is fetched")
+    max_body_bytes: int = Field(16 << 20, ge=1024)
+    max_pixels: int = Field(50_000_000, ge=1)
+    max_candidates: int = Field(100, ge=1)
+    max_name_chars: int = Field(200, ge=1)
+    adapters: dict[str, str] = Field({}, description="name a request may ask for -> folder of a LoRA adapter")
+    loaded_adapters: int = Field(2, ge=1, description="adapters a replica keeps loaded, each with its model")
+    batch_tokens: int = Field(16384, ge=1, description="tokens of one forward pass, padding included")
+    batch_wait_s: float = Field(0.005, ge=0, description="how long an idle replica waits for a fuller batch")
+    max_queued: int = Field(256, ge=0, description="requests a gateway keeps waiting; beyond, 429 with Retry-After")
+    timeout_s: float = Field(60.0, gt=0, description="of one request, waiting included; beyond, 503")
+    min_gateways: int = Field(1, ge=1)
+    max_gateways: int = Field(1, ge=1)
+    upscale_delay_s: float = Field(10.0, ge=0, description="load must last this long before a replica is added")
+    downscale_delay_s: float = Field(120.0, ge=0, description="quiet must last this long before a replica is taken away")
 
 
 class Run(Strict):
@@ -221,10 +247,24 @@ class Config(Strict):
     ranker: Ranker = Ranker()
     route: Route = Route()
     detect: Detect = Detect()
+    serve: Serve = Serve()
     run: Run = Run()
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        """Settings that contradict each other, each in one line that says what to change."""
+        if self.encoder.model == "precomputed" and self.ranker.method != "none":
+            raise ValueError("encoder.model precomputed leaves no pictures to rank: set ranker.method: none")
+        if self.route.coverage is not None and self.route.mode == "always":
+            raise ValueError("route.coverage needs route.mode: calibrated")
+        if self.detect.proposals is not None and self.detect.detector is not None:
+            raise ValueError("set detect.proposals (a file) or detect.detector (a model), not both")
+        if self.ranker.method == "endpoint" and self.ranker.base_url is None:
+            raise ValueError("ranker.method endpoint needs ranker.base_url, e.g. http://host:8000/v1")
+        return self
+
     def fingerprint(self) -> str:
-        """16 hex digits; equal for two configs that must give the same predictions."""
+        """16 hex digits; equal for two configs that must give the same predictions. Raises UserError for faulty prompts."""
         data = self.model_dump(mode="json")
         for key in SPEED_ONLY:
             *sections, last = key.split(".")
@@ -233,6 +273,7 @@ class Config(Strict):
                 where = (where or {}).get(section)
             if where is not None:  # an optional section
                 del where[last]
+        data["ranker"]["prompts"] = load_wording(self.ranker.prompts).fingerprint()
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -248,6 +289,7 @@ SPEED_ONLY = (
     "ranker.cache",
     "memory.token",
     "run.max_failed_fraction",
+    "serve",
 )
 
 
@@ -293,6 +335,8 @@ def _explain(error: ValidationError) -> str:
     """The first fault in plain words; for an unknown key, the nearest valid one."""
     fault = error.errors()[0]
     where = ".".join(str(part) for part in fault["loc"])
+    if not where:
+        return f"config: {fault['msg'].removeprefix('Value error, ')}"
     if fault["type"] != "extra_forbidden":
         return f"config: {where}: {fault['msg'].removeprefix('Value error, ')}, got {fault.get('input')!r}"
     nearest = difflib.get_close_matches(where, _known_keys(Config), n=1, cutoff=0.0)

@@ -1,4 +1,6 @@
-"""Where images come from: one index row per image, then bytes on demand. Any fsspec location, five formats.
+"""Where images come from: one index row per image, then bytes on demand. Any fsspec location, five formats of images.
+
+A sixth, `embeddings`, brings vectors instead (see vectors): its rows are listed here too, and read by `vectors.read_vectors`.
 
 `list_images` runs once, on the driver; `read_many` runs on the workers, many images at a time. Between the two travels only the
 INDEX table, so nothing but names is shipped.
@@ -23,18 +25,24 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
-from rar import storage
+from rar import storage, tables, vectors
 from rar.config import Corpus
 from rar.schema import INDEX, RowError, UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+FORMAT_OF_SUFFIX = {
+    ".csv": "manifest",
+    ".json": "coco",
+    ".tar": "webdataset",
+    ".parquet": "parquet",
+    ".npz": "embeddings",
+    ".npy": "embeddings",
+}
 LABEL_SUFFIXES = (".cls", ".txt")  # a WebDataset sample's class, in order of preference
 DEFAULT_BYTES_COLUMN: str = Corpus.model_fields["bytes_column"].default
-DEFAULT_LABEL_COLUMN: str = Corpus.model_fields["label_column"].default
 INDEX_BATCH = 65_536  # index rows held as Python objects at a time
 PARQUET_BATCH = 64  # encoded images of a row group held at a time
 PARQUET_ROW = re.compile(r"(?P<file>.+)#(?P<row>\d+)(?::(?P<column>.+))?", re.DOTALL)
@@ -47,16 +55,28 @@ def list_images(corpus: Corpus) -> pa.Table:
 
     Folders are sorted by name; manifests, COCO files, parquet files and tars keep their own order, several of them sorted by
     name. A tar member's uri is `path/to.tar#member`, with the byte range of its content; a parquet row's is `file.parquet#ROW`
-    (`file.parquet#ROW:column` where the bytes are in another column than `bytes`).
+    (`file.parquet#ROW:column` where the bytes are in another column than `bytes`). A vector's is its id, or `file.npz#ROW`.
     Raises UserError (nothing there, a missing column, an unreadable file), Unavailable (storage that does not answer).
     """
     listers = {"folder": _folder, "manifest": _manifest, "webdataset": _webdataset, "parquet": _parquet, "coco": _coco}
+    listers["embeddings"] = _embeddings
+    kind = format_of(corpus)
     with storage.explained("corpus", corpus.uri):
-        kind = _guess_format(corpus) if corpus.format == "auto" else corpus.format
         table = _table(islice(listers[kind](corpus), corpus.limit))
     if not table.num_rows:
         raise UserError(f"corpus: no images in {corpus.uri}, read as {kind}; check corpus.uri, or set corpus.format")
     return table
+
+
+def format_of(corpus: Corpus) -> str:
+    """corpus.format, or what `auto` stands for: the suffix decides; for a folder, what lies in it; for parquet, its columns.
+
+    Raises UserError where neither tells, and as `list_images` does.
+    """
+    if corpus.format != "auto":
+        return corpus.format
+    with storage.explained("corpus", corpus.uri):
+        return _guess_format(corpus)
 
 
 def read_many(uris: Sequence[str], offsets: Sequence[int | None], sizes: Sequence[int | None]) -> list[bytes | RowError]:
@@ -112,11 +132,11 @@ def class_names(spec: str | list[str]) -> list[str]:
 
 
 def _guess_format(corpus: Corpus) -> str:
-    """`auto`: the suffix decides; for a folder, what lies in it."""
-    kinds = {".csv": "manifest", ".json": "coco", ".tar": "webdataset", ".parquet": "parquet"}
-    kind = "webdataset" if corpus.uri.endswith(COMPRESSED_TARS) else kinds.get(storage.suffix(corpus.uri))
+    if corpus.uri.endswith(COMPRESSED_TARS):
+        return "webdataset"
+    kind = FORMAT_OF_SUFFIX.get(storage.suffix(corpus.uri))
     if kind == "parquet":
-        return "parquet" if _has_bytes(corpus, storage.files(corpus.uri, ".parquet")[0]) else "manifest"
+        return _guess_parquet(corpus, storage.files(corpus.uri, ".parquet")[0])
     if kind:
         return kind
     fs, path = storage.locate(corpus.uri)
@@ -128,9 +148,19 @@ def _guess_format(corpus: Corpus) -> str:
     suffixes = {storage.suffix(name) for name in storage.walk(fs, path)}
     if suffixes.intersection(IMAGE_SUFFIXES):
         return "folder"
-    if ".tar" in suffixes or ".parquet" in suffixes:
-        return "webdataset" if ".tar" in suffixes else "parquet"
+    for suffix in (".tar", ".npz", ".npy"):
+        if suffix in suffixes:
+            return FORMAT_OF_SUFFIX[suffix]
+    if ".parquet" in suffixes:
+        return "embeddings" if vectors.has_vectors(corpus, storage.files(corpus.uri, ".parquet")[0]) else "parquet"
     raise UserError(f"corpus: no images, tars or parquet files in folder {corpus.uri}; check corpus.uri")
+
+
+def _guess_parquet(corpus: Corpus, file: str) -> str:
+    """Images where there are bytes, else embeddings where there are vectors, else a manifest."""
+    if tables.has_bytes(corpus, file):
+        return "parquet"
+    return "embeddings" if vectors.has_vectors(corpus, file) else "manifest"
 
 
 def _folder(corpus: Corpus) -> Iterator[Entry]:
@@ -145,15 +175,15 @@ def _folder(corpus: Corpus) -> Iterator[Entry]:
 def _manifest(corpus: Corpus) -> Iterator[Entry]:
     """A row without a name stays a row: reading it fails by itself."""
     for file in storage.files(corpus.uri, ".csv", ".parquet"):
-        table, columns = _read_manifest(corpus, file)
+        table, columns = tables.read_manifest(corpus, file)
         if corpus.uri_column not in columns:
             raise UserError(f"corpus: {file} has no column {corpus.uri_column!r}; set corpus.uri_column: {columns}")
-        label_column = _label_column(corpus, columns, file)
+        label_column = tables.label_column(corpus, columns, file)
         base = _base(corpus, file)
         uris = table[corpus.uri_column].to_pylist()
         labels = table[label_column].to_pylist() if label_column else [None] * len(uris)
         for uri, label in zip(uris, labels, strict=True):
-            yield _join(base, str(uri or "")), None, None, _label(label)
+            yield _join(base, str(uri or "")), None, None, tables.label(label)
 
 
 def _webdataset(corpus: Corpus) -> Iterator[Entry]:
@@ -166,13 +196,13 @@ def _webdataset(corpus: Corpus) -> Iterator[Entry]:
 def _parquet(corpus: Corpus) -> Iterator[Entry]:
     column = "" if corpus.bytes_column == DEFAULT_BYTES_COLUMN else f":{corpus.bytes_column}"
     for file in storage.files(corpus.uri, ".parquet"):
-        if not _has_bytes(corpus, file):
+        if not tables.has_bytes(corpus, file):
             raise UserError(f"corpus: {file} has no image bytes in column {corpus.bytes_column!r}; set corpus.bytes_column")
         with storage.open_file(file) as stream, pq.ParquetFile(stream) as parquet:
-            label_column = _label_column(corpus, parquet.schema_arrow.names, file)
+            label_column = tables.label_column(corpus, parquet.schema_arrow.names, file)
             labels = parquet.read([label_column])[0].to_pylist() if label_column else [None] * parquet.metadata.num_rows
         for row, label in enumerate(labels):
-            yield f"{file}#{row}{column}", None, None, _label(label)
+            yield f"{file}#{row}{column}", None, None, tables.label(label)
 
 
 def _coco(corpus: Corpus) -> Iterator[Entry]:
@@ -190,6 +220,11 @@ def _coco(corpus: Corpus) -> Iterator[Entry]:
             except (AttributeError, KeyError):
                 raise UserError(f"corpus: {file}: images[{number}] has neither file_name nor coco_url; add one") from None
             yield _join(base, name), None, None, None
+
+
+def _embeddings(corpus: Corpus) -> Iterator[Entry]:
+    for uri, label in vectors.list_rows(corpus):
+        yield uri, None, None, label
 
 
 def _table(entries: Iterator[Entry]) -> pa.Table:
@@ -270,45 +305,6 @@ def _tar_of(uri: str) -> str:
     """`a/b.tar#member` -> `a/b.tar`; both the folder's and the member's name may hold another #."""
     head, mark, _ = uri.partition(".tar#")
     return f"{head}.tar" if mark else uri.partition("#")[0]
-
-
-def _has_bytes(corpus: Corpus, file: str) -> bool:
-    """Whether the bytes column is there and binary; Hugging Face's image columns are structs with a field `bytes`."""
-    with storage.open_file(file) as stream, pq.ParquetFile(stream) as parquet:
-        schema = parquet.schema_arrow
-    if corpus.bytes_column not in schema.names:
-        return False
-    kind = schema.field(corpus.bytes_column).type
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _read_manifest(corpus: Corpus, file: str) -> tuple[pa.Table, list[str]]:
-    """The uri and label columns, and the names of all columns. CSV cells stay text: a label 007 is not 7."""
-    wanted = (corpus.uri_column, corpus.label_column)
-    with storage.open_file(file) as stream:
-        if storage.suffix(file) == ".parquet":
-            parquet = pq.ParquetFile(stream)
-            names = parquet.schema_arrow.names
-            return parquet.read([name for name in names if name in wanted]), names
-        as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.string()))
-        table = pyarrow.csv.read_csv(stream, convert_options=as_text)
-        return table, table.column_names
-
-
-def _label_column(corpus: Corpus, columns: Sequence[str], file: str) -> str | None:
-    """The label column, or None if there is none of the default name; one asked for by name must be there."""
-    if corpus.label_column in columns:
-        return corpus.label_column
-    if corpus.label_column != DEFAULT_LABEL_COLUMN:
-        raise UserError(f"corpus: {file} has no column {corpus.label_column!r}; set corpus.label_column: {list(columns)}")
-    return None
-
-
-def _label(value: Any) -> str | None:
-    """Any cell as a label; empty cells and NaN (a missing value among numbers) are none."""
-    return None if value is None or value == "" or value != value else str(value)
 
 
 # Reading

@@ -1,26 +1,14 @@
-"""Boxes in, detections out: what detection puts around the same chain that recognises whole images.
+"""Images and boxes in: COCO/LVIS files and detectors' proposals. Geometry is in boxes.py, scores in score.py.
 
-Geometry and pixels first (box formats, crops), then COCO/LVIS files (images and boxes in, scored detections out). The paper
-(3.2 and appendix C.3) crops each proposal, grows it by the object's size and blurs what is not the target, but gives no values
-and no code. The choices here, and what they cost:
-
-- The window is a square around the box's centre, so that shape survives the square resize. Where it leaves the image it is
-  filled by repeating the image's edge: shifting it inside would move the object off centre, and a flat colour would draw an
-  edge beside it. The cost is streaks at the border, which the default blur softens.
-- Outside the target is blurred, greyed, blacked out or left. The border is hard: a crop pixel that the box touches stays
-  untouched, so up to one crop pixel of context stays sharp, and no part of the object is ever hidden.
-- Pillow does the resizing and the blur one box at a time: its Gaussian (three box filters) measured faster than an exact
-  one written as two matrix products over the whole batch, and is less code.
 - Proposals lose exact duplicates only, the same box under several classes being what class-aware detectors write. There is no
   further suppression: detectors have done theirs, and a second threshold would be a hidden parameter.
+- Proposals come by the million, so a file is read in slices, and a slice whose every row is well formed becomes arrays at once.
+  One malformed row sends its slice through the checks row by row, which say what is wrong with which box.
 - Crowd regions (`iscrowd`) of a ground truth are left out: they show no single object, and evaluators ignore them.
-
-Coordinates are continuous pixels: pixel i covers [i, i + 1), so a box of a whole (H, W) image is (0, 0, W, H).
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import posixpath
@@ -30,16 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageFilter
+import pyarrow.compute as pc
 
-from rar.config import Corpus, Crop, Detect
+from rar.boxes import xywh_to_xyxy
+from rar.config import Corpus, Detect
 from rar.schema import INDEX, UserError
 
-SMALL_AREA = 32**2  # COCO's groups: small objects have at most this many pixels, medium ones at most MEDIUM_AREA
-MEDIUM_AREA = 96**2
-MIN_SIDE = 0.99  # one pixel, less what float32 and files of two decimals round away
-GREY = (128, 128, 128)
-BLACK = (0, 0, 0)
+PROPOSAL_COLUMNS = ["image_id", "bbox", "score"]
+SLICE = 65_536  # proposals turned into arrays at once
 
 BOXES = pa.schema(
     [
@@ -51,113 +37,6 @@ BOXES = pa.schema(
         ("box_ids", pa.list_(pa.int64())),
     ]
 )
-
-
-def xywh_to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
-    """(..., 4) left, top, width, height (COCO files) -> (..., 4) left, top, right, bottom."""
-    return np.concatenate([boxes_xywh[..., :2], boxes_xywh[..., :2] + boxes_xywh[..., 2:]], axis=-1)
-
-
-def xyxy_to_xywh(boxes_xyxy: np.ndarray) -> np.ndarray:
-    """(..., 4) left, top, right, bottom -> (..., 4) left, top, width, height."""
-    return np.concatenate([boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]], axis=-1)
-
-
-def clip_xyxy(boxes_xyxy: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The part of each box (..., 4) inside a width x height image; a box outside becomes an empty one on the border."""
-    return np.clip(boxes_xyxy, 0, [width, height, width, height])
-
-
-def area(boxes_xyxy: np.ndarray) -> np.ndarray:
-    """Square pixels of each box: (..., 4) -> (...). Empty and inverted boxes have none."""
-    return np.prod(np.maximum(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2], 0), axis=-1)
-
-
-def check_boxes(boxes_xyxy: np.ndarray, width: int, height: int) -> list[str | None]:
-    """Why each of (B, 4) boxes shows nothing of a width x height image, or None for a box that can be cropped."""
-    boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
-    return [_box_fault(box, width, height) for box in boxes]
-
-
-def _box_fault(box_xyxy: np.ndarray, width: int, height: int) -> str | None:
-    if not np.isfinite(box_xyxy).all():
-        return f"box {box_xyxy.tolist()} has a coordinate that is not a finite number"
-    x0, y0, x1, y1 = box_xyxy.tolist()
-    if x1 < x0 or y1 < y0:
-        return f"box {box_xyxy.tolist()} ends before it begins"
-    if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
-        return f"box {box_xyxy.tolist()} lies outside the {width} x {height} image"
-    w, h = xyxy_to_xywh(clip_xyxy(box_xyxy, width, height))[2:]
-    if min(w, h) < MIN_SIDE:
-        return f"box {box_xyxy.tolist()} covers {w:.2f} x {h:.2f} pixels of the image, less than one pixel a side"
-    return None
-
-
-def grow_xyxy(boxes_xyxy: np.ndarray, crop: Crop) -> np.ndarray:
-    """The square windows (..., 4) xyxy shown for boxes (..., 4) xyxy; they may leave the image.
-
-    Each is centred on its box, with side = scale * max(w, h); the scale is chosen by the box's area.
-    """
-    size = area(boxes_xyxy)
-    scale = np.select([size <= SMALL_AREA, size <= MEDIUM_AREA], [crop.scale_small, crop.scale_medium], crop.scale_large)
-    center = (boxes_xyxy[..., :2] + boxes_xyxy[..., 2:]) / 2
-    half = (scale * np.max(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2], axis=-1) / 2)[..., None]
-    return np.concatenate([center - half, center + half], axis=-1)
-
-
-def to_crop(points: np.ndarray, window_xyxy: np.ndarray, size: int) -> np.ndarray:
-    """Image coordinates (..., 2) x, y -> coordinates in the size x size crop of a square window (4,)."""
-    return (points - window_xyxy[:2]) * (size / (window_xyxy[2] - window_xyxy[0]))
-
-
-def to_image(points: np.ndarray, window_xyxy: np.ndarray, size: int) -> np.ndarray:
-    """Crop coordinates (..., 2) x, y -> image coordinates: the inverse of `to_crop`."""
-    return points * ((window_xyxy[2] - window_xyxy[0]) / size) + window_xyxy[:2]
-
-
-def crops(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Crop) -> np.ndarray:
-    """What the models see of each box: image (H, W, 3) uint8, boxes (B, 4) -> (B, S, S, 3) uint8, S = crop.size.
-
-    Boxes are clipped to the image first. Resizing is Pillow's bicubic, which widens its filter when it shrinks (no aliasing).
-    Raises ValueError for a box that `check_boxes` refuses: those are rows of `errors/` before they come here.
-    """
-    height, width = image.shape[:2]
-    boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
-    if fault := next(filter(None, check_boxes(boxes, width, height)), None):
-        raise ValueError(fault)
-    result = np.empty((len(boxes), crop.size, crop.size, 3), dtype=np.uint8)
-    if not len(boxes):
-        return result
-    boxes = clip_xyxy(boxes, width, height)
-    windows = grow_xyxy(boxes, crop)
-    padded, offset = _pad(image, windows)
-    for i, (box, window) in enumerate(zip(boxes, windows, strict=True)):
-        square = padded.resize((crop.size,) * 2, Image.Resampling.BICUBIC, box=tuple((window + offset).tolist()))
-        result[i] = np.asarray(_hide_outside(square, to_crop(box.reshape(2, 2), window, crop.size), crop))
-    return result
-
-
-def _pad(image: np.ndarray, windows_xyxy: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-    """The image with its edges repeated as far as the windows (B, 4) reach, and what that adds to their coordinates (4,)."""
-    height, width = image.shape[:2]
-    left, top = np.maximum(0, np.ceil(-windows_xyxy[:, :2].min(axis=0))).astype(int)
-    right, bottom = np.maximum(0, np.ceil(windows_xyxy[:, 2:].max(axis=0) - [width, height])).astype(int)
-    padded = np.pad(image, [(top, bottom), (left, right), (0, 0)], mode="edge")
-    return Image.fromarray(padded), np.array([left, top, left, top])
-
-
-def _hide_outside(square: Image.Image, corners: np.ndarray, crop: Crop) -> Image.Image:
-    """The crop with all but the target hidden. corners: the target's left-top and right-bottom, (2, 2) in crop coordinates."""
-    if crop.outside == "none":
-        return square
-    x0, y0 = np.floor(corners[0] + 1e-6).astype(int).tolist()  # 1e-6: a corner on a pixel's border is no touch of the next
-    x1, y1 = np.ceil(corners[1] - 1e-6).astype(int).tolist()
-    if crop.outside == "blur":
-        hidden = square.filter(ImageFilter.GaussianBlur(crop.sigma * crop.size))
-    else:
-        hidden = Image.new("RGB", square.size, GREY if crop.outside == "grey" else BLACK)
-    hidden.paste(square.crop((x0, y0, x1, y1)), (x0, y0))
-    return hidden
 
 
 def read_json(path: str) -> Any:
@@ -198,8 +77,16 @@ class Boxes(NamedTuple):
     image_ids: np.ndarray  # (P,) int64, as in the file
     xyxy: np.ndarray  # (P, 4) float64
     scores: np.ndarray  # (P,) float64
-    labels: list[str | None]  # category names; None for proposals
+    labels: np.ndarray  # (P,) object: category names; None for proposals
     ids: np.ndarray  # (P,) int64: the annotation's id, or the proposal's position in its file
+
+
+class Columns(NamedTuple):
+    """PROPOSAL_COLUMNS of some proposals, of whatever types and shapes numpy found."""
+
+    image_ids: np.ndarray
+    bboxes_xywh: np.ndarray
+    scores: np.ndarray
 
 
 def read_boxes(corpus: Corpus, detect: Detect) -> tuple[pa.Table, list[dict[str, str | None]]]:
@@ -217,8 +104,8 @@ def read_boxes(corpus: Corpus, detect: Detect) -> tuple[pa.Table, list[dict[str,
     truth = read_json(corpus.uri)
     images = _images(truth, corpus)
     source = detect.proposals or corpus.uri
-    rows = _proposals(source) if detect.proposals else _annotations(truth, source)
-    boxes, errors = _collect(rows, dict(images), source)
+    slices = _proposals(source) if detect.proposals else [list(_annotations(truth, source))]
+    boxes, errors = _collect(slices, dict(images), source)
     if errors and not len(boxes.ids):
         raise UserError(f"none of the boxes of {source} can be used; the first fault: {errors[0]['error']}")
     if detect.proposals:
@@ -226,6 +113,41 @@ def read_boxes(corpus: Corpus, detect: Detect) -> tuple[pa.Table, list[dict[str,
     images = images[: corpus.limit]
     shown = {source, *(uri for _, uri in images)}
     return _table(images, boxes), [error for error in errors if error["uri"] in shown]
+
+
+def is_json(corpus: Corpus) -> bool:
+    """Whether a corpus is a COCO, LVIS or V3Det file and not a collection of pictures alone."""
+    return corpus.format == "coco" or (corpus.format == "auto" and corpus.uri.endswith(".json"))
+
+
+def truth_of(corpus: Corpus) -> Any | None:
+    """The ground truth of a corpus: its JSON, where that has annotations and categories; else None."""
+    if not is_json(corpus):
+        return None
+    truth = read_json(corpus.uri)
+    return truth if truth.get("annotations") and truth.get("categories") else None
+
+
+def list_pictures(corpus: Corpus) -> pa.Table:
+    """The images of a COCO JSON as a table of schema BOXES without boxes."""
+    return _table(_images(read_json(corpus.uri), corpus)[: corpus.limit], _boxes_of([]))
+
+
+def without_boxes(index: pa.Table) -> pa.Table:
+    """An index of any pictures (schema INDEX) as one of schema BOXES without boxes; a picture's id is its row."""
+    index = index.append_column("coco_id", index["row"])
+    for field in list(BOXES)[len(index.column_names) :]:
+        index = index.append_column(field, pa.array([[]] * index.num_rows, field.type))
+    return index.cast(BOXES)
+
+
+def with_proposals(found: pa.Table) -> pa.Table:
+    """Rows of schema BOXES with new boxes_xyxy and box_scores -> the same with fitting labels (none) and ids (by place)."""
+    counts = [len(scores) for scores in found["box_scores"].to_pylist()]
+    fitting = {"box_labels": [[None] * count for count in counts], "box_ids": [list(range(count)) for count in counts]}
+    for name, values in fitting.items():
+        found = found.drop_columns([name]).append_column(BOXES.field(name), pa.array(values, BOXES.field(name).type))
+    return found.select(BOXES.names).cast(BOXES)
 
 
 def _images(truth: Any, corpus: Corpus) -> list[tuple[int, str]]:
@@ -255,10 +177,22 @@ def _annotations(truth: Any, path: str) -> Iterator[dict[str, Any]]:
             yield {"id": number, **one, "score": 1.0, "label": label, "fault": fault}
 
 
-def _proposals(path: str) -> Iterator[dict[str, Any]]:
-    """A detector's boxes as rows of {id, image_id, bbox, score, label, fault}, whatever classes they carry."""
-    for number, one in enumerate(_parquet_rows(path) if path.endswith(".parquet") else _records(read_json(path), path)):
-        yield {**one, "id": number, "label": None, "fault": None}
+def _proposals(path: str) -> Iterator[Boxes | list[dict[str, Any]]]:
+    """A detector's boxes, whatever classes they carry, slice by slice: as columns, or as rows where one is malformed."""
+    first = 0
+    for rows in _parquet_batches(path) if path.endswith(".parquet") else _slices(_records(read_json(path), path)):
+        columns = _arrow_columns(rows) if isinstance(rows, pa.RecordBatch) else _columns(rows)
+        if columns is not None and (boxes := _as_boxes(columns, first)) is not None:
+            yield boxes
+        else:
+            listed = rows.to_pylist() if isinstance(rows, pa.RecordBatch) else rows
+            yield [{**one, "id": number, "label": None, "fault": None} for number, one in enumerate(listed, start=first)]
+        first += len(rows)
+
+
+def _slices(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(rows), SLICE):
+        yield rows[start : start + SLICE]
 
 
 def _records(rows: Any, what: str) -> list[dict[str, Any]]:
@@ -267,46 +201,104 @@ def _records(rows: Any, what: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
+def _parquet_batches(path: str) -> Iterator[pa.RecordBatch]:
     import fsspec
     import pyarrow.parquet as pq
 
-    columns = ["image_id", "bbox", "score"]
     try:
         with fsspec.open(path, "rb") as handle:
             file = pq.ParquetFile(handle)
-            if missing := [column for column in columns if column not in file.schema_arrow.names]:
-                raise UserError(f"{path} lacks the columns {missing}; proposals need {columns}")
-            for batch in file.iter_batches(columns=columns):
-                yield from batch.to_pylist()
+            if missing := [column for column in PROPOSAL_COLUMNS if column not in file.schema_arrow.names]:
+                raise UserError(f"{path} lacks the columns {missing}; proposals need {PROPOSAL_COLUMNS}")
+            yield from file.iter_batches(SLICE, columns=PROPOSAL_COLUMNS)
     except FileNotFoundError:
         raise UserError(f"file not found: {path}") from None
     except pa.ArrowInvalid as error:
         raise UserError(f"{path} is not valid parquet: {error}") from None
 
 
-def _collect(rows: Iterable[dict[str, Any]], uris: Mapping[int, str], source: str) -> tuple[Boxes, list[dict[str, str | None]]]:
-    """Rows -> the usable boxes, and ERRORS rows for the others. Unknown image ids make one error each, however many boxes."""
-    good: list[dict[str, Any]] = []
+def _columns(rows: list[dict[str, Any]]) -> Columns | None:
+    """None where a row lacks a column or a bbox has another length than the rest."""
+    try:
+        return Columns(*(np.array([row[column] for row in rows]) for column in PROPOSAL_COLUMNS))
+    except (KeyError, ValueError, OverflowError):
+        return None
+
+
+def _arrow_columns(batch: pa.RecordBatch) -> Columns | None:
+    """None where anything is null or a bbox is no list of four."""
+    bbox = batch["bbox"]
+    if any(column.null_count for column in batch.columns) or not pa.types.is_list(bbox.type):
+        return None
+    if pc.any(pc.not_equal(pc.list_value_length(bbox), 4)).as_py() or (flat := bbox.flatten()).null_count:
+        return None
+    columns = [batch["image_id"], flat, batch["score"]]
+    ids, corners, scores = (column.to_numpy(zero_copy_only=False) for column in columns)
+    return Columns(ids, corners.reshape(-1, 4), scores)
+
+
+def _as_boxes(columns: Columns, first: int) -> Boxes | None:
+    """Columns as boxes numbered from `first`; None where they are not whole ids and finite numbers all through."""
+    image_ids, bboxes_xywh, scores = columns
+    if image_ids.dtype.kind not in "iu" or bboxes_xywh.dtype.kind not in "iuf" or scores.dtype.kind not in "iuf":
+        return None
+    if bboxes_xywh.shape != (len(image_ids), 4) or not (np.isfinite(bboxes_xywh).all() and np.isfinite(scores).all()):
+        return None
+    return Boxes(
+        image_ids.astype(np.int64),
+        xywh_to_xyxy(bboxes_xywh.astype(np.float64)),
+        scores.astype(np.float64),
+        np.full(len(image_ids), None, object),
+        np.arange(first, first + len(image_ids)),
+    )
+
+
+def _collect(
+    slices: Iterable[Boxes | list[dict[str, Any]]], uris: Mapping[int, str], source: str
+) -> tuple[Boxes, list[dict[str, str | None]]]:
+    """The usable boxes, and ERRORS rows for the others. Unknown image ids make one error each, however many boxes."""
+    known = np.array(list(uris), dtype=np.int64)
+    parts = [_boxes_of([])]
     errors: list[tuple[str, str]] = []
-    strangers: Counter[Any] = Counter()
+    strangers: Counter[str] = Counter()
+    for one in slices:
+        if isinstance(one, Boxes):
+            here = np.isin(one.image_ids, known)
+            strangers.update(map(repr, one.image_ids[~here].tolist()))
+            parts.append(_take(one, np.flatnonzero(here)))
+        else:
+            good, faults = _checked(one, uris, strangers)
+            errors += [(uri, f"box {number} of {source} {fault}") for uri, number, fault in faults]
+            parts.append(_boxes_of(good))
+    errors += [(source, f"{count} boxes of image_id {name}, which the corpus lacks") for name, count in strangers.items()]
+    boxes = Boxes(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return boxes, [{"image_id": None, "uri": uri, "stage": "boxes", "error": error} for uri, error in errors]
+
+
+def _checked(
+    rows: list[dict[str, Any]], uris: Mapping[int, str], strangers: Counter[str]
+) -> tuple[list[dict[str, Any]], list[tuple[str, Any, str]]]:
+    """(rows that can be used, (uri, id, fault) of those that cannot). Unknown image ids are counted into `strangers`."""
+    good, faults = [], []
     for row in rows:
         uri = uris.get(row["image_id"]) if isinstance(row.get("image_id"), int) else None
         if uri is None:
             strangers[repr(row.get("image_id"))] += 1
         elif fault := row["fault"] or _row_fault(row):
-            errors.append((uri, f"box {row['id']} of {source} {fault}"))
+            faults.append((uri, row["id"], fault))
         else:
             good.append(row)
-    errors += [(source, f"{count} boxes of image_id {name}, which the corpus lacks") for name, count in strangers.items()]
-    boxes = Boxes(
-        np.array([row["image_id"] for row in good], dtype=np.int64),
-        xywh_to_xyxy(np.array([row["bbox"] for row in good], dtype=np.float64).reshape(-1, 4)),
-        np.array([row["score"] for row in good], dtype=np.float64),
-        [row["label"] for row in good],
-        np.array([row["id"] for row in good], dtype=np.int64),
+    return good, faults
+
+
+def _boxes_of(rows: list[dict[str, Any]]) -> Boxes:
+    return Boxes(
+        np.array([row["image_id"] for row in rows], dtype=np.int64),
+        xywh_to_xyxy(np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)),
+        np.array([row["score"] for row in rows], dtype=np.float64),
+        np.array([row["label"] for row in rows], dtype=object),
+        np.array([row["id"] for row in rows], dtype=np.int64),
     )
-    return boxes, [{"image_id": None, "uri": uri, "stage": "boxes", "error": error} for uri, error in errors]
 
 
 def _row_fault(row: Mapping[str, Any]) -> str | None:
@@ -334,14 +326,14 @@ def best_boxes(boxes: Boxes, max_boxes: int) -> Boxes:
 
 
 def _take(boxes: Boxes, index: np.ndarray) -> Boxes:
-    labels = [boxes.labels[i] for i in index]
-    return Boxes(boxes.image_ids[index], boxes.xyxy[index], boxes.scores[index], labels, boxes.ids[index])
+    return Boxes(*(column[index] for column in boxes))
 
 
 def _table(images: Sequence[tuple[int, str]], boxes: Boxes) -> pa.Table:
     """One row (schema BOXES) per (id, uri); boxes of other images are left out, each image's boxes keep their order."""
+    ids, groups = np.unique(boxes.image_ids, return_inverse=True)
     position = {coco_id: row for row, (coco_id, _) in enumerate(images)}
-    rows = np.array([position.get(image_id, -1) for image_id in boxes.image_ids.tolist()], dtype=np.int64)
+    rows = np.array([position.get(image_id, -1) for image_id in ids.tolist()], dtype=np.int64)[groups]
     index = np.argsort(rows, kind="stable")[np.count_nonzero(rows < 0) :]
     boxes, rows = _take(boxes, index), rows[index]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(images)))]).astype(np.int32)
@@ -361,35 +353,3 @@ def _table(images: Sequence[tuple[int, str]], boxes: Boxes) -> pa.Table:
         },
         schema=BOXES,
     )
-
-
-def coco_results(
-    coco_ids: Sequence[int],
-    boxes_xyxy: np.ndarray,
-    box_scores: Sequence[float],
-    class_names: Sequence[Sequence[str]],
-    probabilities: Sequence[Sequence[float]],
-    categories: Mapping[int, str],
-) -> list[dict[str, Any]]:
-    """Detections in COCO's results format from N recognised boxes: one per box and candidate class.
-
-    The rule: score(box, class) = box_score * P(class | box), the box's proposal score times the class probability of the
-    final ranking; with ground-truth boxes (score 1) it is the probability. Every candidate is written, not the best alone,
-    because AP ranks detections within a class: a second guess costs little and may be the recall of a rare class.
-
-    coco_ids (N,): the JSON's image ids. boxes_xyxy: (N, 4) pixels. class_names and probabilities: for each box, its
-    candidates' names and probabilities, in the same order. categories: `category_names` of the JSON to be evaluated against.
-    Raises UserError for a class name that is no category.
-    """
-    ids = {name: category_id for category_id, name in categories.items()}
-    if unknown := sorted(set(itertools.chain.from_iterable(class_names)) - ids.keys()):
-        raise UserError(
-            f"{len(unknown)} classes are no category of the truth, the first is {unknown[0]!r}; use its class names"
-        )
-    bboxes = xyxy_to_xywh(np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)).tolist()
-    rows = zip(coco_ids, bboxes, box_scores, class_names, probabilities, strict=True)
-    return [
-        {"image_id": int(coco_id), "category_id": ids[name], "bbox": bbox, "score": float(box_score) * float(probability)}
-        for coco_id, bbox, box_score, names, shares in rows
-        for name, probability in zip(names, shares, strict=True)
-    ]

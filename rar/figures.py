@@ -68,19 +68,20 @@ def points(names: Sequence[str], series: Mapping[str, Sequence[Interval]], salt:
         return _svg(figure)
 
 
-def right_and_wrong(right: np.ndarray, wrong: np.ndarray, salt: str) -> str:
-    """Histogram of the scores (float, any range) of right and of wrong predictions, over each other."""
+def histogram(parts: Mapping[str, np.ndarray], colours: Sequence[str], xlabel: str, salt: str) -> str:
+    """Histogram of the scores (float, finite, any range) of one or more kinds of predictions, each on top of those before."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     with _style(salt):
         figure = Figure((WIDTH, 2.5), layout="constrained", dpi=72)
         axes = figure.subplots()
-        bins = np.histogram_bin_edges(np.concatenate([right, wrong]), bins=20).tolist()
-        axes.hist([right, wrong], bins=bins, stacked=True, color=[GOOD, BAD], label=["right", "wrong"], rwidth=0.86)
+        bins = np.histogram_bin_edges(np.concatenate(list(parts.values())), bins=20).tolist()
+        axes.hist(list(parts.values()), bins=bins, stacked=True, color=list(colours), label=list(parts), rwidth=0.86)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _labels(axes, "score of the prediction", "predictions")
-        _legend(figure, 2)
+        _labels(axes, xlabel, "predictions")
+        if len(parts) > 1:
+            _legend(figure, len(parts))
         return _svg(figure)
 
 

@@ -1,183 +1,65 @@
 """The memory: entries (entry_id, class_id, class_name, vector) in Milvus collections, searched by inner product.
 
 Hard choices, and what they cost:
-- One owner serves an embedded store. Milvus Lite locks its folder to one process, so `open_store` opens the folder in this
-  process and serves it on loopback; workers are ordinary clients, and a real server is the same code with another uri.
-- Writes to an embedded store take turns. Milvus Lite allocates row numbers, swaps its write buffer and opens collections
-  without a lock, while its server runs requests in ten threads: parallel writers can lose entries. Searches stay parallel.
 - The index exists before the first entry, so `count` and `search` work at any time and a killed build resumes by repeating
-  itself: entries have primary keys, so an upsert that is sent twice changes nothing.
+  itself: entries have primary keys, so an upsert that is sent twice changes nothing. Plain inserts would be faster, but a
+  server keeps both copies of an id that is inserted twice, and a write task may run twice. A server's import of files was not
+  faster than upserts, and needs a disk or bucket that the server itself can read.
 - Searches read with bounded staleness, which on a server saves waiting for its clock to tick; `seal` in return waits until
   such a read sees every entry. A memory that is searched before it is sealed may miss what was written seconds ago.
-- Equal scores are ordered by entry_id, also across the cut at k: what a search returns must not depend on the order in which
-  parallel workers wrote. Scores are compared as they come: on real CLIP memories neighbors of different classes lie closer
-  than the float32 noise of a score, so no tolerance is right, and a near tie may fall either way on another machine.
-- pymilvus and milvus_lite take seconds to import, and the types here are used by code that has no need of them, so they are
-  imported by the functions that do.
+- REDUCED keeps HNSW over projected vectors, and the full vector beside them as text (see reduce). A search finds a shortlist,
+  reads the full vectors of many queries' shortlists once, and rescores here, so its scores are exact. It saves memory in the
+  graph, not time: reading the shortlists makes it slower than HNSW. The projection is the entries of a collection of its own,
+  NAME_projection: a worker that knows address and name can search, and there is no limit to its size.
+- `seal` reads every id once, for a digest that says which state of the memory a run has used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
-from operator import itemgetter
-from pathlib import Path
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from tenacity import (
-    RetryError,
-    Retrying,
-    retry_if_exception,
-    retry_if_exception_type,
-    retry_if_result,
-    stop_after_delay,
-    wait_fixed,
-    wait_random_exponential,
-)
+from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
+from rar import layout, reduce
 from rar.config import Index
+from rar.entries import FIELDS, MAX_ID_BYTES, Entries, ExactIndex, Hits, IntArray, distinct, hits, in_order, matrix
+from rar.milvus import connect, open_store, patiently
 from rar.schema import Unavailable, UserError
 
 if TYPE_CHECKING:
-    import grpc
-    from milvus_lite.db import MilvusLite
     from pymilvus import MilvusClient
 
-T = TypeVar("T")
-IntArray = np.ndarray | Sequence[int]
-Neighbors = list[tuple[float, str, int]]  # (-score, entry_id, class_id), sorted
+__all__ = ["FIELDS", "Collection", "Entries", "ExactIndex", "Hits", "open_store"]
 
-METRIC = "IP"
-FIELDS = ["entry_id", "class_id", "class_name", "vector"]
+T = TypeVar("T")
+
+PROJECTION = "_projection"  # ends the name of the collection that holds one
 NOT_FOUND = 100  # Milvus' code of a missing collection
-IN_TURN = ["CreateCollection", "DropCollection", "Insert", "Upsert", "Delete", "Flush", "ShowCollections", "_get_collection"]
-META_KEY = "rar.meta"  # the collection property that holds the JSON; descriptions are dropped by Milvus Lite
-FLAT_UP_TO = 50_000
-MAX_NEIGHBORS = 16_384  # Milvus' limit of neighbors per query, and of rows per page
-MAX_ID_BYTES, MAX_NAME_BYTES = 256, 4096
+MAX_NEIGHBORS = 16_384  # Milvus' limit of neighbors per query
 
 UPSERT_BYTES = 8 << 20  # per request; Milvus accepts 64 MiB
-FETCH_BYTES = 16 << 20  # per page
+RESCORE_BYTES = 128 << 20  # of full vectors at once
 SEARCH_QUERIES = 512  # per request: Milvus Lite scores a request as one float32 matrix of queries x entries
 SEARCH_HITS = 200_000  # per request: hits become Python objects on both sides
+IDS = 4096  # per request that names them
 
-LOCK_SECONDS = 10.0  # a killed owner's lock is freed by the kernel at once; one that is shutting down is still writing
-REACH_SECONDS = 10.0
-CONNECT_SECONDS = 3.0
 PATIENCE_SECONDS = 60.0  # covers the restart of a Milvus server
 
 
-@dataclass(frozen=True, eq=False)
-class Hits:
-    """The neighbors of N queries, best first; a short row is padded with -inf / -1 / "".
-
-    scores: (N, k) float32 inner products. class_ids: (N, k) int64. entry_ids: N lists of k.
-    """
-
-    scores: np.ndarray
-    class_ids: np.ndarray
-    entry_ids: list[list[str]]
-
-
-@dataclass(frozen=True, eq=False)
-class Entries:
-    """Entries in the order of entry_ids: class_ids (N,) int64, vectors (N, D) float32."""
-
-    entry_ids: list[str]
-    class_ids: np.ndarray
-    class_names: list[str]
-    vectors: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.entry_ids)
-
-
-@contextmanager
-def open_store(uri: str, token: str | None = None) -> Iterator[str]:
-    """Yield the address that `Collection` connects to, here and in worker processes.
-
-    A folder (created when missing) is opened with Milvus Lite and served on 127.0.0.1 by this process until the block ends;
-    it is reachable from this machine only. http(s):// is a Milvus server: it is checked and its uri yielded unchanged.
-    Raises UserError (not a memory folder, a folder in use by another process, a refused token) and Unavailable.
-    """
-    if uri.startswith(("http://", "https://")):
-        _patiently(lambda: _connect(uri, token), uri, REACH_SECONDS).close()
-        yield uri
-    elif "://" in uri:
-        raise UserError(f"memory.uri must be a folder or start with http:// or https://, got {uri!r}")
-    else:
-        database = _own(Path(uri))
-        server, port = _serve(database)
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.stop(grace=5).wait()
-            database.close()
-
-
-def _own(folder: Path) -> MilvusLite:
-    """Open a folder with Milvus Lite, waiting a while for a previous owner to let go of it."""
-    _quiet()
-    from milvus_lite.db import MilvusLite
-    from milvus_lite.exceptions import DataDirLockedError
-
-    if folder.is_file():
-        raise UserError(f"memory.uri {folder} is a file; give a folder (a file of Milvus Lite 2 must be built again)")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "collections").is_dir():
-        raise UserError(f"memory.uri {folder} is a folder of something else; give a new or empty folder")
-    free = Retrying(
-        retry=retry_if_exception_type(DataDirLockedError),
-        stop=stop_after_delay(LOCK_SECONDS),
-        wait=wait_fixed(0.2),
-        reraise=True,
-    )
-    try:
-        return free(MilvusLite, str(folder))
-    except DataDirLockedError:
-        raise UserError(f"another process uses the memory {folder}; end it, or choose another memory.uri") from None
-    except OSError as error:
-        raise UserError(f"cannot open memory.uri {folder}: {error.strerror}") from None
-
-
-def _serve(database: MilvusLite, port: int = 0) -> tuple[grpc.Server, int]:
-    """Serve on a port of loopback, by default a free one.
-
-    milvus_lite has this as `start_server_in_thread`; there, writes do not take turns.
-    """
-    import grpc
-    from milvus_lite.adapter.grpc.servicer import MilvusServicer
-    from pymilvus.grpc_gen.milvus_pb2_grpc import add_MilvusServiceServicer_to_server
-
-    servicer, turn = MilvusServicer(database), threading.RLock()
-    for name in IN_TURN:
-        setattr(servicer, name, partial(_in_turn, turn, getattr(servicer, name)))
-    unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    server = grpc.server(ThreadPoolExecutor(max_workers=10, thread_name_prefix="milvus-lite"), options=unlimited)
-    add_MilvusServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port(f"127.0.0.1:{port}")
-    server.start()
-    return server, port
-
-
-def _in_turn(turn: AbstractContextManager[Any], handler: Callable[..., T], request: object, context: object) -> T:
-    with turn:
-        return handler(request, context)
-
-
 class Collection:
-    """One memory at an address from `open_store`. Picklable: every process connects when it first needs to.
+    """One collection of entries at an address from `open_store`. Picklable: every process connects when it first needs to.
 
     Every method rides out a server that is away for PATIENCE_SECONDS, then raises Unavailable. All but `create`, `exists`
-    and `drop` raise UserError where there is no such memory.
+    and `drop` raise UserError where there is no such memory, or one that was not made here.
     """
 
     def __init__(self, address: str, name: str, token: str | None = None) -> None:
@@ -186,65 +68,98 @@ class Collection:
         self.token = token or os.environ.get("MILVUS_TOKEN")
         self._client: MilvusClient | None = None
         self._meta: dict[str, Any] | None = None
+        self._projection: np.ndarray | None = None
         self._loaded = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None, "_meta": None, "_loaded": False}
+        return {**self.__dict__, "_client": None, "_meta": None, "_projection": None, "_loaded": False}
 
-    def create(self, dim: int, index: Index, meta: Mapping[str, Any], size_hint: int) -> None:
+    def create(self, dim: int, index: Index, meta: Mapping[str, Any], size_hint: int, sample: np.ndarray | None = None) -> None:
         """Create the collection, indexed and loaded. `size_hint`, the expected number of entries, decides what `auto` means.
 
-        `meta` (JSON) is kept with it, and dim, metric, index and ef are added to it. Drops nothing: a collection that exists
-        is kept when its fingerprint and dim are the same. Raises UserError when they are not.
+        `meta` (JSON) is kept with it; dim, metric, index and its settings, and created (UTC) are added to it. `sample`
+        (N, dim) float32 is what the projection of REDUCED is fitted on: all vectors that will be written, or many of them.
+        Drops nothing: a collection that exists is kept, with its projection, when its fingerprint, its dim and, unless it
+        is `auto`, its index are the same. Raises UserError when they are not, and where the server lacks the index.
         """
-        wanted = {**meta, "dim": dim, "metric": METRIC, "index": index_kind(index, size_hint), "ef": index.ef}
-        self._call(partial(self._create, wanted))
+        kind = layout.index_kind(index, size_hint)
+        if not self.exists():
+            made = {"dim": dim, "metric": layout.METRIC, "index": kind, "created": _now()}
+            made |= index.model_dump(include={"m", "ef_construction", "ef"})
+            if kind == "REDUCED":
+                made |= self._keep_projection(dim, index, sample) | {"shortlist": index.shortlist}
+            self._call(lambda client: layout.create_collection(client, self.name, {**meta, **made}))
         found = self.meta()
-        for key in ("fingerprint", "dim"):
-            was, now = found.get(key), wanted.get(key)
-            if was != now:
+        wanted = {"fingerprint": meta.get("fingerprint"), "dim": dim, "index": found["index"] if index.kind == "auto" else kind}
+        for key, now in wanted.items():
+            if (was := found.get(key)) != now:
                 raise UserError(f"memory {self.name!r} exists with another {key} ({was}, not {now}); drop it or rename yours")
-        params = {"M": index.m, "efConstruction": index.ef_construction} if found["index"] == "HNSW" else {}
-        self._call(partial(self._create_index, found["index"], params))
+        self._call(lambda client: layout.create_index(client, self.name, found))
         self._read(lambda client: None)
 
-    def _create(self, meta: dict[str, Any], client: MilvusClient) -> None:
-        from pymilvus import DataType
+    def _keep_projection(self, dim: int, index: Index, sample: np.ndarray | None) -> dict[str, Any]:
+        """Fit the projection and write it, before the collection that needs it exists."""
+        if sample is None or not len(sample):
+            raise UserError("memory.index.kind REDUCED is fitted on vectors, and there are none; set it to auto, FLAT or HNSW")
+        projection = reduce.fit(matrix(sample, dim), reduce.reduced_dim(dim, index.reduction))
+        meta = {"reduced_dim": projection.shape[1], "projection": reduce.fingerprint(projection)}
+        count, kept = projection.shape[1], self._companion()
+        kept.drop()
+        kept.create(dim, Index(kind="FLAT"), {"fingerprint": meta["projection"]}, count)
+        kept.upsert([f"{n:06d}" for n in range(count)], range(count), [""] * count, projection.T)
+        kept.seal(count)
+        return meta
 
-        if client.has_collection(self.name):
-            return
-        schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
-        schema.add_field("entry_id", DataType.VARCHAR, is_primary=True, max_length=MAX_ID_BYTES)
-        schema.add_field("class_id", DataType.INT64)
-        schema.add_field("class_name", DataType.VARCHAR, max_length=MAX_NAME_BYTES)
-        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=meta["dim"])
-        properties = {META_KEY: json.dumps(meta)}
-        client.create_collection(self.name, schema=schema, properties=properties, consistency_level="Bounded")
+    def _companion(self) -> Collection:
+        return Collection(self.address, f"{self.name}{PROJECTION}", self.token)
 
-    def _create_index(self, kind: str, params: dict[str, int], client: MilvusClient) -> None:
-        if client.list_indexes(self.name):
-            return
-        indexes = client.prepare_index_params()
-        indexes.add_index("vector", index_type=kind, index_name="vector", metric_type=METRIC, params=params)
-        client.create_index(self.name, indexes)
+    def _project(self, vectors: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N, reduced_dim)."""
+        if self._projection is None:
+            found = self._companion().fetch().vectors.T
+            if reduce.fingerprint(found) != self.meta()["projection"]:
+                raise UserError(f"memory {self.name!r} and its projection do not belong together; drop it and build it again")
+            self._projection = found
+        return vectors @ self._projection
 
     def upsert(self, entry_ids: Sequence[str], class_ids: IntArray, class_names: Sequence[str], vectors: np.ndarray) -> int:
         """Write N entries, vectors (N, D) float32; an entry_id that exists is replaced. Returns the number of distinct entries.
 
         Raises UserError for another D, vectors that are not finite, or ids and names that Milvus cannot hold.
         """
-        dim = self.meta()["dim"]
-        rows = _rows(entry_ids, class_ids, class_names, vectors, dim)
-        step = max(1, UPSERT_BYTES // (4 * dim + MAX_ID_BYTES))
-        for start in range(0, len(rows), step):
-            self._call(partial(self._send, rows[start : start + step]))
-        return len(rows)
+        dim, columns = self.meta()["dim"], layout.fields(self.meta())
+        new = distinct(entry_ids, class_ids, class_names, vectors, dim)
+        values: list[Iterable[Any]] = [new.entry_ids, new.class_ids.tolist(), new.class_names, new.vectors]
+        if self._reduced():
+            values = [*values[:3], self._project(new.vectors), reduce.to_text(new.vectors)]
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
+        while batch := list(islice(rows, max(1, UPSERT_BYTES // (4 * dim + MAX_ID_BYTES)))):
+            self._send(batch)
+        return len(new)
 
-    def _send(self, rows: list[dict[str, Any]], client: MilvusClient) -> None:
-        client.upsert(self.name, rows)
+    def _send(self, rows: list[dict[str, Any]]) -> None:
+        self._call(lambda client: client.upsert(self.name, rows))
+
+    def _reduced(self) -> bool:
+        return self.meta()["index"] == "REDUCED"
+
+    def remove(self, entry_ids: Sequence[str]) -> int:
+        """Delete entries; ids that are not there are passed over. Returns the number deleted. `seal` afterwards."""
+        before = self.count()
+        for start in range(0, len(entry_ids), IDS):
+            self._delete(list(entry_ids[start : start + IDS]))
+        return before - self.count()
+
+    def _delete(self, entry_ids: list[str]) -> None:
+        self._call(lambda client: client.delete(self.name, ids=entry_ids))
+
+    def remove_class(self, class_id: int) -> int:
+        """Delete the entries of a class. Returns their number. `seal` afterwards."""
+        return self.remove([row["entry_id"] for page in self._pages(["entry_id"], f"class_id == {class_id}") for row in page])
 
     def seal(self, expected: int) -> None:
-        """Finish a build: flush once, wait for the index, and check that exactly `expected` entries are there and visible.
+        """Finish writing: flush once, wait for the index, check that exactly `expected` entries are there and visible, and
+        keep the digest of this state (see `state`).
 
         Milvus limits flushes to one in ten seconds, hence only here. An embedded store builds HNSW in the background: until it
         is done these entries are searched exactly, and leaving `open_store` waits for it. Raises UserError for another count.
@@ -252,77 +167,152 @@ class Collection:
         self._call(lambda client: client.flush(self.name))
         while self._call(lambda client: client.describe_index(self.name, "vector").get("pending_index_rows", 0)):
             time.sleep(0.5)
-        if (found := self.count()) != expected:
-            raise UserError(
-                f"memory {self.name!r} holds {found} entries, not the {expected} written; drop it and build it again"
-            )
+        self._expect(self.count(), expected)
         unseen = retry_if_result(lambda count: count != expected)
         try:
             Retrying(retry=unseen, stop=stop_after_delay(PATIENCE_SECONDS), wait=wait_fixed(0.2))(self._count, "Bounded")
         except RetryError:
             raise Unavailable(f"Milvus at {self.address} does not show all entries of memory {self.name!r}") from None
+        stock = self._take_stock()
+        self._expect(stock["count"], expected)
+        self._call(lambda client: client.alter_collection_properties(self.name, {layout.STATE_KEY: json.dumps(stock)}))
+
+    def _expect(self, found: int, expected: int) -> None:
+        if found != expected:
+            raise UserError(
+                f"memory {self.name!r} holds {found} entries, not the {expected} written; drop it and build it again"
+            )
+
+    def _take_stock(self) -> dict[str, Any]:
+        meta, columns = self.meta(), FIELDS[:3]
+        digest = hashlib.sha256(json.dumps([meta.get("fingerprint"), meta["dim"]]).encode())
+        count, classes = 0, set()
+        for page in self._pages(columns):  # in the order of entry_ids
+            digest.update("".join(json.dumps([row[column] for column in columns]) for row in page).encode())
+            classes |= {row["class_id"] for row in page}
+            count += len(page)
+        return {"count": count, "classes": len(classes), "digest": digest.hexdigest()[:16]}
+
+    def copy(self, name: str, meta: Mapping[str, Any]) -> Collection:
+        """A sealed copy, entries and index, as another collection; `meta` is added to its own. What had the name is dropped."""
+        target = Collection(self.address, name, self.token)
+        target.drop()
+        if self._reduced():
+            self._companion().copy(target._companion().name, {})
+        made = {**self.meta(), "created": _now(), **meta}
+        target._call(lambda client: layout.create_collection(client, name, made))
+        target._call(lambda client: layout.create_index(client, name, made))
+        for page in self._pages(layout.fields(made)):
+            target._send(page)
+        target.seal(self.count())
+        return target
 
     def search(self, queries: np.ndarray, k: int) -> Hits:
-        """The k nearest entries of each query, (N, D) float32. Raises UserError for another D, and for an empty memory."""
+        """The k nearest entries of each query, (N, D) float32. Raises UserError for another D, and for an empty memory.
+
+        Scores are exact inner products, but for HNSW_SQ8, whose are those of the quantised vectors.
+        """
         if not 1 <= k <= MAX_NEIGHBORS:
             raise UserError(f"a search returns between 1 and {MAX_NEIGHBORS} neighbors, not {k}")
-        queries = _matrix(queries, self.meta()["dim"])
-        step = max(1, min(SEARCH_QUERIES, SEARCH_HITS // k))
-        rows = [row for start in range(0, len(queries), step) for row in self._nearest(queries[start : start + step], k)]
-        if not any(rows) and self.count() == 0:
+        queries = matrix(queries, self.meta()["dim"])
+        found = self._rescored(queries, k) if self._reduced() else self._nearest(queries, k, k + 1)
+        if not any(row[0] for row in found.entry_ids) and self.count() == 0:
             raise UserError(f"memory {self.name!r} is empty; fill it with `rar memory CONFIG`")
-        return _hits(rows, k)
+        return found
 
-    def _nearest(self, queries: np.ndarray, k: int) -> list[Neighbors]:
+    def _nearest(self, queries: np.ndarray, k: int, depth: int) -> Hits:
         """Looks past k until every entry that ties with the k-th has been seen, so that ties are cut by entry_id."""
-        rows: list[Neighbors] = [[]] * len(queries)
-        pending, depth = list(range(len(queries))), k + 1
-        while pending:
-            depth = min(depth, MAX_NEIGHBORS)
-            for position, row in zip(pending, self._read(partial(self._neighbors, queries[pending], depth)), strict=True):
-                rows[position] = row
-            pending = [i for i in pending if len(rows[i]) == depth < MAX_NEIGHBORS and rows[i][-1][0] == rows[i][k - 1][0]]
-            depth *= 4
-        return [row[:k] for row in rows]
+        depth = min(depth, MAX_NEIGHBORS)
+        found = in_order(self._neighbors(queries, depth))
+        scores, class_ids, entry_ids = found.scores[:, :k], found.class_ids[:, :k], [row[:k] for row in found.entry_ids]
+        last = found.scores[:, -1]
+        tied = np.flatnonzero((last == scores[:, -1]) & np.isfinite(last)) if depth < MAX_NEIGHBORS else np.empty(0, int)
+        if len(tied):
+            deeper = self._nearest(queries[tied], k, depth * 4)
+            scores[tied], class_ids[tied] = deeper.scores, deeper.class_ids
+            for row, ids in zip(tied.tolist(), deeper.entry_ids, strict=True):
+                entry_ids[row] = ids
+        return Hits(scores, class_ids, entry_ids)
 
-    def _neighbors(self, queries: np.ndarray, k: int, client: MilvusClient) -> list[Neighbors]:
+    def _neighbors(self, queries: np.ndarray, depth: int) -> Hits:
+        scores, class_ids, entry_ids = [], [], []
+        for row in self._rows(queries, depth):
+            scores.append(row.distances)
+            class_ids.append([dict.__getitem__(hit, "entity")["class_id"] for hit in row])  # the hit's own look-up is slow
+            entry_ids.append(row.ids)
+        return hits(scores, class_ids, entry_ids, depth)
+
+    def _rescored(self, queries: np.ndarray, k: int) -> Hits:
+        """The k best of the shortlist that the reduced vectors give, by the full vectors, each read once for many queries."""
+        depth = min(k * self.meta()["shortlist"], MAX_NEIGHBORS)
+        step = max(1, min(SEARCH_QUERIES, RESCORE_BYTES // (4 * depth * queries.shape[1])))
+        scores, class_ids, entry_ids = [], [], []
+        for start in range(0, len(queries), step):
+            part = queries[start : start + step]
+            near = self._neighbors(self._project(part), depth)
+            known, full = self._full({entry_id for row in near.entry_ids for entry_id in row})
+            for query, classes, row in zip(part, near.class_ids.tolist(), near.entry_ids, strict=True):
+                there = [j for j, entry_id in enumerate(row) if entry_id in known]
+                exact = np.einsum("nd,d->n", full[[known[row[j]] for j in there]], query)  # twins score alike wherever they lie
+                best = sorted(zip((-exact).tolist(), (row[j] for j in there), (classes[j] for j in there), strict=True))[:k]
+                scores.append([-negated for negated, _, _ in best])
+                entry_ids.append([entry_id for _, entry_id, _ in best])
+                class_ids.append([class_id for _, _, class_id in best])
+        return hits(scores, class_ids, entry_ids, k)
+
+    def _full(self, wanted: set[str]) -> tuple[dict[str, int], np.ndarray]:
+        """entry_id -> row of the full vectors (N, D). One that was removed meanwhile is missing."""
+        ids, dim = sorted(wanted - {""}), self.meta()["dim"]
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(ids), IDS):
+            rows += self._read(partial(layout.texts, name=self.name, entry_ids=ids[start : start + IDS]))
+        return {row["entry_id"]: n for n, row in enumerate(rows)}, reduce.from_text([row["full"] for row in rows], dim)
+
+    def _rows(self, queries: np.ndarray, depth: int) -> Iterator[Any]:
+        """pymilvus' rows of hits, one a query, as they come."""
         meta = self.meta()
-        params = {"ef": max(meta["ef"], k)} if meta["index"] == "HNSW" else {}
-        found = client.search(
-            self.name,
-            data=list(queries),
-            limit=k,
-            anns_field="vector",
-            output_fields=["class_id"],
-            search_params={"metric_type": METRIC, "params": params},
-        )
-        return [
-            sorted(zip((-np.array(row.distances)).tolist(), row.ids, (hit["entity"]["class_id"] for hit in row), strict=True))
-            for row in found
-        ]
+        params = {} if meta["index"] == "FLAT" else {"ef": max(meta["ef"], depth)}
+        ask = {"limit": depth, "anns_field": "vector", "output_fields": ["class_id"]}
+        ask["search_params"] = {"metric_type": layout.METRIC, "params": params}
+        step = max(1, min(SEARCH_QUERIES, SEARCH_HITS // depth))
+        for start in range(0, len(queries), step):
+            data = [query.tobytes() for query in np.asarray(queries[start : start + step], "<f4")]
+            yield from self._read(lambda client, data=data: client.search(self.name, data=data, **ask))  # type: ignore[misc]
 
     def fetch(self) -> Entries:
         """Every entry, sorted by entry_id."""
-        return self._read(self._pages)
-
-    def _pages(self, client: MilvusClient) -> Entries:
-        dim = self.meta()["dim"]
-        size = max(1, min(MAX_NEIGHBORS, FETCH_BYTES // (4 * dim)))
-        pages = client.query_iterator(self.name, batch_size=size, output_fields=FIELDS)
+        dim, column = self.meta()["dim"], "full" if self._reduced() else "vector"
         rows: list[dict[str, Any]] = []
-        while page := pages.next():
-            rows += [{**row, "vector": np.array(row["vector"], np.float32)} for row in page]
-        pages.close()
-        return _entries(rows, dim)
+        parts = [np.empty((0, dim), np.float32)]
+        for page in self._pages([*FIELDS[:3], column]):
+            vectors = [row.pop(column) for row in page]
+            parts.append(reduce.from_text(vectors, dim) if self._reduced() else np.array(vectors, np.float32))
+            rows += page
+        entry_ids, class_ids, class_names = ([row[name] for row in rows] for name in FIELDS[:3])
+        return Entries(entry_ids, np.array(class_ids, np.int64), class_names, np.concatenate(parts))
+
+    def _pages(self, columns: list[str], condition: str = "") -> Iterator[list[dict[str, Any]]]:
+        """Columns of all entries, or of those that a condition holds for, in the order of entry_ids."""
+        dim, after = self.meta()["dim"], ""
+        size = self._call(lambda client: layout.page_size(client, columns, dim))
+        read = partial(layout.page, name=self.name, columns=columns, condition=condition, size=size)
+        while page := self._read(partial(read, after=after)):
+            yield page
+            after = page[-1]["entry_id"]
 
     def meta(self) -> dict[str, Any]:
-        """What `create` kept: the caller's keys, and dim, metric, index ("FLAT" or "HNSW") and ef."""
+        """What `create` kept: the caller's keys, and dim, metric, index (its kind), its settings, and created."""
         if self._meta is None:
-            properties = self._call(lambda client: client.describe_collection(self.name))["properties"]
-            if META_KEY not in properties:
-                raise UserError(f"the collection {self.name!r} was not made by `rar memory`; choose another memory.name")
-            self._meta = json.loads(properties[META_KEY])
+            self._meta = self._call(lambda client: layout.read_meta(client, self.name))
         return self._meta
+
+    def state(self) -> dict[str, Any]:
+        """What `seal` kept: count, classes and digest, 16 hex digits over fingerprint, ids, class ids and names of all entries.
+
+        Empty where entries were added or removed after the last `seal`; an entry that was replaced since is not noticed.
+        """
+        state = self._call(lambda client: layout.read_state(client, self.name))
+        return state if state and state["count"] == self.count() else {}
 
     def count(self) -> int:
         return self._count("Strong")
@@ -337,6 +327,8 @@ class Collection:
     def drop(self) -> None:
         """Remove the collection and its entries; nothing happens where there is none."""
         self._call(lambda client: client.drop_collection(self.name))
+        if not self.name.endswith(PROJECTION):
+            self._companion().drop()
         self._disconnect()
 
     def _read(self, action: Callable[[MilvusClient], T]) -> T:
@@ -344,7 +336,7 @@ class Collection:
 
         def loaded(client: MilvusClient) -> T:
             if not self._loaded:
-                client.load_collection(self.name)
+                layout.load(client, self.name)
                 self._loaded = True
             return action(client)
 
@@ -353,161 +345,19 @@ class Collection:
     def _call(self, action: Callable[[MilvusClient], T]) -> T:
         def attempt() -> T:
             if self._client is None:
-                self._client = _connect(self.address, self.token)
+                self._client = connect(self.address, self.token)
             return action(self._client)
 
         try:
-            return _patiently(attempt, self.address, PATIENCE_SECONDS, self._disconnect)
+            return patiently(attempt, self.address, PATIENCE_SECONDS, self._disconnect)
         except Exception as error:
             if getattr(error, "code", None) != NOT_FOUND:
                 raise
             raise UserError(f"there is no memory {self.name!r} at this memory.uri; build it with `rar memory CONFIG`") from None
 
     def _disconnect(self) -> None:
-        self._client, self._meta, self._loaded = None, None, False
+        self._client, self._meta, self._projection, self._loaded = None, None, None, False
 
 
-def index_kind(index: Index, size_hint: int) -> str:
-    """FLAT or HNSW. `auto` is exact up to FLAT_UP_TO entries and HNSW above.
-
-    At 50,000 entries of 512 dimensions an exact search on Milvus Lite took 2.8 ms a query (one core, 512 queries a request),
-    which is less than a CLIP encoder needs for an image on that core, and it loses nothing and has no build to wait for.
-    """
-    if index.kind != "auto":
-        return index.kind
-    return "FLAT" if size_hint <= FLAT_UP_TO else "HNSW"
-
-
-def describe_all(address: str, token: str | None = None) -> list[dict[str, Any]]:
-    """Every memory at an address: its `meta` with its name and count, sorted by name. Foreign collections are left out."""
-    client = _patiently(lambda: _connect(address, token), address, REACH_SECONDS)
-    names = [name for name in sorted(client.list_collections()) if META_KEY in client.describe_collection(name)["properties"]]
-    client.close()
-    collections = [Collection(address, name, token) for name in names]
-    return [{"name": each.name, "count": each.count(), **each.meta()} for each in collections]
-
-
-class ExactIndex:
-    """The contract of `Collection` in numpy: what every search is measured against."""
-
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
-        self._kept: dict[str, dict[str, Any]] = {}
-
-    def upsert(self, entry_ids: Sequence[str], class_ids: IntArray, class_names: Sequence[str], vectors: np.ndarray) -> int:
-        rows = _rows(entry_ids, class_ids, class_names, vectors, self.dim)
-        self._kept.update((row["entry_id"], row) for row in rows)
-        return len(rows)
-
-    def search(self, queries: np.ndarray, k: int) -> Hits:
-        if not self._kept:
-            raise UserError("the memory is empty; fill it first")
-        entries = self.fetch()
-        negated = -(_matrix(queries, self.dim) @ entries.vectors.T)  # (N, entries)
-        best = np.argsort(negated, axis=1, kind="stable")[:, :k]  # stable: entries are in the order of their ids
-        rows = [
-            [(row[j], entries.entry_ids[j], entries.class_ids[j]) for j in order]
-            for row, order in zip(negated, best, strict=True)
-        ]
-        return _hits(rows, k)
-
-    def fetch(self) -> Entries:
-        return _entries(list(self._kept.values()), self.dim)
-
-
-def _rows(
-    entry_ids: Sequence[str], class_ids: IntArray, class_names: Sequence[str], vectors: np.ndarray, dim: int
-) -> list[dict[str, Any]]:
-    """Checked rows, of equal ids the last one: a Milvus server keeps both when they come in one request."""
-    for entry_id in entry_ids:
-        # pymilvus pages through a collection with a filter that holds the id in quotes, unescaped
-        if not entry_id or '"' in entry_id or "\\" in entry_id or len(entry_id.encode()) > MAX_ID_BYTES:
-            raise UserError(f"an entry_id has 1 to {MAX_ID_BYTES} bytes, no quotes and no backslash, got {entry_id!r}")
-    for name in class_names:
-        if len(name.encode()) > MAX_NAME_BYTES:
-            raise UserError(f"a class name has at most {MAX_NAME_BYTES} bytes; shorten {name[:60]!r}...")
-    columns = zip(entry_ids, np.asarray(class_ids, np.int64).tolist(), class_names, _matrix(vectors, dim), strict=True)
-    return list({row[0]: dict(zip(FIELDS, row, strict=True)) for row in columns}.values())
-
-
-def _matrix(vectors: np.ndarray, dim: int) -> np.ndarray:
-    """(N, dim) float32, finite."""
-    vectors = np.asarray(vectors, np.float32)
-    if vectors.ndim != 2 or vectors.shape[1] != dim:
-        raise UserError(f"the memory holds vectors of {dim} dimensions, got {vectors.shape}; use the encoder it was built with")
-    if not np.isfinite(vectors).all():
-        raise UserError("vectors are not finite; check the encoder (its precision, its weights)")
-    return vectors
-
-
-def _entries(rows: list[dict[str, Any]], dim: int) -> Entries:
-    rows = sorted(rows, key=itemgetter("entry_id"))
-    entry_ids, class_ids, class_names, vectors = ([row[field] for row in rows] for field in FIELDS)
-    return Entries(entry_ids, np.array(class_ids, np.int64), class_names, np.array(vectors, np.float32).reshape(-1, dim))
-
-
-def _hits(rows: list[Neighbors], k: int) -> Hits:
-    scores = np.full((len(rows), k), -np.inf, np.float32)
-    class_ids = np.full((len(rows), k), -1, np.int64)
-    for i, row in enumerate(rows):
-        scores[i, : len(row)] = [-negated for negated, _, _ in row]
-        class_ids[i, : len(row)] = [class_id for _, _, class_id in row]
-    return Hits(scores, class_ids, [[entry_id for _, entry_id, _ in row] + [""] * (k - len(row)) for row in rows])
-
-
-def _connect(address: str, token: str | None) -> MilvusClient:
-    """A client with a connection of its own, so that a broken one can be thrown away."""
-    _quiet()
-    from pymilvus import MilvusClient
-
-    token = token or os.environ.get("MILVUS_TOKEN", "")
-    return MilvusClient(address, token=token, timeout=CONNECT_SECONDS, dedicated=True)
-
-
-def _quiet() -> None:
-    """Every error that matters is raised; the libraries also log it, with tracebacks, and gRPC reports every fork on stderr."""
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is first imported
-    import pymilvus  # noqa: F401  sets the levels that are changed here
-
-    for name in ("pymilvus", "pymilvus.milvus_client", "milvus_lite", "grpc._server"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def _patiently(action: Callable[[], T], address: str, seconds: float, before_retry: Callable[[], None] = lambda: None) -> T:
-    """Repeat an action while the server is away. Raises Unavailable when it stays away, UserError when it refuses the token."""
-    patience = Retrying(
-        retry=retry_if_exception(_is_away),
-        stop=stop_after_delay(seconds),
-        wait=wait_random_exponential(0.2, max=5),
-        before_sleep=lambda _: before_retry(),
-        reraise=True,
-    )
-    try:
-        return patience(action)
-    except Exception as error:
-        if _has_code(error, "UNAUTHENTICATED", "PERMISSION_DENIED"):
-            raise UserError(f"Milvus at {address} refused the token; set memory.token or MILVUS_TOKEN") from None
-        if _is_away(error):
-            raise Unavailable(f"Milvus at {address} stayed away for {seconds:.0f} s; check memory.uri and the server") from None
-        raise
-
-
-def _is_away(error: BaseException) -> bool:
-    from pymilvus.client.types import Status
-
-    if _has_code(error, "UNAUTHENTICATED", "PERMISSION_DENIED"):
-        return False
-    lost = getattr(error, "code", None) == Status.CONNECT_FAILED or getattr(error, "retriable", False)
-    return lost or _has_code(error, "UNAVAILABLE", "DEADLINE_EXCEEDED")
-
-
-def _has_code(error: BaseException | None, *names: str) -> bool:
-    """Whether an error, or one that it came from, has a gRPC code; pymilvus hides them in causes or in its own errors."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        code = getattr(error, "code", None)
-        if getattr(code() if callable(code) else code, "name", None) in names:
-            return True
-        seen.append(error)
-        error = error.__cause__
-    return False
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,8 +1,9 @@
 """Ray Data: shards of the corpus flow through the stages, on one laptop or many machines. The home of ray.data.
 
 A block is a shard. Blocks are kept whole (no size limit splits them, no batch regroups them), because a shard is what is
-written, resumed and batched together (see runfolder). Cost: a worker holds a shard of encoded images in memory, about
-`run.shard_size` x the mean file size; choose smaller shards for very large pictures.
+written, resumed and batched together (see runfolder). Cost: a worker holds a shard of encoded images (or of crops) in memory,
+about `run.shard_size` x the mean file size; choose smaller shards for very large pictures. Images with many boxes are cut into
+shards by their boxes, so that memory does not grow with them.
 
 A shard is one task from reading to writing. What is slow to load lives in actors that the task calls: encoders here, rankers
 on Ray Serve. While one task waits for a model, others decode, so decoding overlaps the forward pass. The encoders belong to
@@ -17,9 +18,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -32,7 +32,6 @@ from ray.data.datasource import Datasink
 from tenacity import retry, stop_after_attempt
 
 from rar import config, stages
-from rar.decode import fit_square
 from rar.runfolder import RunFolder
 from rar.schema import UserError
 
@@ -54,8 +53,8 @@ def local_ray() -> Iterator[None]:
         yield
     finally:
         logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # its metrics thread outlives Ray by a moment
-        encoders.cache_clear()
-        encoder_facts.cache_clear()
+        for kept in (encoders, encoder_facts, detectors):
+            kept.cache_clear()
         ray.shutdown()
 
 
@@ -93,17 +92,33 @@ def _configure() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def n_shards(index: pa.Table, size: int) -> int:
-    return -(-index.num_rows // size)
+def cut(weights: np.ndarray, size: int) -> np.ndarray:
+    """Bounds (shards + 1,) of consecutive shards of at most `size` rows each; weights (N,): how many rows each item becomes.
+
+    An item of no rows counts as one, and one of more than `size` rows is a shard of its own.
+    """
+    bounds, filled = [0], 0
+    for item, rows in enumerate(np.maximum(weights, 1).tolist()):
+        if filled and filled + rows > size:
+            bounds.append(item)
+            filled = 0
+        filled += rows
+    return np.array(bounds + [len(weights)] * bool(len(weights)))
 
 
-def shards_of(index: pa.Table, size: int, numbers: Sequence[int]) -> Dataset:
-    """An index cut into blocks of `size` rows, each with its number in the column `shard`."""
-    return ray.data.from_arrow([_shard(index, size, number) for number in numbers])
+def evenly(index: pa.Table, size: int) -> np.ndarray:
+    """Bounds of shards of `size` items that become one row each."""
+    return cut(np.ones(index.num_rows, np.int64), size)
 
 
-def _shard(index: pa.Table, size: int, number: int) -> pa.Table:
-    table = index.slice(number * size, size)
+def shards_of(index: pa.Table, bounds: np.ndarray, numbers: Sequence[int] | None = None) -> Dataset:
+    """An index cut at `bounds` into blocks, each with its number in the column `shard`; only some of them by `numbers`."""
+    chosen = range(len(bounds) - 1) if numbers is None else numbers
+    return ray.data.from_arrow([_shard(index, bounds, number) for number in chosen])
+
+
+def _shard(index: pa.Table, bounds: np.ndarray, number: int) -> pa.Table:
+    table = index.slice(bounds[number], bounds[number + 1] - bounds[number])
     return table.append_column("shard", pa.array([number] * table.num_rows, pa.int32())).combine_chunks()
 
 
@@ -112,24 +127,37 @@ def through(dataset: Dataset, name: str, work: stages.Stage) -> Dataset:
     return dataset.map_batches(stages.timed(name, work), batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
 
 
-def decoded(dataset: Dataset, encoder: EncoderFacts, crop: config.Crop | None = None) -> Dataset:
-    """index -> bytes, image_id, pixels; with `crop`, one row a box."""
-    dataset = through(dataset, "read", stages.load)
+def plainly(dataset: Dataset, work: stages.Stage) -> Dataset:
+    """The same for a step that only renames and selects: it is not timed."""
+    return dataset.map_batches(work, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+
+
+def with_pixels(dataset: Dataset, encoder: stages.EncoderFacts, crop: config.Crop | None = None) -> Dataset:
+    """bytes -> pixels; with `crop`, one row a box."""
     if crop is not None:
         dataset = through(dataset, "crop", stages.Crop(crop))
     return through(dataset, "decode", stages.Decode(encoder.fit, encoder.side))
 
 
 def embedded(dataset: Dataset, settings: config.Encoder) -> Dataset:
-    """pixels (and text) -> vector, by the session's encoders; shards take turns among them."""
-    actors = encoders(settings.model_dump_json())
+    """pixels (and text) -> vector, by the session's encoders."""
+    return _by_turns(dataset, encoders(settings.model_dump_json()))
 
-    def embed(table: pa.Table) -> pa.Table:
-        if table.num_rows == 0:
+
+def proposed(dataset: Dataset, settings: config.Detect) -> Dataset:
+    """bytes -> boxes, by the session's detectors."""
+    return _by_turns(dataset, detectors(settings.model_dump_json()))
+
+
+def _by_turns(dataset: Dataset, actors: Sequence[Any]) -> Dataset:
+    """Send whole shards to actors, each shard always to the same one."""
+
+    def run(table: pa.Table) -> pa.Table:
+        if table.num_rows == 0:  # a shard of pictures without boxes
             return stages.with_vectors(table, np.zeros((0, 1), np.float32))
-        return ray.get(actors[table["shard"][0].as_py() % len(actors)].embed.remote(table))
+        return ray.get(actors[table["shard"][0].as_py() % len(actors)].run.remote(table))
 
-    return dataset.map_batches(embed, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    return dataset.map_batches(run, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
 
 
 def together(datasets: Sequence[Dataset]) -> Dataset:
@@ -147,53 +175,59 @@ def write(table: pa.Table, sink: Datasink) -> None:
     ray.data.from_arrow(table).write_datasink(sink)
 
 
-@dataclass(frozen=True)
-class EncoderFacts:
-    """What the driver and the decode tasks must know of an encoder, found out by a worker: the driver need not load torch."""
-
-    side: int
-    dim: int
-    fingerprint: str
-    resize_mode: str
-    interpolation: str
-
-    def fit(self, image: np.ndarray) -> np.ndarray:
-        return fit_square(image, self.side, self.resize_mode, self.interpolation)
-
-
 @ray.remote(max_restarts=-1, max_task_retries=-1)
-class EncoderActor:
-    """One loaded encoder. It outlives a pipeline: the memory, the calibration and every run of a session share it."""
+class ModelActor:
+    """A stage with a loaded model. It outlives a pipeline: the memory, the calibration and every run of a session share it."""
 
-    def __init__(self, settings: str) -> None:
+    def __init__(self, load: Callable[[str], Any], settings: str) -> None:
         self.mistake: str | None = None  # kept and asked for: a constructor that raises would be tried again and again
         try:
-            self.stage = stages.Embed(config.Encoder.model_validate_json(settings))
+            self.stage = load(settings)
         except UserError as error:
             self.mistake = str(error)
 
-    def facts(self) -> EncoderFacts | str:
-        """What the driver must know, or what the user must mend."""
-        if self.mistake is not None:
-            return self.mistake
-        encoder = self.stage.encoder
-        return EncoderFacts(encoder.side, encoder.dim, encoder.fingerprint(), encoder.resize_mode, encoder.interpolation)
+    def facts(self) -> Any:
+        """What the driver must know of the model, or (a str) what the user must mend."""
+        return self.mistake if self.mistake is not None else self.stage.facts()
 
-    def embed(self, table: pa.Table) -> pa.Table:
+    def run(self, table: pa.Table) -> pa.Table:
         return self.stage(table)
+
+
+def _load_encoder(settings: str) -> stages.Embed:
+    return stages.Embed(config.Encoder.model_validate_json(settings))
+
+
+def _load_detector(settings: str) -> stages.Propose:
+    return stages.Propose(config.Detect.model_validate_json(settings))
 
 
 @lru_cache
 def encoders(settings: str) -> tuple[Any, ...]:
     """The session's actors for a config.Encoder as JSON; `local_ray` forgets them."""
     parsed = config.Encoder.model_validate_json(settings)
-    gpus = 0 if parsed.device == "cpu" or not ray.cluster_resources().get("GPU") else 1
-    start = EncoderActor.options(num_cpus=1, num_gpus=gpus)  # type: ignore[attr-defined]
-    return tuple(start.remote(settings) for _ in range(parsed.workers))
+    return _actors(_load_encoder, settings, parsed.device, parsed.workers)
 
 
 @lru_cache
-def encoder_facts(settings: str) -> EncoderFacts:
+def detectors(settings: str) -> tuple[Any, ...]:
+    """The session's actors for a config.Detect with a detector, as JSON. Raises UserError for a model that cannot be loaded."""
+    parsed = config.Detect.model_validate_json(settings)
+    assert parsed.detector is not None
+    actors = _actors(_load_detector, settings, parsed.detector.device, parsed.detector.workers)
+    if isinstance(mistake := ray.get(actors[0].facts.remote()), str):
+        raise UserError(mistake)
+    return actors
+
+
+def _actors(load: Callable[[str], Any], settings: str, device: str, workers: int) -> tuple[Any, ...]:
+    gpus = 0 if device == "cpu" or not ray.cluster_resources().get("GPU") else 1
+    start = ModelActor.options(num_cpus=1, num_gpus=gpus)  # type: ignore[attr-defined]
+    return tuple(start.remote(load, settings) for _ in range(workers))
+
+
+@lru_cache
+def encoder_facts(settings: str) -> stages.EncoderFacts:
     """Of a config.Encoder as JSON. Raises UserError for a model that cannot be loaded."""
     found = ray.get(encoders(settings)[0].facts.remote())
     if isinstance(found, str):

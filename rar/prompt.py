@@ -1,4 +1,4 @@
-"""What the MLLM is asked, and how its free text becomes a ranking. Pure and total: no models, no state, nothing raised.
+"""What the MLLM is asked, and how its free text becomes a ranking. Parsing is pure and total: no state, nothing raised.
 
 Replies are read by *mentions*, not by format: the text is cut into words and numbers, and every place where a candidate's
 words stand is one mention, the longest name winning at a place. So a Python list, numbered lines, "A > B > C" and prose are
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import string
 import unicodedata
 from bisect import bisect_left
 from collections import Counter
@@ -22,8 +21,7 @@ from itertools import islice, pairwise
 from typing import NamedTuple
 
 from rar.schema import RankStatus
-
-LABELS = string.ascii_uppercase  # candidates are labelled A, B, C, ... in the `letters` method
+from rar.wording import LABELS, Wording, built_in
 
 MAX_CHARS = 20_000  # of a reply: more is a model that repeats itself
 MAX_NAME_TOKENS = 32  # of a name: bounds the work per place of the reply
@@ -57,16 +55,28 @@ FILLERS = frozenset(
 )
 
 
-def letters_prompt(names: Sequence[str]) -> str:
+def letters_prompt(names: Sequence[str], wording: Wording | None = None, exemplars: Sequence[int] = ()) -> str:
     """One line a candidate, labelled A, B, ...; the answer is one label. At most 26 names."""
-    lines = [f"{label}. {name}" for label, name in zip(LABELS, names, strict=False)]
-    return "Which of these is in the picture?\n" + "\n".join(lines) + "\nAnswer with one letter."
+    wording = wording or built_in()
+    return wording.render(wording.letters, names, exemplars)
 
 
-def generate_prompt(names: Sequence[str]) -> str:
+def generate_prompt(names: Sequence[str], wording: Wording | None = None, exemplars: Sequence[int] = ()) -> str:
     """The paper's request (3.2) in our words: sort the listed names from most to least like the picture."""
-    listed = ", ".join(f"'{name}'" for name in names)
-    return f"Sort these names from most to least like the picture: [{listed}]. Answer with the sorted list only."
+    wording = wording or built_in()
+    return wording.render(wording.generate, names, exemplars)
+
+
+def likelihood_prompt(names: Sequence[str], wording: Wording | None = None, exemplars: Sequence[int] = ()) -> str:
+    """What each name is a reply to. The built-in one does not list the candidates."""
+    wording = wording or built_in()
+    return wording.render(wording.likelihood, names, exemplars)
+
+
+def yes_no_prompt(name: str, wording: Wording | None = None, exemplars: int = 0) -> str:
+    """Whether it is this one candidate."""
+    wording = wording or built_in()
+    return wording.render(wording.yes_no, [name], [exemplars])
 
 
 def generate_answer(names: Sequence[str]) -> str:

@@ -1,42 +1,52 @@
-"""The MLLM ranker: any image-text-to-text checkpoint of transformers, asked about one image and a list of candidates a row.
+"""The MLLM ranker: one contract, (image, candidates, their exemplar pictures) -> Ranking, and four ways to come by it.
 
 `letters` labels the candidates A, B, ... and reads the label logits after one forward pass, so the answer is a permutation by
-construction and has scores; permutations > 1 averages log-probabilities over rotations of the list, against the models' liking
-for certain labels (Zheng et al. 2309.03882). `generate` is the paper's free text (3.2) with greedy decoding, read by
-`prompt.parse`. Both go through the checkpoint's own processor and chat template: slower than a hand-made batch, right for all.
+construction and has scores; permutations > 1 averages log-probabilities over rotations of the list, and a label prior is
+divided out, both against the models' liking for certain labels. `yes_no` asks about one candidate at a time. `likelihood` asks
+once and compares the names as replies, by mean log-probability a token, so that long names do not lose for being long.
+`generate` is the paper's free text (3.2) with greedy decoding, read by `prompt.parse`. What several questions have in common,
+the picture above all, is computed once (`prefix`), except where the candidates' own pictures stand in their midst.
 
-A row of one candidate costs no call. A prompt longer than the model's window is not cut, as that would drop candidates unseen:
-its row is a FALLBACK with calls = 0, where a reply that nobody can read is a FALLBACK with calls = 1.
+A row of one candidate costs no call. A row whose prompt is beyond the model's window is a FALLBACK with calls = 0, where a
+reply that nobody can read is a FALLBACK with calls = 1.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
-from transformers.utils import logging
 
+from rar import prefix
 from rar.config import Ranker
-from rar.prompt import LABELS, generate_prompt, letters_prompt, parse
+from rar.debias import Prior, label_prior, log_softmax, prior_of
+from rar.mllm import Mllm, Prompt
+from rar.prompt import generate_prompt, letters_prompt, likelihood_prompt, parse, yes_no_prompt
 from rar.schema import Ranking, RankStatus, UserError
+from rar.wording import load_wording
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-MAX_ASPECT = 100  # some processors refuse stripes (Qwen's from 200:1 on); thinner images are thickened
+Read = dict[tuple[int, int], tuple[np.ndarray, int]]  # (row, place of the question) -> (logits, prompt tokens)
 
 
-class Prompt(NamedTuple):
-    """One call: the row it is for, by how many places its candidates are rotated, and the rendered chat."""
+class Question(NamedTuple):
+    """A row to rank: its picture, its candidates' harmless names, and the exemplar pictures of each candidate."""
 
-    row: int
-    shift: int
-    text: str
+    image: np.ndarray
+    names: list[str]
+    exemplars: list[list[np.ndarray]]
+
+    def turned(self, shift: int) -> Question:
+        """With the candidates rotated by some places."""
+        return Question(self.image, self.names[shift:] + self.names[:shift], self.exemplars[shift:] + self.exemplars[:shift])
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        return [self.image, *(image for images in self.exemplars for image in images)]
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(images) for images in self.exemplars]
 
 
 class MllmRanker:
@@ -45,130 +55,213 @@ class MllmRanker:
     def __init__(self, config: Ranker, model_path: str) -> None:
         """model_path: a local folder or a hub name (config.model may be 'miniature', which the caller resolves)."""
         self.config = config
-        self.device = _device(config.device)
-        self.processor, self.model = _load(config, model_path, self.device)
-        self.window: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.model_path = model_path
-        self._special = _special_tokens(self.processor)
+        self.wording = load_wording(config.prompts)
+        self.mllm = Mllm(config, model_path)
         if config.method == "letters":
-            self._label_ids = _label_ids(self.processor)
-            self._keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+            self.label_ids = self._labels()
+        if config.method == "yes_no":
+            self.yes_ids, self.no_ids = self._yes_and_no()
+        if config.exemplars:
+            self._check_exemplars()
 
-    def rank(self, images: Sequence[np.ndarray], names: Sequence[Sequence[str]]) -> list[Ranking]:
+    def rank(
+        self,
+        images: Sequence[np.ndarray],
+        names: Sequence[Sequence[str]],
+        exemplars: Sequence[Sequence[Sequence[np.ndarray]]] | None = None,
+        prior: Prior | None = None,
+    ) -> list[Ranking]:
         """Rank the candidates of each image.
 
         images: (H, W, 3) uint8 RGB, any sizes. names: the candidates' names of each image in retrieval order; rows may differ
-        in number. Returns one Ranking a row: `letters` with one score a candidate (a log-probability among the candidates,
-        averaged over `permutations`; order sorts it, ties in retrieval order) and one output token a call, `generate` with the
-        raw response. Rows of one candidate are RANKED without a call. Raises UserError where `letters` has more candidates
-        than the model has labels.
+        in number. exemplars: of each image and candidate, its pictures (H, W, 3) uint8; the first `ranker.exemplars` are shown.
+        prior: of `estimate_prior`; needed with ranker.debias 'prior'.
+
+        Returns one Ranking a row. All but `generate` give one score a candidate, a log-probability among the candidates; order
+        sorts it, ties in retrieval order. `letters` gives one output token a call (a call a rotation), `yes_no` a call a
+        candidate, `likelihood` one call whose output tokens are those of the names; prompt tokens that questions share count
+        once. With none_of_these, the response tells that answer's probability. Rows of one candidate are RANKED without a call.
+        Raises UserError where `letters` has more candidates than the model has labels.
         """
         asked = [row for row, listed in enumerate(names) if len(listed) > 1]
-        answers = (self._letters if self.config.method == "letters" else self._generate)(
-            [images[row] for row in asked], [[self._harmless(name) for name in names[row]] for row in asked]
-        )
+        questions = [self._question(images[row], names[row], exemplars[row] if exemplars else None) for row in asked]
+        if self.config.method == "letters":
+            answers = self._letters(questions, self._needed(prior))
+        elif self.config.method == "yes_no":
+            answers = self._yes_no(questions)
+        elif self.config.method == "likelihood":
+            answers = self._likelihood(questions)
+        else:
+            answers = self._generate(questions)
         rankings = dict(zip(asked, answers, strict=True))
         return [rankings.get(row) or self._trivial(len(listed)) for row, listed in enumerate(names)]
 
+    def estimate_prior(
+        self, images: Sequence[np.ndarray], names: Sequence[Sequence[str]], counts: Sequence[int] | None = None
+    ) -> dict[str, list[float]]:
+        """The label prior of `letters`, for JSON. No truth is needed; a few dozen images are enough.
+
+        counts: lengths of lists that will be asked (a list is cut to a length, rotated through all its places); default: the
+        lengths in `names`. Deterministic for equal images in equal order. Images with fewer names than a count are left out.
+        """
+        counts = sorted({len(listed) for listed in names} if counts is None else set(counts))
+        prior = {}
+        for count in counts:
+            used = [row for row, listed in enumerate(names) if count > 1 and len(listed) >= count]
+            questions = [self._question(images[row], names[row][:count], None) for row in used]
+            read = self._label_logits(questions, [list(range(count))] * len(used))
+            keys = [[(row, shift) for shift in range(count)] for row in range(len(used))]
+            observed = [np.stack([log_softmax(read[key][0][:count]) for key in listed]) for listed in keys if listed[0] in read]
+            if observed:
+                prior[str(count)] = label_prior(observed)
+        return prior
+
+    def _question(self, image: np.ndarray, names: Sequence[str], exemplars: Sequence[Sequence[np.ndarray]] | None) -> Question:
+        shown = [list(images[: self.config.exemplars]) for images in exemplars] if exemplars else [[] for _ in names]
+        return Question(image, [self.mllm.harmless(name) for name in names], shown)
+
     def _trivial(self, count: int) -> Ranking:
-        scores = (0.0,) * count if self.config.method == "letters" else ()  # the one candidate has probability 1
+        scores = () if self.config.method == "generate" else (0.0,) * count  # the one candidate has probability 1
         return Ranking(tuple(range(count)), RankStatus.RANKED, scores)
 
-    def _harmless(self, name: str) -> str:
-        """A class name must not smuggle in an image or end the user's turn."""
-        return self._special.sub(" ", name)
+    def _needed(self, prior: Prior | None) -> Prior | None:
+        if self.config.debias == "none":
+            return None
+        if prior is None:
+            raise UserError("ranker.debias 'prior' needs a label prior, which calibration estimates; set it to 'none'")
+        return prior
 
-    @torch.inference_mode()
-    def _letters(self, images: list[np.ndarray], names: list[list[str]]) -> list[Ranking]:
-        self._check_label_count(max(map(len, names), default=0))
-        shifts = [rotations(len(listed), self.config.permutations) for listed in names]
-        turns = [(row, shift) for row in range(len(names)) for shift in shifts[row]]
-        texts = self._render([letters_prompt(names[row][shift:] + names[row][:shift]) for row, shift in turns])
-        totals = [np.zeros(len(listed)) for listed in names]
-        calls, tokens = [0] * len(names), [0] * len(names)
-        for batch, inputs, lengths in self._batches(
-            images, [Prompt(*turn, text) for turn, text in zip(turns, texts, strict=True)], 1
-        ):
-            logits = self.model(**inputs, **self._keep, use_cache=False).logits[:, -1]  # (B, V)
-            labels = logits[:, self._label_ids].double().cpu().numpy()  # (B, labels)
-            for prompt, row_labels, length in zip(batch, labels, lengths, strict=True):
-                totals[prompt.row] += np.roll(log_softmax(row_labels[: len(names[prompt.row])]), prompt.shift)
-                calls[prompt.row] += 1
-                tokens[prompt.row] += length
+    # letters ------------------------------------------------------------------------------------------------------------------
+
+    def _letters(self, questions: list[Question], prior: Prior | None) -> list[Ranking]:
+        shifts = [rotations(len(question.names), self.config.permutations) for question in questions]
+        read = self._label_logits(questions, shifts)
         return [
-            _scored(total / len(shifts[row]), calls[row], tokens[row])
-            if calls[row] == len(shifts[row])
-            else _unasked(len(total))
-            for row, total in enumerate(totals)
+            self._averaged(
+                len(question.names),
+                {shift: read[row, shift] for shift in shifts[row] if (row, shift) in read},
+                shifts[row],
+                prior,
+            )
+            for row, question in enumerate(questions)
         ]
 
-    def _check_label_count(self, count: int) -> None:
-        if count > len(self._label_ids):
+    def _averaged(self, count: int, read: dict[int, tuple[np.ndarray, int]], shifts: list[int], prior: Prior | None) -> Ranking:
+        """A row's rotations as one Ranking. read: by rotation, (label logits, prompt tokens); those too long are missing."""
+        if len(read) < len(shifts):
+            return _unasked(count)
+        total, none = np.zeros(count), 0.0
+        for shift, (logits, _) in read.items():
+            logits = logits - np.pad(prior_of(prior, count), (0, len(logits) - count)) if prior is not None else logits
+            total += np.roll(log_softmax(logits[:count]), shift)
+            none += float(np.exp(log_softmax(logits)[count:]).sum()) / len(shifts)
+        response = f"{self.wording.none_of_these}: {none:.6f}" if self.config.none_of_these else ""
+        scores = total / len(shifts)
+        if prior is not None or len(shifts) > 1:
+            scores = log_softmax(scores)
+        return _scored(scores, response, len(shifts), sum(tokens for _, tokens in read.values()), len(shifts))
+
+    def _label_logits(self, questions: list[Question], shifts: list[list[int]]) -> Read:
+        """Logits (n,) of the labels of each question under each of its rotations; (n + 1,) with none_of_these."""
+        extra = [self.wording.none_of_these] if self.config.none_of_these else []
+        self._check_label_count(max((len(question.names) for question in questions), default=0), len(extra))
+        turned = [
+            [(shift, question.turned(shift)) for shift in listed] for question, listed in zip(questions, shifts, strict=True)
+        ]
+        texts = self.mllm.render(
+            [
+                letters_prompt([*one.names, *extra], self.wording, [*one.counts, *[0] * len(extra)])
+                for listed in turned
+                for _, one in listed
+            ]
+        )
+        text = iter(texts)
+        prompts = [[Prompt(row, shift, one.images, next(text)) for shift, one in listed] for row, listed in enumerate(turned)]
+        read = self._read(prompts, self.label_ids)
+        return {key: (logits[: len(questions[key[0]].names) + len(extra)], tokens) for key, (logits, tokens) in read.items()}
+
+    def _labels(self) -> list[int]:
+        ids = self.mllm.label_ids()
+        if len(ids) < 2:
             raise UserError(
-                f"ranker.method 'letters' can label {len(self._label_ids)} candidates with {self.model_path!r}, not {count}: "
-                "lower retriever.top_k or set ranker.method to 'generate'"
+                "this model's tokenizer has no single tokens for the labels A, B, ...; set ranker.method to 'generate'"
+            )
+        return ids
+
+    def _check_label_count(self, count: int, extra: int) -> None:
+        if count + extra > len(self.label_ids):
+            raise UserError(
+                f"ranker.method 'letters' can label {len(self.label_ids) - extra} candidates with {self.mllm.model_path!r}, "
+                f"not {count}: lower retriever.top_k or set ranker.method to 'likelihood'"
             )
 
-    @torch.inference_mode()
-    def _generate(self, images: list[np.ndarray], names: list[list[str]]) -> list[Ranking]:
-        texts = self._render([generate_prompt(listed) for listed in names])
-        prompts = [Prompt(row, 0, text) for row, text in enumerate(texts)]
-        rankings = [_unasked(len(listed)) for listed in names]
-        for batch, inputs, lengths in self._batches(images, prompts, self.config.max_new_tokens):
-            written = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :].cpu()  # (B, new)
-            responses = self.processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-            for prompt, response, new, length in zip(batch, responses, written, lengths, strict=True):
-                order, status = parse(response, names[prompt.row])
-                rankings[prompt.row] = Ranking(order, status, (), response, 1, length, self._written(new))
+    # yes_no, likelihood, generate ---------------------------------------------------------------------------------------------
+
+    def _yes_no(self, questions: list[Question]) -> list[Ranking]:
+        """score = log p(yes) - log p(no), as logits of a softmax over the candidates."""
+        asked = [
+            (row, place, yes_no_prompt(name, self.wording, question.counts[place]))
+            for row, question in enumerate(questions)
+            for place, name in enumerate(question.names)
+        ]
+        prompts: list[list[Prompt]] = [[] for _ in questions]
+        for (row, place, _), text in zip(asked, self.mllm.render([text for *_, text in asked]), strict=True):
+            images = [questions[row].image, *questions[row].exemplars[place]]
+            prompts[row].append(Prompt(row, place, images, text))
+        read, rankings, yes = self._read(prompts, self.yes_ids + self.no_ids), [], len(self.yes_ids)
+        for row, question in enumerate(questions):
+            answers = [read[row, place] for place in range(len(question.names)) if (row, place) in read]
+            if len(answers) < len(question.names):
+                rankings.append(_unasked(len(question.names)))
+                continue
+            odds = [np.logaddexp.reduce(logits[:yes]) - np.logaddexp.reduce(logits[yes:]) for logits, _ in answers]
+            tokens = sum(tokens for _, tokens in answers)
+            rankings.append(_scored(log_softmax(np.array(odds)), "", len(answers), tokens, len(answers)))
         return rankings
 
-    def _written(self, new: torch.Tensor) -> int:
-        """Tokens the model wrote, the end token included and the padding after it left out."""
-        ends = self.model.generation_config.eos_token_id
-        ended = torch.isin(new, torch.tensor(ends if ends is not None else [], dtype=new.dtype)).nonzero()
-        return int(ended[0]) + 1 if len(ended) else len(new)
+    def _yes_and_no(self) -> tuple[list[int], list[int]]:
+        words = (self.wording.yes_no.affirm, self.wording.yes_no.deny)
+        yes, no = (self.mllm.first_ids(word) for word in words)
+        if not yes or not no or set(yes) & set(no):
+            raise UserError(
+                f"this model's tokenizer does not tell {words[0]!r} from {words[1]!r}; set ranker.method to 'letters'"
+            )
+        return yes, no
 
-    def _render(self, texts: list[str]) -> list[str]:
-        if not texts:
-            return []
-        return self.processor.apply_chat_template(
-            [_user_turn(text) for text in texts], add_generation_prompt=True, tokenize=False
-        )
+    def _likelihood(self, questions: list[Question]) -> list[Ranking]:
+        texts = self.mllm.render([likelihood_prompt(one.names, self.wording, one.counts) for one in questions])
+        prompts = [Prompt(row, 0, one.images, text) for row, (one, text) in enumerate(zip(questions, texts, strict=True))]
+        rankings = [_unasked(len(question.names)) for question in questions]
+        for prompt, means, read, said in prefix.likelihoods(self.mllm, prompts, [question.names for question in questions]):
+            rankings[prompt.row] = _scored(log_softmax(means), "", 1, read, said)
+        return rankings
 
-    def _batches(
-        self, images: list[np.ndarray], prompts: list[Prompt], room: int
-    ) -> Iterator[tuple[list[Prompt], dict[str, torch.Tensor], list[int]]]:
-        """Yield (prompts, model inputs, prompt lengths in tokens) with prompts of like length together, as padding costs time.
+    def _generate(self, questions: list[Question]) -> list[Ranking]:
+        texts = self.mllm.render([generate_prompt(one.names, self.wording, one.counts) for one in questions])
+        prompts = [Prompt(row, 0, one.images, text) for row, (one, text) in enumerate(zip(questions, texts, strict=True))]
+        rankings = [_unasked(len(question.names)) for question in questions]
+        for prompt, response, written, length in self.mllm.write(prompts):
+            order, status = parse(response, questions[prompt.row].names)
+            rankings[prompt.row] = Ranking(order, status, (), response, 1, length, written)
+        return rankings
 
-        Prompts that leave less than `room` tokens of the window are left out.
-        """
-        window = self.window or np.inf
-        waiting = sorted(prompts, key=lambda prompt: len(prompt.text))
-        for start in range(0, len(waiting), self.config.batch_size):
-            batch = waiting[start : start + self.config.batch_size]
-            inputs, lengths = self._encode(images, batch)
-            fitting = [prompt for prompt, length in zip(batch, lengths, strict=True) if length + room <= window]
-            if fitting and len(fitting) < len(batch):
-                inputs, lengths = self._encode(images, fitting)
-            if fitting:
-                yield fitting, {key: self._placed(value) for key, value in inputs.items()}, lengths
+    def _read(self, prompts: list[list[Prompt]], ids: list[int]) -> Read:
+        """Logits of the tokens `ids` as the first of the reply to each prompt; prompts beyond the window are missing."""
+        several = [row for row in prompts if len(row) > 1 and all(len(prompt.images) == 1 for prompt in row)]
+        shared = {prompt.row for row in several for prompt in row}
+        single = [prompt for row in prompts for prompt in row if prompt.row not in shared]
+        answers = [*self.mllm.next_logits(single, ids), *prefix.next_logits(self.mllm, several, ids)]
+        return {(prompt.row, prompt.place): (logits, tokens) for prompt, logits, tokens in answers}
 
-    def _encode(self, images: list[np.ndarray], prompts: list[Prompt]) -> tuple[Any, list[int]]:
-        """The processor's own call: images resized and normalised in one go, image tokens expanded, rows padded on the left."""
-        bos = self.processor.tokenizer.bos_token
-        inputs = self.processor(
-            images=[[thickened(images[prompt.row])] for prompt in prompts],
-            text=[prompt.text for prompt in prompts],
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not (bos and prompts[0].text.startswith(bos)),
-            input_data_format="channels_last",
-            return_tensors="pt",
-        )
-        return inputs, inputs["attention_mask"].sum(dim=1).tolist()
-
-    def _placed(self, value: torch.Tensor) -> torch.Tensor:
-        return value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+    def _check_exemplars(self) -> None:
+        """Raises UserError for a template without a place for the pictures, and for a model that takes one picture alone."""
+        template = getattr(self.wording, self.config.method)
+        if "{pictures}" not in template.candidate or "{candidates}" not in template.ask:
+            raise UserError(
+                f"ranker.exemplars: the template of {self.config.method!r} has no place for them; give it {{candidates}} and "
+                "{pictures} in ranker.prompts, or set ranker.exemplars to 0"
+            )
+        self.mllm.check_many_pictures()
 
 
 def rotations(count: int, permutations: int) -> list[int]:
@@ -177,111 +270,13 @@ def rotations(count: int, permutations: int) -> list[int]:
     return [turn * count // used for turn in range(used)]
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """(n,) logits -> (n,) log-probabilities."""
-    shifted = logits - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
-
-
-def thickened(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) with its short side repeated until no side is over MAX_ASPECT times the other."""
-    height, width = image.shape[:2]
-    rows, columns = -(-width // (height * MAX_ASPECT)), -(-height // (width * MAX_ASPECT))
-    return image if rows == columns == 1 else image.repeat(rows, axis=0).repeat(columns, axis=1)
-
-
-def _scored(scores: np.ndarray, calls: int, tokens: int) -> Ranking:
+def _scored(scores: np.ndarray, response: str, calls: int, prompt_tokens: int, output_tokens: int) -> Ranking:
     """By score, best first. Scores that are no numbers (a half-precision overflow) rank nothing."""
     if not np.isfinite(scores).all():
-        return Ranking(tuple(range(len(scores))), RankStatus.FALLBACK, (), "", calls, tokens, calls)
+        return Ranking(tuple(range(len(scores))), RankStatus.FALLBACK, (), "", calls, prompt_tokens, output_tokens)
     order = tuple(np.argsort(-scores, kind="stable").tolist())
-    return Ranking(order, RankStatus.RANKED, tuple(scores.tolist()), "", calls, tokens, calls)
+    return Ranking(order, RankStatus.RANKED, tuple(scores.tolist()), response, calls, prompt_tokens, output_tokens)
 
 
 def _unasked(count: int) -> Ranking:
     return Ranking(tuple(range(count)), RankStatus.FALLBACK)
-
-
-def _user_turn(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-
-
-def _device(name: str) -> torch.device:
-    """The configured device; 'auto' is the first of cuda, mps, cpu that is there. Raises UserError for one that is not."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"ranker.device {name!r} cannot be used here: {_first_line(error)}") from None
-
-
-def _load(config: Ranker, model_path: str, device: torch.device) -> tuple[Any, Any]:
-    """(processor, model in inference mode). A checkpoint with weights missing is refused: it would rank at random."""
-    local = Path(model_path).is_dir()
-    if not local and not HUB_NAME.fullmatch(model_path):
-        raise UserError(f"ranker.model {model_path!r} is no folder; give a local model folder or a hub name")
-    logging.disable_progress_bar()
-    options = {"trust_remote_code": config.trust_remote_code, "local_files_only": local}
-    try:
-        processor = AutoProcessor.from_pretrained(model_path, **options)
-        dtype = PRECISIONS[config.precision]
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"ranker.model {model_path!r} cannot be loaded: {_first_line(error)}") from None
-    model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-    if missing:
-        raise UserError(f"ranker.model {model_path!r} lacks {len(missing)} of its weights, the first is {missing[0]!r}")
-    if not getattr(processor, "chat_template", None):
-        raise UserError(f"ranker.model {model_path!r} has no chat template; use an instruction-tuned model")
-    _make_greedy(processor.tokenizer, model, config.max_new_tokens)
-    return processor, model.to(device).eval()
-
-
-def _make_greedy(tokenizer: Any, model: Any, max_new_tokens: int) -> None:
-    """Replace the checkpoint's sampling settings (temperature, penalties), keeping the tokens that end a reply."""
-    eos = model.generation_config.eos_token_id
-    eos = eos if eos is not None else tokenizer.eos_token_id
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
-    )
-
-
-def _label_ids(processor: Any) -> list[int]:
-    """Token ids of A, B, ... as the first token of a reply, as many as the tokenizer tells apart; UserError for under two.
-
-    Whether a reply begins with a space is read from the chat template itself: what it puts between the generation prompt and an
-    assistant's text ("ASSISTANT:" + " A"). Where that gives no single tokens, no space and a space are tried.
-    """
-    turn = _user_turn("?")
-    prompt = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    reply = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
-    lead, found, _ = processor.apply_chat_template([*turn, reply], tokenize=False).removeprefix(prompt).partition("A")
-    leads = [lead] if found and not lead.strip() else []
-    best = max((_single_tokens(processor.tokenizer, prompt, lead) for lead in [*leads, "", " "]), key=len)
-    if len(best) < 2:
-        raise UserError("this model's tokenizer has no single tokens for the labels A, B, ...; set ranker.method to 'generate'")
-    return best
-
-
-def _single_tokens(tokenizer: Any, prompt: str, lead: str) -> list[int]:
-    """Ids of the labels, in order, up to the first that is no single token of its own after prompt + lead."""
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids: list[int] = []
-    for label in LABELS:
-        *start, last = tokenizer(prompt + lead + label, add_special_tokens=False)["input_ids"]
-        if start != before or last in (*ids, tokenizer.unk_token_id):
-            break
-        ids.append(last)
-    return ids
-
-
-def _special_tokens(processor: Any) -> re.Pattern[str]:
-    tokens = {*processor.tokenizer.all_special_tokens, getattr(processor, "image_token", None)} - {None, ""}
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,6 +6,7 @@ boxes. What a row of the index becomes is in `stages`; what a run leaves on disk
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -20,12 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import Dataset
 
-from rar import build, corpus, detect, metrics, pipeline, retrieve, route, serve, stages
+from rar import build, corpus, detect, measure, memories, pipeline, retrieve, route, serve, stages
 from rar.config import Config
-from rar.evaluate import evaluate
-from rar.memory import Collection, open_store
+from rar.memory import open_store
 from rar.runfolder import RunFolder
-from rar.schema import ERRORS, Candidate, Ranking, RankStatus, UserError
+from rar.schema import ERRORS, Candidate, RankStatus, UserError
 from rar.sinks import ShardSink
 
 PAPER = route.Calibration(weight_retriever=0.0, weight_ranker=1.0)  # the ranker's order is final, and it is always asked
@@ -50,15 +50,20 @@ class Work:
     def empty_images(self) -> int:
         return int((self.rows_of_images == 0).sum())
 
+    def bounds(self, size: int) -> np.ndarray:
+        """Where the index is cut into shards of at most `size` rows."""
+        return pipeline.cut(self.rows_of_images, size)
+
     def expected(self, size: int) -> dict[int, int]:
         """shard -> its rows."""
-        rows = self.rows_of_images
-        return {shard: int(rows[shard * size : (shard + 1) * size].sum()) for shard in range(-(-len(rows) // size))}
+        rows, bounds = self.rows_of_images, self.bounds(size)
+        return {shard: int(rows[slice(*bounds[shard : shard + 2])].sum()) for shard in range(len(bounds) - 1)}
 
 
 def classify_work(settings: Config) -> Work:
     if settings.corpus is None:
         raise UserError("config: `corpus.uri` is missing; name the images to classify")
+    build.check_kind(settings, settings.corpus)
     index = corpus.list_images(settings.corpus)
     return Work(index, False, _no_faults())
 
@@ -66,6 +71,12 @@ def classify_work(settings: Config) -> Work:
 def detect_work(settings: Config) -> Work:
     if settings.corpus is None:
         raise UserError("config: `corpus.uri` is missing; name the COCO or LVIS JSON of the images to detect in")
+    if settings.detect.detector is not None:  # its boxes are found in the run
+        listed = detect.is_json(settings.corpus)
+        pictures = (
+            detect.list_pictures(settings.corpus) if listed else detect.without_boxes(corpus.list_images(settings.corpus))
+        )
+        return Work(pictures, True, _no_faults())
     index, faults = detect.read_boxes(settings.corpus, settings.detect)
     return Work(index, True, pa.Table.from_pylist(faults, _no_faults().schema))
 
@@ -116,10 +127,13 @@ def run(
     vocabulary: of `prepare`. embedded: the shards of `work` by `embed`, all of them, where several runs share them.
     """
     started = time.monotonic()
+    folder.pin("memory", vocabulary.digest)
+    if work.boxed and settings.detect.detector is not None:
+        work = propose(settings, work, folder)
     work = replace(work, index=folder.freeze_index(work.index))
-    numbers = folder.pending(pipeline.n_shards(work.index, settings.run.shard_size))
-    calibration = calibrate(settings, address, vocabulary, folder)
     expected = work.expected(settings.run.shard_size)
+    numbers = folder.pending(len(expected))
+    calibration = calibrate(settings, address, vocabulary, folder)
     if numbers:
         if embedded is None:
             embedded = embed(settings, work, vocabulary.facts, numbers)
@@ -128,18 +142,38 @@ def run(
     return finish(settings, work, folder, calibration, vocabulary, time.monotonic() - started)
 
 
+def propose(settings: Config, work: Work, folder: RunFolder) -> Work:
+    """The pictures with the detector's boxes; those that cannot be read become faults.
+
+    Boxes are kept in the run folder shard by shard before any is recognised, because how many rows a run has must be known
+    first: counts add up, and a killed run goes on where it stopped. It costs reading every picture twice.
+    """
+    work = replace(work, index=folder.freeze_index(work.index, "pictures.parquet"))
+    bounds = work.bounds(settings.run.shard_size)
+    numbers = folder.pending(len(bounds) - 1, "proposals")
+    if numbers:
+        read = pipeline.through(pipeline.shards_of(work.index, bounds, numbers), "read", stages.load)
+        pipeline.collect(pipeline.through(pipeline.proposed(read, settings.detect), "keep", folder.write_proposals))
+    found = folder.proposals()
+    good = found.filter(pc.is_null(found["error"])).sort_by("row")
+    bad = found.filter(pc.is_valid(found["error"]))
+    return Work(detect.with_proposals(good), True, bad.select(ERRORS.names).cast(ERRORS))
+
+
 def dry_run(settings: Config, work: Work, path: Path) -> str:
     """What a run would do, from the index alone: counts, sizes and MLLM requests; nothing is opened or written."""
     rows, images = int(work.rows_of_images.sum()), work.index.num_rows
     size = settings.run.shard_size
-    shards = pipeline.n_shards(work.index, size)
+    shards = len(work.bounds(size)) - 1
     done = shards - len(RunFolder(path).pending(shards))
     local = [uri for uri in work.index["uri"].to_pylist()[:1000] if os.path.exists(uri)]
     sampled = sum(os.path.getsize(uri) for uri in local) / max(len(local), 1)
     asked = 0 if settings.ranker.method == "none" else rows
+    detector = settings.detect.detector if work.boxed else None
+    what = f"the boxes that {detector.model} will find" if detector else f"{rows:,} {'boxes' if work.boxed else 'images'}"
     batches = -(-asked // settings.ranker.batch_size)
     lines = [
-        f"would recognise {rows:,} {'boxes' if work.boxed else 'images'} of {images:,} images in {shards:,} shards of {size}",
+        f"would recognise {what} of {images:,} images in {shards:,} shards of {size}",
         f"  {done:,} shards are in {path} already; {work.faults.num_rows:,} boxes cannot be used",
         f"  about {sampled * images / 1e6:,.1f} MB to read" if local else "  size of the files unknown",
         f"  encoder {settings.encoder.model}, {settings.encoder.workers} worker(s), batches of {settings.encoder.batch_size}",
@@ -150,43 +184,46 @@ def dry_run(settings: Config, work: Work, path: Path) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A built memory as the pipeline needs it: where to search, and the name of each class."""
+    """A built memory as the pipeline needs it. names: class id -> name. digest: the memory's state."""
 
-    collection: Collection
     names: dict[int, str]
-    facts: pipeline.EncoderFacts
+    facts: stages.EncoderFacts
+    retrieve: stages.Retrieve
+    digest: str
 
 
 def open_memory(settings: Config, address: str) -> Vocabulary:
-    """The collection that a retrieval mode searches. Raises UserError where the memory is missing or of another encoder."""
-    facts = pipeline.encoder_facts(settings.encoder.model_dump_json())
-    mode = settings.retriever.mode
-    head = build.collection(settings, address, "head_text" if mode in ("all", "knn") else f"head_{mode}")
-    searched = build.collection(settings, address, "images") if mode == "knn" else head
-    if not searched.exists():
-        name, uri = settings.memory.name, settings.memory.uri
-        raise UserError(f"memory {name!r} at {uri} has nothing for retriever.mode {mode}; build it with `rar memory CONFIG`")
-    made_by = searched.meta()["fingerprint"]
-    if made_by != facts.fingerprint:
-        raise UserError(
-            f"memory {settings.memory.name!r} was made by another encoder, templates or precision ({made_by}, not "
-            f"{facts.fingerprint}); rebuild it with `rar memory CONFIG --fresh`, or use the encoder it was made with"
-        )
-    entries = head.fetch()
-    return Vocabulary(searched, dict(zip(entries.class_ids.tolist(), entries.class_names, strict=True)), facts)
+    """What a retrieval mode searches. Raises UserError where the memory is missing, lacks it, or is of another encoder."""
+    facts = build.facts_of(settings, settings.corpus)
+    memory, mode = settings.memory, settings.retriever.mode
+    digest = memories.digest(address, memory.name, memory.version, memory.token)
+    head, images = (
+        build.collection(settings, address, kind) for kind in (f"head_{'fused' if mode == 'all' else mode}", "images")
+    )
+    if not head.exists():
+        needs = {"text": "class names", "tip": "class names and support images"}.get(mode, "support images")
+        raise UserError(f"memory {memory.name!r} has nothing for retriever.mode {mode}, which needs {needs}; see `rar memory`")
+    build.check_maker(settings, head, facts)
+    fitted = retrieve.Head.from_entries(head.fetch(), head.meta()["head"])
+    names = dict(zip(fitted.class_ids.tolist(), fitted.class_names, strict=True))
+    return Vocabulary(names, facts, stages.Retrieve(settings.retriever, fitted, head, images), digest)
 
 
-def embed(settings: Config, work: Work, facts: pipeline.EncoderFacts, numbers: list[int]) -> Dataset:
-    """The shards' vectors and encoded bytes: what every arm over the same corpus and encoder shares."""
-    shards = pipeline.shards_of(work.index, settings.run.shard_size, numbers)
-    pictures = pipeline.decoded(shards, facts, settings.detect.crop if work.boxed else None)
+def embed(settings: Config, work: Work, facts: stages.EncoderFacts, numbers: list[int] | None = None) -> Dataset:
+    """The shards' (by default all) vectors and encoded bytes: what every arm over the same corpus and encoder shares."""
+    shards = pipeline.shards_of(work.index, work.bounds(settings.run.shard_size), numbers)
+    if settings.encoder.model == "precomputed":
+        assert settings.corpus is not None
+        return pipeline.through(shards, "read", stages.LoadVectors(settings.corpus))
+    read = pipeline.through(shards, "read", stages.load)
+    pictures = pipeline.with_pixels(read, facts, settings.detect.crop if work.boxed else None)
     return pictures if settings.retriever.mode == "all" else pipeline.embedded(pictures, settings.encoder)
 
 
 def rank(settings: Config, embedded: Dataset, vocabulary: Vocabulary, calibration: route.Calibration, sink: ShardSink) -> None:
     """The rest of the chain: retrieve, route, rank, predict, write."""
     ask = serve.ask(settings.ranker)
-    found = pipeline.through(embedded, "retrieve", stages.Retrieve(settings.retriever, vocabulary.collection, vocabulary.names))
+    found = pipeline.through(embedded, "retrieve", vocabulary.retrieve)
     ranked = pipeline.through(found, "rank", stages.Rank(ask, calibration, settings.ranker.batch_size))
     ranked.write_datasink(sink)
 
@@ -210,15 +247,14 @@ def _fit(settings: Config, address: str, vocabulary: Vocabulary) -> route.Calibr
     proposed, truth = _held_out_candidates(settings, address, vocabulary)
     planned = build.plan(settings)
     size = settings.run.shard_size
-    rows = pipeline.shards_of(planned.support, size, range(pipeline.n_shards(planned.support, size)))
+    rows = pipeline.shards_of(planned.support, pipeline.evenly(planned.support, size))
     rows = pipeline.through(rows, "read", stages.load)
     rows = pipeline.through(rows, "recall", stages.Recall(proposed))
     ranked = pipeline.through(rows, "rank", stages.Rank(serve.ask(settings.ranker), PAPER, settings.ranker.batch_size))
     table = pipeline.collect(ranked).sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
     table = table.filter(pc.is_in(table["image_id"], pa.array(list(proposed), pa.string())))
-    return route.fit(
-        stages.candidates_of(table), rankings_of(table), [truth[image_id] for image_id in table["image_id"].to_pylist()]
-    )
+    labels = [truth[image_id] for image_id in table["image_id"].to_pylist()]
+    return route.fit(stages.candidates_of(table), measure.rankings_of(table), labels, settings.route.coverage)
 
 
 def _held_out_candidates(
@@ -226,9 +262,9 @@ def _held_out_candidates(
 ) -> tuple[dict[str, list[Candidate]], dict[str, int]]:
     """image_id -> candidates by heads fitted without that image, and its class; at most `route.max_calibration_images`."""
     mode = settings.retriever.mode
-    if mode == "knn" or mode == "all":
+    if mode == "all":
         raise UserError(
-            f"route.mode calibrated needs retriever.mode fused, text or centroid; with {mode} set route.mode: always"
+            "route.mode calibrated needs a retriever that prefers some classes; with mode all set route.mode: always"
         )
     images = build.entries_of(build.collection(settings, address, "images"))
     texts = build.entries_of(build.collection(settings, address, "texts"))
@@ -236,21 +272,15 @@ def _held_out_candidates(
         raise UserError(f"memory {settings.memory.name!r} has no images though memory.support is set; build it again")
     drawn = np.random.default_rng([settings.run.seed, 5]).permutation(len(images))[: settings.route.max_calibration_images]
     rows = np.sort(drawn)
-    scores = retrieve.held_out_scores(mode, images, texts, settings.run.seed, rows.tolist())
+    given = (settings.retriever.n_neighbors, settings.retriever.sharpness)
+    scores = retrieve.held_out_scores(mode, images, texts, settings.run.seed, rows.tolist(), *given)
     ids = np.array(sorted(vocabulary.names))
     names = [vocabulary.names[class_id] for class_id in ids.tolist()]
-    candidates = retrieve.candidates_from_scores(scores, ids, names, min(settings.retriever.top_k, len(ids)))
+    top_k = min(settings.retriever.top_k, len(ids))
+    deep = retrieve.candidates_from_scores(scores, ids, names, top_k if mode in ("knn", "tip") else stages.SHARE_DEPTH)
+    candidates = [stages.log_shares(row)[:top_k] for row in deep]
     image_ids = [images.entry_ids[row].rsplit("-", 1)[0] for row in rows]
     return dict(zip(image_ids, candidates, strict=True)), dict(zip(image_ids, images.class_ids[rows].tolist(), strict=True))
-
-
-def rankings_of(table: pa.Table) -> list[Ranking]:
-    """What the ranker said of each row, rebuilt from the stored columns."""
-    found = []
-    columns = (table[name].to_pylist() for name in ("ranking", "scores", "rank_status", "response"))
-    for order, scores, status, response in zip(*columns, strict=True):
-        found.append(Ranking(tuple(order), RankStatus(status), tuple(scores), response or ""))
-    return found
 
 
 def finish(
@@ -264,50 +294,17 @@ def finish(
     counts = {"input": total, "ok": predicted, "failed": failed, "skipped": work.empty_images}
     if predicted + failed + work.empty_images != total:
         raise RuntimeError(f"{folder.path}: {total} rows went in, {predicted} + {failed} + {work.empty_images} came out")
-    values = dict(measure(settings, work, folder, calibration, vocabulary))
+    predictions, names = folder.predictions(), list(vocabulary.names.values())
+    if work.boxed:
+        values = measure.detection(settings, predictions, work.index, names, calibration, folder.path / "detections.json")
+    else:
+        values = measure.classification(predictions, work.index, names)
+    values["mean_k"] = _mean_k(folder)
     folder.finish(counts, values, seconds)
     return values
 
 
-def measure(
-    settings: Config, work: Work, folder: RunFolder, calibration: route.Calibration, vocabulary: Vocabulary
-) -> dict[str, float]:
-    """metrics.json of a run: accuracies where labels are known; for detection also AP against the corpus' own boxes."""
-    predictions, names = folder.predictions(), list(vocabulary.names.values())
-    if not work.boxed:
-        truth = dict(zip(work.index["uri"].to_pylist(), work.index["label"].to_pylist(), strict=True))
-        return metrics.classification(predictions, [truth[uri] for uri in predictions["uri"].to_pylist()], names)
-    rows = predictions.to_pylist()
-    at = _boxes_of(work.index)
-    found = [at[row["uri"], tuple(row["box_xyxy"])] for row in rows]
-    labels = [label for _, _, label in found]
-    values = metrics.classification(predictions, labels, names) if any(labels) else {}
-    assert settings.corpus is not None
-    categories = detect.category_names(settings.corpus.uri)
-    known = set(categories.values())
-    if not known.issuperset(names):
-        return values  # a vocabulary of its own: there is no truth to hold it against
-    fused = [
-        route.fuse(candidates, ranking, calibration)[1]
-        for candidates, ranking in zip(stages.candidates_of(predictions), rankings_of(predictions), strict=True)
-    ]
-    results = detect.coco_results(
-        [coco_id for coco_id, _, _ in found],
-        np.array([row["box_xyxy"] for row in rows]),
-        [score for _, score, _ in found],
-        [[candidate["class_name"] for candidate in row["candidates"]] for row in rows],
-        fused,
-        categories,
-    )
-    folder.write("detections.json", results)
-    return values | evaluate(results, settings.corpus.uri, settings.detect.style)
-
-
-def _boxes_of(index: pa.Table) -> dict[tuple[str, tuple[float, ...]], tuple[int, float, str | None]]:
-    """(uri, box) -> (the JSON's image id, proposal score, label)."""
-    columns = (index[name].to_pylist() for name in ("uri", "coco_id", "boxes_xyxy", "box_scores", "box_labels"))
-    return {
-        (uri, tuple(box)): (coco_id, score, label)
-        for uri, coco_id, boxes, scores, labels in zip(*columns, strict=True)
-        for box, score, label in zip(boxes, scores, labels, strict=True)
-    }
+def _mean_k(folder: RunFolder) -> float:
+    """Candidates shown to the ranker per image that it was asked about; NaN where it was asked about none."""
+    asked = pc.sum(pc.not_equal(folder.predictions()["rank_status"], RankStatus.SKIPPED.value)).as_py()
+    return folder.stats()["mllm.candidates"] / asked if asked else math.nan

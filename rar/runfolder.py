@@ -69,16 +69,25 @@ class RunFolder:
                 "use --fresh to replace it, or another --out"
             )
 
-    def freeze_index(self, index: pa.Table) -> pa.Table:
+    def pin(self, name: str, state: str) -> None:
+        """Keep what a name in the config stood for when the run began. Raises UserError where it has changed since."""
+        known = self.read("run.json")
+        if known.setdefault(name, state) != state:
+            raise UserError(
+                f"{self.path}: the {name} has changed since this run began ({known[name]}, now {state}); use --fresh to start over"
+            )
+        self.write("run.json", known)
+
+    def freeze_index(self, index: pa.Table, name: str = "index.parquet") -> pa.Table:
         """Keep the first index: a resumed run must not see files that came or went since."""
-        file = self.path / "index.parquet"
+        file = self.path / name
         if not file.exists():
             _write_table(index, file)
         return pq.read_table(file)
 
-    def pending(self, n_shards: int) -> list[int]:
+    def pending(self, n_shards: int, kind: str = "predictions") -> list[int]:
         """Numbers of the shards that are not written yet."""
-        return [shard for shard in range(n_shards) if not self.part("predictions", shard).exists()]
+        return [shard for shard in range(n_shards) if not self.part(kind, shard).exists()]
 
     def part(self, kind: str, shard: int) -> Path:
         return self.path / kind / f"part-{shard:06d}.parquet"
@@ -95,6 +104,17 @@ class RunFolder:
     def write_faults(self, errors: pa.Table) -> None:
         """Rows that failed before there was a shard: faults of the boxes file, or of a memory's support images."""
         _write_table(errors.cast(ERRORS), self.path / "errors" / "part-before.parquet")
+
+    def write_proposals(self, table: pa.Table) -> pa.Table:
+        """Write a shard's boxes, and pass on no row: a stage of a pipeline that is run for what it leaves here."""
+        file = self.part("proposals", table["shard"][0].as_py())
+        file.parent.mkdir(exist_ok=True)
+        _write_table(table, file)
+        return table.select(["shard"]).slice(0, 0)
+
+    def proposals(self) -> pa.Table:
+        """The boxes of all shards, one row an image."""
+        return pa.concat_tables([pq.read_table(file) for file in sorted((self.path / "proposals").glob("part-*.parquet"))])
 
     def predictions(self) -> pa.Table:
         return _read_parts(self.path / "predictions", PREDICTIONS)

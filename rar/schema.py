@@ -110,6 +110,11 @@ PREDICTIONS = pa.schema(
 ERRORS = pa.schema([("image_id", pa.string()), ("uri", pa.string()), ("stage", pa.string()), ("error", pa.string())])
 
 
+def entry_id(image_id: str, fingerprint: str) -> str:
+    """Names an entry of a memory by what it shows and by the encoder that saw it."""
+    return f"{image_id}-{fingerprint}"
+
+
 def content_id(data: bytes, box_xyxy: Sequence[float] | None = None) -> str:
     """32 hex digits naming an image by its content (and by its box for a crop): equal bytes, equal id, wherever they lie."""
     digest = hashlib.blake2b(data, digest_size=16)

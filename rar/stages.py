@@ -8,16 +8,19 @@ rows), which the writer sums up.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
-from rar import config, corpus, detect, retrieve, route
-from rar.decode import decode
-from rar.memory import Collection
-from rar.schema import CANDIDATES, Candidate, Ranking, RankStatus, RowError, content_id
+from rar import config, corpus, crops, retrieve, route, vectors
+from rar.boxes import check_boxes
+from rar.decode import decode, fit_square
+from rar.memory import Collection, Entries
+from rar.schema import CANDIDATES, Candidate, Ranking, RankStatus, RowError, content_id, entry_id
 
 Stage = Callable[[pa.Table], pa.Table]
 
@@ -45,10 +48,83 @@ def load(table: pa.Table) -> pa.Table:
     return _with_errors(table, "read", faults)
 
 
-class Crop:
-    """One row an image -> one row a box, with the crop's pixels as PPM bytes: nothing after this knows about boxes.
+class LoadVectors:
+    """The index of embeddings that the user brings -> vector and image_id; there are no bytes to look at."""
 
-    PPM (a header and raw pixels) costs no time to write or read. A picture that cannot be decoded yields one error row a box.
+    def __init__(self, brought: config.Corpus) -> None:
+        self.brought = brought
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        found, faults = vectors.read_vectors(self.brought, table["row"].to_pylist())
+        ids = [None if fault else vectors.vector_id(vector) for vector, fault in zip(found, faults, strict=True)]
+        table = table.append_column("bytes", pa.nulls(table.num_rows, pa.large_binary()))
+        table = table.append_column("image_id", pa.array(ids, pa.string()))
+        table = table.append_column("vector", vectors_column(found))
+        return _with_errors(table, "read", [str(fault) if fault else None for fault in faults])
+
+
+class Lacking:
+    """Keeps the rows that a memory does not hold yet under their label, and those that failed."""
+
+    def __init__(self, held: Entries | None, fingerprint: str) -> None:
+        self.known = {} if held is None else dict(zip(held.entry_ids, held.class_names, strict=True))
+        self.fingerprint = fingerprint
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = zip(table["image_id"].to_pylist(), table["label"].to_pylist(), strict=True)
+        lacking = [
+            image_id is None or self.known.get(entry_id(image_id, self.fingerprint)) != label for image_id, label in rows
+        ]
+        return table.filter(pa.array(lacking, pa.bool_()))
+
+
+class Propose:
+    """bytes -> boxes_xyxy and box_scores of each image, by an open detector; a picture without objects has empty lists.
+
+    Images are decoded at full size in the actor that holds the model: shipped as pixels they would be many times larger.
+    """
+
+    def __init__(self, settings: config.Detect) -> None:
+        from rar.propose import Proposer  # torch belongs to the detector's actors
+
+        assert settings.detector is not None
+        self.limit, self.batch = settings.max_boxes, settings.detector.batch_size
+        self.proposer = Proposer(settings.detector)
+
+    def facts(self) -> None:
+        """Nothing that the driver must know."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        boxes: list[list[list[float]]] = [[] for _ in range(table.num_rows)]
+        scores: list[list[float]] = [[] for _ in range(table.num_rows)]
+        faults: list[str | None] = [None] * table.num_rows
+        healthy = [row for row, error in enumerate(table["error"].to_pylist()) if error is None]
+        for start in range(0, len(healthy), self.batch):
+            images = {}
+            for row in healthy[start : start + self.batch]:
+                try:
+                    images[row] = decode(table["bytes"][row].as_py())
+                except RowError as error:
+                    faults[row] = str(error)
+            for row, (found, found_scores) in zip(
+                images, self.proposer.propose(list(images.values()), self.limit), strict=True
+            ):
+                boxes[row], scores[row] = found.tolist(), found_scores.tolist()
+        table = table.drop_columns(["bytes", *(name for name in PROPOSED.names if name in table.column_names)])
+        for field, values in zip(PROPOSED, (boxes, scores), strict=True):
+            table = table.append_column(field, pa.array(values, field.type))
+        return _with_errors(table, "decode", faults)
+
+
+PROPOSED = pa.schema([("boxes_xyxy", pa.list_(pa.list_(pa.float32()))), ("box_scores", pa.list_(pa.float32()))])
+
+
+class Crop:
+    """One row an image -> one row a box, with its crops: nothing after this knows about boxes.
+
+    `bytes` is the first view as PPM (a header and raw pixels, which costs no time to write), for the ranker; `views` holds the
+    raw pixels of all views, for the encoder. An image is decoded once, however many boxes and views it has. A picture that
+    cannot be decoded yields one error row a box.
     """
 
     def __init__(self, settings: config.Crop) -> None:
@@ -71,15 +147,15 @@ class Crop:
         except RowError as error:
             return [{**row, "stage": "decode", "error": str(error)} for row in rows]
         height, width = image.shape[:2]
-        faults = detect.check_boxes(boxes, width, height)
+        faults = check_boxes(boxes, width, height)
         good = [position for position, fault in enumerate(faults) if fault is None]
-        cut = iter(detect.crops(image, boxes[good], self.settings))
-        for row, box, fault in zip(rows, boxes, faults, strict=True):
-            row["image_id"] = content_id(picture["bytes"], box.tolist())
-            if fault is None:
-                row["bytes"] = ppm(next(cut))
-            else:
-                row["stage"], row["error"] = "crop", fault
+        views = [crops.crops(image, boxes[good], self.settings, view) for view in self.settings.views]
+        for position, seen in zip(good, zip(*views, strict=True), strict=True):
+            rows[position] |= {"bytes": ppm(seen[0]), "views": [pixels.tobytes() for pixels in seen]}
+        for row, box, fault in zip(rows, boxes.tolist(), faults, strict=True):
+            row["image_id"] = content_id(picture["image_id"].encode(), box)  # not of the bytes: 1,000 boxes would hash them all
+            if fault is not None:
+                row |= {"stage": "crop", "error": fault}
         return rows
 
 
@@ -95,6 +171,7 @@ CROPS = pa.schema(
         ("box_xyxy", pa.list_(pa.float32())),
         ("box_score", pa.float32()),
         ("bytes", pa.large_binary()),
+        ("views", pa.list_(pa.large_binary())),
         ("stage", pa.string()),
         ("error", pa.string()),
     ]
@@ -108,42 +185,77 @@ def ppm(pixels: np.ndarray) -> bytes:
 
 
 class Decode:
-    """bytes -> pixels: the encoder's square input as raw bytes of (side, side, 3) uint8."""
+    """bytes -> pixels: the encoder's square inputs as raw bytes of (V, side, side, 3) uint8; V = 1 for a whole image.
+
+    A box needs no decoding: its `views`, which end here, are V squares of raw pixels.
+    """
 
     def __init__(self, fit: Callable[[np.ndarray], np.ndarray], side: int) -> None:
         self.fit, self.side = fit, side
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        source, images = ("views", raw_squares) if "views" in table.column_names else ("bytes", self._decoded)
         pixels: list[bytes | None] = []
         faults: list[str | None] = []
-        for data, error in zip(table["bytes"], table["error"].to_pylist(), strict=True):
+        for data, error in zip(table[source], table["error"].to_pylist(), strict=True):
             fault = None
             try:
-                pixels.append(None if error else self.fit(decode(data.as_py(), self.side)).tobytes())
+                pixels.append(None if error else b"".join(self.fit(image).tobytes() for image in images(data.as_py())))
             except RowError as reason:
                 pixels.append(None)
                 fault = str(reason)
             faults.append(fault)
+        table = table.drop_columns(["views"] if source == "views" else [])
         return _with_errors(table.append_column("pixels", pa.array(pixels, pa.large_binary())), "decode", faults)
+
+    def _decoded(self, data: bytes) -> list[np.ndarray]:
+        return [decode(data, self.side)]
+
+
+def raw_squares(data: Sequence[bytes]) -> list[np.ndarray]:
+    """The raw bytes of squares -> (S, S, 3) uint8 each."""
+    return [np.frombuffer(one, np.uint8).reshape(math.isqrt(len(one) // 3), -1, 3) for one in data]
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """What the driver and the decode tasks must know of an encoder, found out by a worker: the driver need not load torch."""
+
+    side: int
+    dim: int
+    fingerprint: str
+    resize_mode: str
+    interpolation: str
+    embeds_texts: bool = True
+
+    def fit(self, image: np.ndarray) -> np.ndarray:
+        return fit_square(image, self.side, self.resize_mode, self.interpolation)
 
 
 class Embed:
     """pixels (images) or text (class names, through the templates) -> vector, unit norm. Loads the encoder once an actor."""
 
     def __init__(self, settings: config.Encoder) -> None:
-        from rar.embed import ClipEncoder  # torch belongs to the encoder's actors; other workers stay small
+        from rar.embed import load_encoder  # torch belongs to the encoder's actors; other workers stay small
 
-        self.encoder = ClipEncoder(settings)
+        self.encoder = load_encoder(settings)
         self.work = timed("embed", self._embed)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return self.work(table)
 
+    def facts(self) -> EncoderFacts:
+        encoder = self.encoder
+        return EncoderFacts(
+            encoder.side, encoder.dim, encoder.fingerprint(), encoder.resize_mode, encoder.interpolation, encoder.embeds_texts
+        )
+
     def _embed(self, table: pa.Table) -> pa.Table:
         vectors = np.zeros((table.num_rows, self.encoder.dim), np.float32)
         rows, data = _present(table["pixels"])
         side = self.encoder.side
-        vectors[rows] = self.encoder.embed_images(np.frombuffer(bytearray().join(data), np.uint8).reshape(-1, side, side, 3))
+        squares = np.frombuffer(bytearray().join(data), np.uint8).reshape(-1, side, side, 3)
+        vectors[rows] = mean_of_views(self.encoder.embed_images(squares), [len(one) // (3 * side**2) for one in data])
         if "text" in table.column_names:
             rows, names = _present(table["text"])
             vectors[rows] = self.encoder.prototypes(names) if rows else 0
@@ -151,10 +263,19 @@ class Embed:
 
 
 class Retrieve:
-    """vector -> candidates, from a head (fused, text, centroid), from image entries (knn), or the whole vocabulary (all)."""
+    """vector -> candidates: from a stored head, by votes of image entries (knn, tip), or the whole vocabulary (all).
 
-    def __init__(self, settings: config.Retriever, collection: Collection, names: Mapping[int, str]) -> None:
-        self.settings, self.collection, self.names = settings, collection, names
+    collection: what the mode searches, head_MODE or (knn, tip) the image entries; for these two `head` is what head_MODE holds.
+    """
+
+    def __init__(
+        self,
+        settings: config.Retriever,
+        collection: Collection,
+        names: Mapping[int, str],
+        head: retrieve.Head | None = None,
+    ) -> None:
+        self.settings, self.collection, self.names, self.head = settings, collection, names, head
 
     def __call__(self, table: pa.Table) -> pa.Table:
         found: list[list[Candidate]] = [[]] * table.num_rows
@@ -168,13 +289,11 @@ class Retrieve:
     def _candidates(self, table: pa.Table) -> list[list[Candidate]]:
         if self.settings.mode == "all":
             return [[Candidate(class_id, name, 0.0) for class_id, name in sorted(self.names.items())]] * table.num_rows
-        queries = vectors_of(table)
-        top_k = min(self.settings.top_k, len(self.names))
-        if self.settings.mode == "knn":
-            hits = self.collection.search(queries, self.settings.n_neighbors)
-            return retrieve.knn_candidates(hits, self.names, top_k)
-        hits = self.collection.search(retrieve.augment(queries), top_k)
-        return retrieve.knn_candidates(hits, self.names, top_k)
+        queries, top_k = vectors_of(table), min(self.settings.top_k, len(self.names))
+        if self.head is not None:
+            rule = self.settings.n_neighbors, self.settings.sharpness
+            return retrieve.candidates_by_votes(self.head, self.collection.search, queries, top_k, *rule)
+        return retrieve.candidates_from_hits(self.collection.search(retrieve.augment(queries), top_k), self.names)
 
 
 class Recall:
@@ -205,16 +324,21 @@ class Rank:
     def __call__(self, table: pa.Table) -> pa.Table:
         proposed = candidates_of(table)
         rankings = [Ranking(tuple(range(len(candidates))), RankStatus.SKIPPED) for candidates in proposed]
-        rows = [row for row, candidates in enumerate(proposed) if not route.routed(candidates, self.calibration)]
+        shown = [route.n_shown(candidates, self.calibration) for candidates in proposed]
+        rows = [row for row, count in enumerate(shown) if count]
         if self.ask is not None and rows:
             images = table["bytes"].take(rows).to_pylist()
-            names = [[candidate.class_name for candidate in proposed[row]] for row in rows]
+            names = [[candidate.class_name for candidate in proposed[row][: shown[row]]] for row in rows]
             starts = range(0, len(rows), self.batch)
             batches = [(images[s : s + self.batch], names[s : s + self.batch]) for s in starts]
             answers = [ranking for answered in self.ask(batches) for ranking in answered]
             for row, ranking in zip(rows, answers, strict=True):
-                rankings[row] = ranking
-        return self._write(table.drop_columns(["bytes"]), proposed, rankings)
+                rankings[row] = route.among(ranking, len(proposed[row]))
+        else:
+            shown = [0] * len(proposed)
+        return self._write(table.drop_columns(["bytes"]), proposed, rankings).append_column(
+            "mllm_candidates", pa.array(shown, pa.int64())
+        )
 
     def _write(self, table: pa.Table, proposed: list[list[Candidate]], rankings: list[Ranking]) -> pa.Table:
         """The ranker's own answer, the final order and the class it predicts."""
@@ -239,6 +363,14 @@ class Rank:
         for name, values in columns.items():
             table = table.append_column(name, values)
         return table
+
+
+def mean_of_views(vectors: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """(sum of counts, D) unit vectors, of which a row owns the next counts[row] -> their means (N, D), of unit norm again."""
+    if len(vectors) == len(counts):
+        return vectors
+    total = np.add.reduceat(vectors, np.cumsum([0, *counts[:-1]]))
+    return total / np.linalg.norm(total, axis=1, keepdims=True)
 
 
 def vectors_column(vectors: np.ndarray) -> pa.FixedSizeListArray:

@@ -195,6 +195,16 @@ SPEED = {
     "ranker.in_flight": st.integers(1, 64),
     "memory.token": st.none() | st.text(max_size=8),
     "run.max_failed_fraction": st.floats(0, 1),
+    "serve.host": st.sampled_from(["127.0.0.1", "0.0.0.0"]),
+    "serve.endpoints": st.sampled_from([["rank"], ["rank", "recognize"]]),
+    "serve.url_prefixes": st.sampled_from([[], ["https://example.org/"]]),
+    "serve.adapters": st.sampled_from([{}, {"birds": "adapters/birds"}]),
+    **{
+        f"serve.{key}": st.integers(1024, 9999)
+        for key in ("port", "max_body_bytes", "max_pixels", "max_candidates", "max_name_chars", "max_queued")
+    },
+    **{f"serve.{key}": st.integers(1, 9) for key in ("loaded_adapters", "batch_tokens", "min_gateways", "max_gateways")},
+    **{f"serve.{key}": st.floats(0.1, 9) for key in ("batch_wait_s", "timeout_s", "upscale_delay_s", "downscale_delay_s")},
 }
 RESULT = {
     "corpus": st.none() | st.builds(lambda uri: {"uri": uri}, st.sampled_from(["photos", "drawings"])),
@@ -213,6 +223,19 @@ RESULT = {
     "run.shard_size": st.integers(1, 512),
     "run.seed": st.integers(0, 9),
 }
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        ({"encoder": {"model": "precomputed"}}, "config: encoder.model precomputed leaves no pictures to rank"),
+        ({"route": {"mode": "always", "coverage": 0.9}}, "config: route.coverage needs route.mode: calibrated"),
+        ({"detect": {"proposals": "a.json", "detector": {"model": "b"}}}, "config: set detect.proposals (a file) or"),
+        ({"ranker": {"method": "endpoint"}}, "config: ranker.method endpoint needs ranker.base_url"),
+    ],
+)
+def test_settings_that_contradict_each_other(data: dict[str, Any], wanted: str) -> None:
+    assert complaint(data).startswith(wanted)
 
 
 def some_of(values: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[str, Any]]:

@@ -1,18 +1,15 @@
 """The memory's contract on embedded Milvus and on a real server, against exact search in numpy.
 
-Run: pytest tests/test_memory.py, and -m "not server" to leave the real server out.
-Not covered: servers newer than 2.3.5, TLS, and collections on several nodes.
+Run: pytest tests/test_memory.py, and with -m server for the real server.
+Not covered: servers newer than 2.3.5, and collections on several nodes.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import pickle
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -21,15 +18,32 @@ import numpy as np
 import pytest
 
 import rar.memory
+from rar import layout
 from rar.config import Index
-from rar.memory import Collection, Entries, ExactIndex, describe_all, index_kind, open_store
-from rar.schema import Unavailable, UserError
-
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data")
-FLAT = Index.model_validate({"kind": "FLAT"})
-HNSW = Index.model_validate({"kind": "HNSW"})
-META = {"fingerprint": "f", "encoder": "open_clip é", "names": ["a", "b"], "shots": 4}
+from rar.layout import FLAT_UP_TO, index_kind
+from rar.memory import Collection, open_store
+from rar.schema import UserError
+from tests.stores import (
+    FLAT,
+    HNSW,
+    HNSW_SQ8,
+    META,
+    REDUCED,
+    assert_same,
+    built,
+    clustered,
+    exact,
+    fill,
+    free_port,
+    grocery,
+    lying_low,
+    names,
+    needs_data,
+    real,
+    recall,
+    taken,
+    unit,
+)
 
 
 @pytest.fixture(scope="session")
@@ -63,51 +77,6 @@ def collection(address: str, request: pytest.FixtureRequest) -> Iterator[Collect
     fresh = Collection(address, name)
     yield fresh
     fresh.drop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def unit(count: int, dim: int, seed: int = 0) -> np.ndarray:
-    vectors = np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def names(count: int) -> list[str]:
-    return [f"e{n:06d}" for n in range(count)]
-
-
-def fill(memory: Collection | ExactIndex, vectors: np.ndarray) -> None:
-    count = len(vectors)
-    assert memory.upsert(names(count), np.arange(count) % 7, [f"class {n % 7}" for n in range(count)], vectors) == count
-
-
-def built(collection: Collection, vectors: np.ndarray, index: Index = FLAT) -> Collection:
-    collection.create(vectors.shape[1], index, META, size_hint=len(vectors))
-    fill(collection, vectors)
-    collection.seal(len(vectors))
-    return collection
-
-
-def exact(vectors: np.ndarray) -> ExactIndex:
-    oracle = ExactIndex(vectors.shape[1])
-    fill(oracle, vectors)
-    return oracle
-
-
-def real(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """CLIP embeddings (N, 512) float32 of unit norm, and class ids (N,)."""
-    with np.load(SHARED_DATA / "clip_b16_memories" / f"{name}.npz") as data:
-        vectors = data["embeddings"].astype(np.float32)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), data["class_id"].astype(np.int64)
 
 
 # Every test that takes `collection` runs on both stores.
@@ -163,8 +132,9 @@ def test_upsert_replaces_and_the_last_of_equal_ids_wins(collection: Collection) 
     assert entries.vectors.tolist() == [[0.0, 1.0], [1.0, 1.0]]
 
 
-def test_fetch_pages_past_the_limit_of_one_query(collection: Collection) -> None:
-    vectors = unit(rar.memory.MAX_NEIGHBORS + 600, 8)
+def test_fetch_reads_page_by_page(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "PAGE_BYTES", 700 * (layout.ROW_BYTES + 4 * 8))
+    vectors = unit(3000, 8)
     entries = built(collection, vectors).fetch()
     assert entries.entry_ids == names(len(vectors)) and len(entries) == len(vectors)
     assert (entries.vectors == vectors).all() and entries.vectors.dtype == np.float32
@@ -238,13 +208,6 @@ def test_a_missing_memory_is_named_and_never_made(collection: Collection) -> Non
     collection.drop()
 
 
-def test_describe_all_lists_memories(collection: Collection) -> None:
-    built(collection, unit(5, 8))
-    listed = {each["name"]: each for each in describe_all(collection.address)}
-    assert listed[collection.name]["count"] == 5
-    assert listed[collection.name]["encoder"] == "open_clip é"
-
-
 def test_worker_processes_share_one_owner(collection: Collection) -> None:
     collection.create(16, FLAT, META, size_hint=4000)
     context = multiprocessing.get_context("spawn")
@@ -291,140 +254,196 @@ def test_hnsw_recall_on_real_embeddings(collection: Collection) -> None:
     vectors = np.concatenate([real(name)[0] for name in ("cub200", "cars196", "dogs120")])
     built(collection, vectors, HNSW)
     hits, truth = collection.search(vectors, 10), exact(vectors).search(vectors, 10)
-    shared = [len(set(found) & set(true)) for found, true in zip(hits.entry_ids, truth.entry_ids, strict=True)]
-    assert np.mean(shared) / 10 >= 0.99
+    assert recall(hits, truth) >= 0.99
 
 
-# Only an embedded store
+@needs_data
+def test_reduced_recall_on_real_embeddings(collection: Collection) -> None:
+    """Queries that the projection was not fitted on; the scores are those of the full vectors."""
+    vectors = np.concatenate([real(name)[0] for name in ("cub200", "cars196", "dogs120")])
+    assert_reduced_is_good(collection, vectors)
 
 
-def test_a_store_is_reopened_with_its_memories(tmp_path: Path) -> None:
-    vectors = unit(400, 16)
-    for kind in (FLAT, HNSW):
-        with open_store(str(tmp_path)) as address:
-            built(Collection(address, f"m{kind.kind}"), vectors, kind)
-    with open_store(str(tmp_path)) as address:
-        for kind in (FLAT, HNSW):
-            collection = Collection(address, f"m{kind.kind}")
-            assert collection.meta()["index"] == kind.kind
-            assert collection.search(vectors[:5], 1).entry_ids == [[f"e{n:06d}"] for n in range(5)]
-            assert_same(collection.fetch(), exact(vectors).fetch())
+@needs_data
+def test_reduced_recall_on_another_encoder(collection: Collection) -> None:
+    assert_reduced_is_good(collection, grocery()[::2])
 
 
-def test_a_killed_owner_leaves_what_it_wrote(tmp_path: Path) -> None:
-    owner = own_in_another_process(tmp_path)
-    owner.send_signal(signal.SIGKILL)
-    owner.wait()
-    with open_store(str(tmp_path)) as address:
-        collection = Collection(address, "m")
-        collection.create(8, FLAT, META, size_hint=5)
-        fill(collection, unit(5, 8))
-        collection.seal(5)
+def test_reduced_recall_on_clusters(collection: Collection) -> None:
+    assert_reduced_is_good(collection, clustered(3000, 256, clusters=100))
 
 
-def test_a_folder_in_use_is_waited_for_and_then_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rar.memory, "LOCK_SECONDS", 0.5)
-    owner = own_in_another_process(tmp_path)
+def assert_reduced_is_good(collection: Collection, vectors: np.ndarray) -> None:
+    shuffled = vectors[np.random.default_rng(0).permutation(len(vectors))]
+    queries, entries = shuffled[:200], shuffled[200:]
+    built(collection, entries, REDUCED)
+    found, truth = collection.search(queries, 10), exact(entries).search(queries, 10)
+    assert recall(found, truth) >= 0.98
+    assert collection.meta()["reduced_dim"] * 4 <= entries.shape[1]
+    ours = Collection(collection.address, collection.name)
+    vectors_of = dict(zip(names(len(entries)), entries, strict=True))
+    for query, ids, scores in zip(queries[:20], found.entry_ids, found.scores, strict=False):
+        np.testing.assert_allclose(scores, [query @ vectors_of[entry_id] for entry_id in ids], atol=1e-5)
+    assert_same(ours.fetch(), exact(entries).fetch())
+
+
+def test_a_reduced_memory_is_searched_by_other_processes(collection: Collection) -> None:
+    vectors = lying_low(400)
+    built(collection, vectors, REDUCED)
+    with futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(nearest, collection, vectors[:20]).result() == [[name] for name in names(20)]
+
+
+def nearest(collection: Collection, queries: np.ndarray) -> list[list[str]]:
+    return collection.search(queries, 1).entry_ids
+
+
+def test_reduced_needs_vectors_to_be_fitted_on(collection: Collection) -> None:
+    with pytest.raises(UserError, match="is fitted on vectors"):
+        collection.create(36, REDUCED, META, size_hint=5)
+    assert not collection.exists()
+
+
+def test_a_reduced_memory_keeps_its_projection(collection: Collection) -> None:
+    """Built further with other vectors, entries old and new must lie in the space of the first projection."""
+    vectors, more = lying_low(100), lying_low(50, seed=1)
+    before = built(collection, vectors, REDUCED).meta()["projection"]
+    collection.create(36, REDUCED, META, size_hint=50, sample=more)
+    collection.upsert([f"f{n:06d}" for n in range(50)], [1] * 50, ["b"] * 50, more)
+    collection.seal(150)
+    assert collection.meta()["projection"] == before
+    assert nearest(collection, np.concatenate([vectors[:5], more[:5]])) == [[f"{x}{n:06d}"] for x in "ef" for n in range(5)]
+
+
+def test_a_strange_projection_is_refused(collection: Collection) -> None:
+    built(collection, unit(100, 36), REDUCED)
+    other = Collection(collection.address, f"{collection.name}{rar.memory.PROJECTION}")
+    other.drop()
+    other.create(36, FLAT, {}, size_hint=4)
+    other.upsert(names(4), range(4), [""] * 4, unit(4, 36))
+    other.seal(4)
+    with pytest.raises(UserError, match="do not belong together"):
+        Collection(collection.address, collection.name).search(unit(1, 36), 1)
+
+
+def test_quantised_hnsw_or_a_clear_no(collection: Collection, request: pytest.FixtureRequest) -> None:
+    vectors, queries = clustered(3000, 64, clusters=100), unit(50, 64, seed=3)
+    if "server" in request.node.name:  # 2.3.5
+        with pytest.raises(UserError, match="has no index HNSW_SQ8; set memory"):
+            built(collection, vectors, HNSW_SQ8)
+        assert not collection.exists()
+    else:
+        built(collection, vectors, HNSW_SQ8)
+        assert recall(collection.search(queries, 10), exact(vectors).search(queries, 10)) >= 0.9
+
+
+@pytest.mark.parametrize("index", [FLAT, HNSW, REDUCED], ids=lambda index: index.kind)
+def test_removed_entries_are_gone_and_may_come_back(collection: Collection, index: Index) -> None:
+    vectors = lying_low(100)
+    built(collection, vectors, index)
+    assert collection.remove([*names(10), "never there"]) == 10
+    assert collection.count() == 90
+    assert collection.remove_class(3) == 13  # of 14; one was among the ten
+    collection.seal(77)
+    assert collection.remove_class(3) == collection.remove([]) == 0
+    kept = [n for n in range(10, 100) if n % 7 != 3]
+    assert collection.fetch().entry_ids == [names(100)[n] for n in kept]
+    assert not {*names(10), *names(100)[3::7]} & set(collection.search(vectors[3:4], 77).entry_ids[0])
+    fill(collection, vectors)
+    collection.seal(100)
+    assert nearest(collection, vectors) == [[name] for name in names(100)]
+    assert_same(collection.fetch(), exact(vectors).fetch())
+
+
+@pytest.mark.parametrize("index", [FLAT, REDUCED], ids=lambda index: index.kind)
+def test_a_memory_of_which_everything_was_removed_is_empty(collection: Collection, index: Index) -> None:
+    built(collection, lying_low(5), index).remove(names(5))
+    collection.seal(0)
+    with pytest.raises(UserError, match="is empty"):
+        collection.search(lying_low(1), 1)
+    assert len(collection.fetch()) == 0
+
+
+@pytest.mark.parametrize("index", [FLAT, REDUCED], ids=lambda index: index.kind)
+def test_a_copy_stands_on_its_own(collection: Collection, index: Index) -> None:
+    vectors = lying_low(300)
+    built(collection, vectors, index)
+    copy = collection.copy(f"{collection.name}_copy", {"version": 1})
     try:
-        with pytest.raises(UserError, match="another process uses the memory"), open_store(str(tmp_path)):
-            pass
+        was = collection.state()
+        collection.remove_class(1)
+        collection.seal(257)
+        assert copy.state() == was != collection.state()
+        assert copy.meta() | {"created": ""} == collection.meta() | {"created": "", "version": 1}
+        collection.drop()
+        assert_same(copy.fetch(), exact(vectors).fetch())
+        assert nearest(copy, vectors[:9]) == [[name] for name in names(9)]
     finally:
-        owner.kill()
-        owner.wait()
+        copy.drop()
 
 
-def own_in_another_process(folder: Path) -> subprocess.Popen[str]:
-    """A process that has written five unsealed entries and keeps the store open."""
-    code = (
-        "import sys, time; from tests.test_memory import *\n"
-        "with open_store(sys.argv[1]) as address:\n"
-        "    memory = Collection(address, 'm')\n"
-        "    memory.create(8, FLAT, META, size_hint=5)\n"
-        "    fill(memory, unit(5, 8))\n"
-        "    print('written', flush=True)\n"
-        "    time.sleep(600)\n"
-    )
-    root = Path(__file__).resolve().parents[1]
-    owner = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=root, stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None and owner.stdout.readline() == "written\n"
-    return owner
+def test_the_state_says_what_was_sealed(collection: Collection) -> None:
+    vectors = unit(20, 8)
+    collection.create(8, FLAT, META, size_hint=20)
+    assert collection.state() == {}
+    fill(collection, vectors)
+    collection.seal(20)
+    state = collection.state()
+    assert (state["count"], state["classes"]) == (20, 7)
+    fill(collection, vectors[::-1].copy())  # other vectors under the same ids
+    collection.seal(20)
+    assert collection.state() == state
+    collection.remove(["e000000"])
+    assert collection.state() == {}
+    collection.upsert(["e000000"], [5], ["class 5"], vectors[:1])
+    collection.seal(20)
+    assert collection.state()["digest"] != state["digest"]
 
 
-def test_parallel_writers_lose_nothing_while_buffers_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads switch all the time and every other request flushes, which breaks Milvus Lite unless its writes take turns."""
-    monkeypatch.setattr("milvus_lite.engine.collection.MEMTABLE_MEMORY_LIMIT", 4_000)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+def test_collections_of_others_are_refused(collection: Collection) -> None:
+    collection.create(8, FLAT, META, size_hint=5)  # connects
+    client = collection._client
+    assert client is not None
+    other = f"{collection.name}_foreign"
+    client.create_collection(other, dimension=8)
     try:
-        with open_store(str(tmp_path)) as address:
-            collection = Collection(address, "m")
-            collection.create(16, FLAT, META, size_hint=4000)
-            with futures.ThreadPoolExecutor(4) as pool:
-                list(pool.map(write_rows, [Collection(address, "m") for _ in range(4)], range(4)))
-            collection.seal(1200)
+        foreign = Collection(collection.address, other)
+        for use in (foreign.meta, foreign.count, lambda: foreign.search(unit(1, 8), 1)):
+            with pytest.raises(UserError, match="was not made by `rar memory`"):
+                use()
     finally:
-        sys.setswitchinterval(interval)
+        client.drop_collection(other)
 
 
-def write_rows(collection: Collection, part: int) -> None:
-    for start in range(300 * part, 300 * part + 300, 20):
-        ids = [f"e{n:06d}" for n in range(start, start + 20)]
-        collection.upsert(ids, range(20), ids, unit(20, 16))
+def test_another_metric_is_refused(collection: Collection) -> None:
+    collection.create(8, FLAT, META, size_hint=5)
+    client = collection._client
+    assert client is not None
+    client.release_collection(collection.name)
+    client.drop_index(collection.name, client.list_indexes(collection.name)[0])
+    indexes = client.prepare_index_params()
+    indexes.add_index("vector", index_type="FLAT", index_name="vector", metric_type="L2")
+    client.create_index(collection.name, indexes)
+    with pytest.raises(UserError, match="indexed for the metric L2, not IP"):
+        Collection(collection.address, collection.name).search(unit(1, 8), 1)
 
 
-def test_folders_that_are_no_store_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "photo.jpg").touch()
-    for uri, reason in (
-        (tmp_path, "folder of something else"),
-        (tmp_path / "photo.jpg", "is a file"),
-        ("s3://bucket/memory", "must be a folder or start with http"),
-    ):
-        with pytest.raises(UserError, match=reason), open_store(str(uri)):
-            pass
-
-
-# Only a server
-
-
-def test_an_unreachable_server_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(rar.memory, "REACH_SECONDS", 1.0)
-    monkeypatch.setattr(rar.memory, "PATIENCE_SECONDS", 1.0)
-    monkeypatch.setattr(rar.memory, "CONNECT_SECONDS", 0.5)
-    uri = f"http://127.0.0.1:{free_port()}"
-    started = time.monotonic()
-    with pytest.raises(Unavailable, match=uri), open_store(uri):
-        pass
-    with pytest.raises(Unavailable, match=uri):
-        Collection(uri, "m").count()
-    assert time.monotonic() - started < 10
-    assert capfd.readouterr().err == ""
-
-
-def test_a_server_that_is_away_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The owner stops and starts again on the same port while a worker keeps its collection."""
-    vectors, port = unit(20, 8), free_port()
-    database = rar.memory._own(tmp_path)
-    server, port = rar.memory._serve(database)
-    collection = built(Collection(f"http://127.0.0.1:{port}", "m"), vectors)
-    server.stop(grace=0).wait()
-    with futures.ThreadPoolExecutor(1) as pool:
-        search = pool.submit(collection.search, vectors[:1], 1)
-        time.sleep(1.0)
-        assert not search.done()
-        server, _ = rar.memory._serve(database, port)
-        assert search.result(timeout=30).entry_ids == [["e000000"]]
-    server.stop(grace=0).wait()
-    database.close()
+def test_another_index_is_refused_unless_it_is_auto(collection: Collection) -> None:
+    built(collection, unit(5, 8))
+    collection.create(8, Index(), META, size_hint=10**6)
+    assert collection.meta()["index"] == "FLAT"
+    with pytest.raises(UserError, match=r"another index \(FLAT, not HNSW\)"):
+        collection.create(8, HNSW, META, size_hint=5)
 
 
 # Without a store
 
 
 def test_auto_is_exact_for_small_memories() -> None:
-    assert index_kind(Index(), rar.memory.FLAT_UP_TO) == "FLAT"
-    assert index_kind(Index(), rar.memory.FLAT_UP_TO + 1) == "HNSW"
+    assert index_kind(Index(), FLAT_UP_TO) == "FLAT"
+    assert index_kind(Index(), FLAT_UP_TO + 1) == "HNSW"
     assert index_kind(FLAT, 10**9) == "FLAT"
-    assert index_kind(HNSW, 1) == "HNSW"
+    assert [index_kind(index, 1) for index in (HNSW, HNSW_SQ8, REDUCED)] == ["HNSW", "HNSW_SQ8", "REDUCED"]
 
 
 def test_a_collection_travels_without_its_connection(tmp_path: Path) -> None:
@@ -445,19 +464,3 @@ def test_types_are_imported_without_milvus() -> None:
     code = "import sys, rar.memory; print([m for m in ('pymilvus', 'milvus_lite', 'grpc') if m in sys.modules])"
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "[]\n"
-
-
-def test_the_oracle_on_literals() -> None:
-    oracle = ExactIndex(2)
-    oracle.upsert(["b", "a", "c"], [1, 0, 2], ["B", "A", "C"], np.array([[1, 0], [1, 0], [0, 1]], np.float32))
-    hits = oracle.search(np.array([[1, 0.5]], np.float32), 4)
-    assert hits.entry_ids == [["a", "b", "c", ""]]
-    assert hits.scores.tolist() == [[1.0, 1.0, 0.5, -np.inf]]
-    assert hits.class_ids.tolist() == [[0, 1, 2, -1]]
-    with pytest.raises(UserError, match="empty"):
-        ExactIndex(2).search(np.ones((1, 2), np.float32), 1)
-
-
-def assert_same(left: Entries, right: Entries) -> None:
-    assert left.entry_ids == right.entry_ids and left.class_names == right.class_names
-    assert (left.class_ids == right.class_ids).all() and (left.vectors == right.vectors).all()

@@ -5,6 +5,8 @@ Not covered: several nodes, GPUs, a killed driver (tests/test_jobs.py).
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +15,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from rar import build, config, pipeline, recognise
+from rar import build, config, pipeline, recognise, stages
 from rar.memory import open_store
 from rar.runfolder import RunFolder
 from rar.schema import PREDICTIONS, UserError
+from tests.test_propose import save_owlv2
 
 
 @dataclass
@@ -52,8 +57,9 @@ def lab(world: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory
     store = tmp_path_factory.mktemp("store") / "memory.milvus"
     with open_store(str(store)) as address:
         lab = Lab(world, store, address)
-        failed, metrics = build.build(lab.settings(), address, fresh=False)
-        assert failed.num_rows == 0
+        built = build.build(lab.settings(), address, fresh=False)
+        metrics = built.metrics
+        assert built.failed.num_rows == 0 and built.rows == 360
         assert (metrics["classes"], metrics["entries.images"], metrics["entries.texts"]) == (120, 240, 120)
         yield lab
 
@@ -96,7 +102,8 @@ def test_candidates_are_the_exact_head_scores(lab: Lab, classified: tuple[RunFol
     scores = head.scores(encoder.embed_images(pixels[None]))[0]
     best = np.argsort(-scores, kind="stable")[:5]
     assert [candidate["class_id"] for candidate in row["candidates"]] == head.class_ids[best].tolist()
-    assert [candidate["score"] for candidate in row["candidates"]] == pytest.approx(scores[best].tolist(), abs=1e-3)
+    shares = scores[best] - np.logaddexp.reduce(np.sort(scores)[-stages.SHARE_DEPTH :])
+    assert [candidate["score"] for candidate in row["candidates"]] == pytest.approx(shares.tolist(), abs=1e-3)
 
 
 def test_a_second_run_changes_nothing(lab: Lab, classified: tuple[RunFolder, dict[str, float]]) -> None:
@@ -152,6 +159,30 @@ def test_every_box_is_accounted_for(lab: Lab, tmp_path: Path) -> None:
     assert len(detections) == 5 * counts["ok"]
 
 
+def test_a_detector_proposes_and_a_killed_run_keeps_its_boxes(lab: Lab, tmp_path: Path) -> None:
+    """A folder of pictures, one of them broken, through a detector of random weights: no truth, so counts and boxes alone."""
+    shutil.copytree(lab.world / "scenes", tmp_path / "pictures")
+    (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
+    detector = {"model": str(save_owlv2(tmp_path / "owlv2")), "threshold": 0.0}
+    settings = lab.settings(
+        corpus={"uri": str(tmp_path / "pictures")},
+        detect={"detector": detector, "max_boxes": 3},
+        route={"mode": "always"},
+        ranker={"method": "none"},
+        run={"shard_size": 2},
+    )
+    folder, metrics = lab.run(settings, tmp_path / "run", "detect")
+    counts = folder.read("run.json")["counts"]
+    assert counts == {"input": 13, "ok": 12, "failed": 1, "skipped": 0}
+    assert folder.errors()["uri"].to_pylist() == [str(tmp_path / "pictures" / "broken.jpg")]
+    assert metrics.keys() == {"mean_k"}
+    first, kept = rows(folder), {path: path.stat().st_mtime_ns for path in (folder.path / "proposals").iterdir()}
+    folder.part("predictions", 0).unlink()
+    folder, _ = lab.run(settings, tmp_path / "run", "detect")
+    assert rows(folder) == first
+    assert {path: path.stat().st_mtime_ns for path in (folder.path / "proposals").iterdir()} == kept
+
+
 def test_building_twice_changes_nothing(lab: Lab) -> None:
     entries = build.collection(lab.settings(), lab.address, "images").fetch()
     build.build(lab.settings(), lab.address, fresh=False)
@@ -189,6 +220,20 @@ def test_a_stage_failure_is_not_swallowed(ray_session: None) -> None:
     def broken(table: pa.Table) -> pa.Table:
         raise ZeroDivisionError("stage")
 
-    shards = pipeline.shards_of(pa.table({"row": [1, 2]}), 1, [0, 1])
+    shards = pipeline.shards_of(pa.table({"row": [1, 2]}), np.array([0, 1, 2]))
     with pytest.raises(Exception, match="stage"):
         pipeline.collect(pipeline.through(shards, "broken", broken))
+
+
+@given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 6))
+def test_shards_hold_every_item_once_and_no_more_rows_than_they_may(weights: list[int], size: int) -> None:
+    bounds = pipeline.cut(np.array(weights, np.int64), size).tolist()
+    parts = [weights[a:b] for a, b in itertools.pairwise(bounds)]
+    assert [weight for part in parts for weight in part] == weights and all(parts)
+    for part in parts:
+        assert len(part) == 1 or sum(max(weight, 1) for weight in part) <= size
+
+
+def test_items_of_one_row_are_cut_evenly() -> None:
+    assert pipeline.evenly(pa.table({"row": range(7)}), 3).tolist() == [0, 3, 6, 7]
+    assert pipeline.evenly(pa.table({"row": []}), 3).tolist() == [0]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rar import config, detect, retrieve, route, stages
+from rar import config, crops, detect, retrieve, route, stages
 from rar.decode import decode, fit_square
 from rar.memory import Collection, Entries, ExactIndex
 from rar.miniature.world import render, rng_of, vocabulary
@@ -139,7 +139,7 @@ def test_a_crop_is_a_picture_of_the_box(photos: Path) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [10.0, 10.0, 40.0, 44.0]]
     table = stages.Crop(CROP)(boxes_table(photos, {"good-0": boxes}))
     image = decode((photos / "good-0.png").read_bytes())
-    for data, expected in zip(table["bytes"].to_pylist(), detect.crops(image, np.array(boxes), CROP), strict=True):
+    for data, expected in zip(table["bytes"].to_pylist(), crops.crops(image, np.array(boxes), CROP), strict=True):
         np.testing.assert_array_equal(decode(data), expected)
 
 
@@ -148,7 +148,8 @@ def test_every_box_of_a_picture_has_an_id_of_its_own(photos: Path) -> None:
     table = stages.Crop(CROP)(boxes_table(photos, {"good-0": boxes, "good-1": boxes}))
     ids = table["image_id"].to_pylist()
     assert len(set(ids)) == 6
-    assert ids[0] == content_id((photos / "good-0.png").read_bytes(), boxes[0])
+    again = stages.Crop(CROP)(boxes_table(photos, {"good-1": boxes, "good-0": boxes[1:]}))
+    assert again["image_id"].to_pylist() == ids[3:] + ids[1:3]  # of content, whatever else is in the table
 
 
 def test_a_box_that_shows_nothing_is_an_error_row_among_good_ones(photos: Path) -> None:
@@ -158,7 +159,34 @@ def test_a_box_that_shows_nothing_is_an_error_row_among_good_ones(photos: Path) 
     assert "less than one pixel a side" in table["error"][1].as_py()
     assert "outside the 48 x 48 image" in table["error"][2].as_py()
     image = decode((photos / "good-0.png").read_bytes())
-    np.testing.assert_array_equal(decode(table["bytes"][3].as_py()), detect.crops(image, np.array(boxes[3:]), CROP)[0])
+    np.testing.assert_array_equal(decode(table["bytes"][3].as_py()), crops.crops(image, np.array(boxes[3:]), CROP)[0])
+
+
+@pytest.mark.parametrize("views", [["adaptive"], ["tight", "context"], ["context", "adaptive", "tight"]])
+def test_every_view_of_a_box_becomes_a_square_of_the_encoder(photos: Path, views: list[crops.View]) -> None:
+    boxes = [[4.0, 6.0, 20.0, 30.0], [90.0, 90.0, 99.0, 99.0], [10.0, 10.0, 40.0, 44.0]]
+    crop = CROP.model_copy(update={"views": views})
+    cut = stages.Crop(crop)(boxes_table(photos, {"good-0": boxes, "broken": boxes[:1]}))
+    assert cut.schema.equals(stages.CROPS)
+    table = stages.Decode(fit, SIDE)(cut)
+    assert "views" not in table.column_names  # ends where it was used: it would be the largest column of all
+    assert table["stage"].to_pylist() == [None, "crop", None, "decode"]
+    assert [data is None for data in table["pixels"].to_pylist()] == [False, True, False, True]
+    image = decode((photos / "good-0.png").read_bytes())
+    seen = [crops.crops(image, np.array(boxes)[[0, 2]], crop, view) for view in views]
+    for row, number in ((0, 0), (2, 1)):
+        squares = np.frombuffer(table["pixels"][row].as_py(), np.uint8).reshape(-1, SIDE, SIDE, 3)
+        np.testing.assert_array_equal(squares, [fit(view[number]) for view in seen])
+        np.testing.assert_array_equal(decode(table["bytes"][row].as_py()), seen[0][number])  # the ranker sees the first view
+
+
+def test_mean_of_views() -> None:
+    x, y = np.eye(2, dtype=np.float32)
+    half = np.sqrt(np.float32(0.5))
+    np.testing.assert_allclose(stages.mean_of_views(np.stack([x, y, y, y]), [2, 2]), [[half, half], [0, 1]])
+    np.testing.assert_array_equal(stages.mean_of_views(np.stack([x, y]), [1, 1]), [x, y])
+    np.testing.assert_allclose(stages.mean_of_views(np.stack([x, x, y]), [1, 2]), [[1, 0], [half, half]])
+    assert stages.mean_of_views(np.zeros((0, 2), np.float32), []).shape == (0, 2)
 
 
 @pytest.mark.parametrize(("name", "stage"), [("broken", "decode"), ("missing", "read")])
@@ -182,6 +210,18 @@ def test_ppm_is_read_back_as_it_was() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     np.testing.assert_array_equal(decode(stages.ppm(pixels)), pixels)
     np.testing.assert_array_equal(decode(stages.ppm(pixels[:, ::-1])), pixels[:, ::-1])  # not contiguous
+
+
+def test_embed_averages_the_views_of_a_box() -> None:
+    embed = stages.Embed(config.Encoder())
+    side = embed.encoder.side
+    first, second, third = (fit_square(photo(number), side, "shortest", "bicubic") for number in range(3))
+    rows = [{"pixels": first.tobytes() + second.tobytes()}, {}, {"pixels": third.tobytes() + third.tobytes()}]
+    vectors = stages.vectors_of(embed(pa.Table.from_pylist(rows, pa.schema([("pixels", pa.large_binary())]))))
+    one, other, alone = embed.encoder.embed_images(np.stack([first, second, third]))
+    np.testing.assert_allclose(vectors[0], (one + other) / np.linalg.norm(one + other), atol=1e-5)
+    np.testing.assert_allclose(vectors[2], alone, atol=1e-5)
+    assert (vectors[1] == 0).all()
 
 
 def test_embed_gives_pictures_and_names_unit_vectors_and_errors_none(photos: Path) -> None:

@@ -78,8 +78,7 @@ def _arms(
     base = _settings(out, seed, detect)
     work = recognise.detect_work(base)
     facts = pipeline.encoder_facts(base.encoder.model_dump_json())
-    shards = list(range(pipeline.n_shards(work.index, base.run.shard_size)))
-    embedded = recognise.embed(base, work, facts, shards).materialize()
+    embedded = recognise.embed(base, work, facts).materialize()
     for arm, sections in arms.items():
         settings = _settings(out, seed, detect, **sections)
         folder = RunFolder.open(out / "runs" / f"{title}-{arm}", "detect", settings, fresh=True, name=arm, group=title)

@@ -1,0 +1,214 @@
+"""What the models see of a box: a square window around it, resized, with the surroundings hidden.
+
+The paper (3.2 and appendix C.3) crops each proposal, grows it by the object's size and blurs what is not the target, but gives
+no values and no code. The choices here, and what they cost:
+
+- The window is a square around the box's centre, so that shape survives the square resize. Where it leaves the image it is
+  filled by repeating the image's edge: shifting it inside would move the object off centre, and a flat colour would draw an
+  edge beside it. The cost is streaks at the border, which the default blur softens.
+- Windows have whole pixels. The object is off centre by half a pixel at most; in return the resize depends on the window's side
+  alone, so that its weights are computed once a side and not once a box.
+- Outside the target is blurred, greyed, blacked out or left. The border is hard: a crop pixel that the box touches stays
+  untouched, so up to one crop pixel of context stays sharp, and no part of the object is ever hidden.
+- Resize and blur are matrix products, because BLAS multiplies faster than Pillow, which has no vector code, convolves: in
+  bands, as most of a resize's weights are zero, and by factors of low rank, as a blur keeps no detail. The results are
+  Pillow's (`Image.resize`, bicubic and antialiased; `GaussianBlur`) to within rounding. The repeated edges are never stored:
+  their weights are added to the edge pixel's, so that a window costs no more memory than the part of it inside the image.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from rar.boxes import MEDIUM_AREA, SMALL_AREA, area, check_boxes, clip_xyxy
+from rar.config import Crop
+
+View = Literal["adaptive", "tight", "context"]
+Outside = Literal["blur", "grey", "black", "none"]
+
+GREY = 128
+WIDE, NARROW, FEW = 32, 16, 128  # crop pixels in a band, for windows of at most FEW pixels and for larger ones; measured
+ROUNDING = 1e-6  # crop pixels: a corner on a pixel's border is no touch of the next
+KEPT = 2e-3  # factors of the blur below this singular value change no pixel by more than rounding does
+
+
+class Band(NamedTuple):
+    """The pixels low to high of an image's axis make the pixels `out` of the crop's: weights (high - low, |out|) float32."""
+
+    out: slice
+    low: int
+    high: int
+    weights: np.ndarray
+
+
+def windows_xyxy(boxes_xyxy: np.ndarray, crop: Crop, view: View = "adaptive") -> np.ndarray:
+    """The square windows shown for boxes: (B, 4) pixels -> (B, 4) int64 whole pixels; they may leave the image.
+
+    Each is centred on its box to within half a pixel and holds every pixel that the box touches. Its side is max(w, h) times
+    1 (`tight`), crop.scale_context (`context`), or a scale chosen by the box's area (`adaptive`), rounded up.
+    """
+    low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
+    touched = (np.ceil(high) - np.floor(low)).max(axis=1)
+    side = np.ceil(np.maximum(_scale(boxes_xyxy, crop, view) * (high - low).max(axis=1), touched))[:, None]
+    corner = np.rint((low + high - side) / 2)
+    return np.concatenate([corner, corner + side], axis=1).astype(np.int64)
+
+
+def _scale(boxes_xyxy: np.ndarray, crop: Crop, view: View) -> np.ndarray:
+    if view != "adaptive":
+        return np.full(len(boxes_xyxy), 1.0 if view == "tight" else crop.scale_context)
+    group = np.searchsorted([SMALL_AREA, MEDIUM_AREA], area(boxes_xyxy))
+    return np.array([crop.scale_small, crop.scale_medium, crop.scale_large])[group]
+
+
+def to_crop(points: np.ndarray, window_xyxy: np.ndarray, size: int) -> np.ndarray:
+    """Image coordinates (..., 2) x, y -> coordinates in the size x size crop of a square window (..., 4)."""
+    return (points - window_xyxy[..., :2]) * (size / (window_xyxy[..., 2:] - window_xyxy[..., :2]))
+
+
+def to_image(points: np.ndarray, window_xyxy: np.ndarray, size: int) -> np.ndarray:
+    """Crop coordinates (..., 2) x, y -> image coordinates: the inverse of `to_crop`."""
+    return points * ((window_xyxy[..., 2:] - window_xyxy[..., :2]) / size) + window_xyxy[..., :2]
+
+
+def crops(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Crop, view: View = "adaptive") -> np.ndarray:
+    """What the models see of each box: image (H, W, 3) uint8, boxes (B, 4) -> (B, S, S, 3) uint8, S = crop.size.
+
+    Boxes are clipped to the image first; the windows are `windows_xyxy` of the clipped boxes.
+    Raises ValueError for a box that `check_boxes` refuses: those are rows of `errors/` before they come here.
+    """
+    height, width = image.shape[:2]
+    boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
+    if fault := next(filter(None, check_boxes(boxes, width, height)), None):
+        raise ValueError(fault)
+    boxes = clip_xyxy(boxes, width, height)
+    result = np.empty((len(boxes), crop.size, crop.size, 3), dtype=np.uint8)
+    windows = windows_xyxy(boxes, crop, view)
+    targets = touched_xyxy(boxes, windows, crop.size)
+    for i, (window, target) in enumerate(zip(windows.tolist(), targets.tolist(), strict=True)):
+        shown = _hide_outside(_resized(image, window, crop.size), target, crop)
+        result[i] = np.add(np.clip(shown, 0, 255, out=shown), 0.5, out=shown).astype(np.uint8).transpose(2, 0, 1)
+    return result
+
+
+def touched_xyxy(boxes_xyxy: np.ndarray, windows: np.ndarray, size: int) -> np.ndarray:
+    """The crop pixels that boxes (B, 4) touch in the size x size crops of windows (B, 4): (B, 4) int64, which stay sharp."""
+    low, high = to_crop(boxes_xyxy[:, :2], windows, size), to_crop(boxes_xyxy[:, 2:], windows, size)
+    bounds = np.concatenate([np.floor(low + ROUNDING), np.ceil(high - ROUNDING)], axis=1)
+    return bounds.astype(np.int64)
+
+
+def _resized(image: np.ndarray, window_xyxy: list[int], size: int) -> np.ndarray:
+    """The window's part of an image (H, W, 3) uint8 -> (size, 3, size) float32, x first: each pass is a plain product."""
+    left, top, right, bottom = window_xyxy
+    inside = image[max(top, 0) : bottom, max(left, 0) : right]
+    height, width = inside.shape[:2]
+    bands = bands_of(right - left, size)
+    lines = np.empty((3 * width, size), np.float32)
+    for out, low, high, weights in _repeat_edges(bands, min(top, 0), height):
+        strip = inside[low:high].reshape(high - low, 3 * width).astype(np.float32)
+        np.matmul(strip.T, weights, out=lines[:, out])
+    lines = lines.reshape(width, 3 * size)
+    square = np.empty((size, 3 * size), np.float32)
+    for out, low, high, weights in _repeat_edges(bands, min(left, 0), width):
+        np.matmul(weights.T, lines[low:high], out=square[out])
+    return square.reshape(size, 3, size)
+
+
+@lru_cache(maxsize=512)
+def bands_of(length: int, size: int) -> list[Band]:
+    """Weights that resize `length` pixels to `size`.
+
+    The filter is Keys' cubic convolution (1981) with a = -1/2, widened by the factor that it shrinks by.
+    """
+    stretch = max(length / size, 1)
+    wide = WIDE if length <= FEW else NARROW
+    bands = []
+    for start in range(0, size, wide):
+        out = slice(start, min(start + wide, size))
+        centers = (np.arange(size)[out] + 0.5) * (length / size)
+        low = max(0, int(centers[0] - 2 * stretch))
+        high = min(length, int(centers[-1] + 2 * stretch) + 1)
+        t = np.minimum(np.abs(np.arange(low, high)[:, None] + 0.5 - centers) / stretch, 2)
+        weights = np.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
+        bands.append(Band(out, low, high, (weights / weights.sum(axis=0)).astype(np.float32)))
+    return bands
+
+
+def _repeat_edges(bands: list[Band], start: int, length: int) -> list[Band]:
+    """Bands of a window whose part inside the image is `length` pixels and begins at -start: moved there.
+
+    The weights of the pixels outside are added to the edge pixel's.
+    """
+    if start == 0 and bands[-1].high == length:
+        return bands
+    placed = []
+    for out, low, high, weights in bands:
+        low, high = low + start, high + start
+        first, last = min(max(low, 0), length - 1), max(min(high, length), 1)
+        if (first, last) != (low, high):
+            groups = np.arange(first, last) - low
+            groups[0] = 0
+            weights = np.add.reduceat(weights, groups)
+        placed.append(Band(out, first, last, weights))
+    return placed
+
+
+def _hide_outside(square: np.ndarray, target_xyxy: list[int], crop: Crop) -> np.ndarray:
+    """A crop (S, 3, S), x first, with all but the target's crop pixels hidden."""
+    if crop.outside == "none":
+        return square
+    x0, y0, x1, y1 = target_xyxy
+    if crop.outside == "blur":
+        hidden = _blurred(square, crop.sigma * crop.size)
+    else:
+        hidden = np.full_like(square, GREY if crop.outside == "grey" else 0)
+    hidden[x0:x1, :, y0:y1] = square[x0:x1, :, y0:y1]
+    return hidden
+
+
+def _blurred(square: np.ndarray, sigma: float) -> np.ndarray:
+    """(S, 3, S) float32, smoothed along both axes by a Gaussian of sigma pixels."""
+    size = len(square)
+    spread, gather = _blur_factors(size, sigma)
+    rank = len(gather)
+    small = (gather @ square.reshape(size, -1)).reshape(-1, size) @ gather.T
+    return (spread @ (small @ spread.T).reshape(rank, -1)).reshape(size, 3, size)
+
+
+@lru_cache(maxsize=8)
+def _blur_factors(size: int, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+    """Float32 matrices (size, R) and (R, size) whose product smooths `size` pixels, with the edge repeated beyond them.
+
+    Three passes, each of a third of the variance, as Pillow's: near the edge they differ from one pass.
+    """
+    reach = int(np.ceil(4 * sigma))
+    offsets = np.arange(-reach, reach + 1)
+    kernel = np.exp(-1.5 * (offsets / sigma) ** 2)
+    once = np.zeros((size, size))
+    for pixel in range(size):
+        np.add.at(once[pixel], np.clip(pixel + offsets, 0, size - 1), kernel / kernel.sum())
+    left, values, right = np.linalg.svd(np.linalg.matrix_power(once, 3))
+    rank = np.count_nonzero(values > KEPT)
+    return (left[:, :rank] * values[:rank]).astype(np.float32), right[:rank].astype(np.float32)
+
+
+def options_sheet(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Crop) -> np.ndarray:
+    """Every way to show boxes, as one picture: a row a box, a column for each view and outside, under its name.
+
+    image (H, W, 3) uint8, boxes (B, 4) -> (16 + B * S', 12 * S', 3) uint8 with S' = crop.size + 2.
+    """
+    options = list(product(get_args(View), get_args(Outside)))
+    cell, head = crop.size + 2, 16
+    sheet = Image.new("RGB", (cell * len(options), head + cell * len(boxes_xyxy)), "white")
+    for column, (view, outside) in enumerate(options):
+        ImageDraw.Draw(sheet).text((cell * column + 2, 2), f"{view} {outside}", fill="black")
+        shown = crops(image, boxes_xyxy, crop.model_copy(update={"outside": outside}), view)
+        for row, pixels in enumerate(shown):
+            sheet.paste(Image.fromarray(pixels), (cell * column + 1, head + cell * row + 1))
+    return np.asarray(sheet)

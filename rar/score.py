@@ -1,0 +1,138 @@
+"""From a box's proposal score and its class probabilities to scored detections, and those to a file.
+
+AP of a class sorts all its detections over all images by score and walks down. It sees nothing of a score but this order, and
+most of the order is between images, so a score must mean the same everywhere. The best order is by the chance that a detection
+is right: P(the box holds an object) * P(class | it does), the rule `product`. It is the best only as far as both factors are
+calibrated. Class probabilities should be shares of the whole vocabulary's mass: a softmax over the candidates alone says 1.0
+where nothing else was proposed. Proposal scores of open detectors are similarities to a prompt, not chances; so the rule can be
+changed:
+
+- `product`: s * p, the default. With ground-truth boxes (s = 1) it is `class`.
+- `geometric`: s^(1/3) * p^(2/3), which trusts the class more than the detector, whose score often says little about a class
+  it was not trained on (a weighted geometric mean as in F-VLM, Kuo et al. 2209.15639). Equal weights, sqrt(s * p), would sort
+  exactly as the product does, and so give the same AP. The weight is a constant, not fitted to anything.
+- `class`: p. Boxes without an object, which get some class too, are no longer pushed down.
+- `proposal`: s for the best class and s * p / p_best for the others. The order between images is the detector's; that of the
+  classes of a box stays. It forgets how sure the class is, as a detector's hard labels do.
+
+Several classes of a box become detections (`classes_per_box`), because a second guess is sorted below the first guesses of its
+class and costs little there, while it may be all that a rare class gets. All rules keep the order of a box's classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from rar.boxes import xyxy_to_xywh
+from rar.schema import UserError
+
+Rule = Literal["product", "geometric", "class", "proposal"]
+CLASS_WEIGHT = 2 / 3  # of `geometric`
+DIGITS = 6  # significant ones of a score; boxes have two decimals
+CHUNK = 50_000  # detections formatted at once
+
+
+class Detections(NamedTuple):
+    """D detections in columns: 56 bytes each, where the objects of a JSON list measured 456."""
+
+    image_ids: np.ndarray  # (D,) int64, as in the COCO file
+    category_ids: np.ndarray  # (D,) int64
+    boxes_xywh: np.ndarray  # (D, 4) float64 pixels
+    scores: np.ndarray  # (D,) float64
+
+
+def class_scores(rule: Rule, proposal_scores: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """The rule: (N,) proposal scores in 0..1 and (N, K) class probabilities -> (N, K) float64 detection scores in 0..1."""
+    s, p = np.asarray(proposal_scores, np.float64)[:, None], np.asarray(probabilities, np.float64)
+    if rule == "product":
+        return s * p
+    if rule == "geometric":
+        return s ** (1 - CLASS_WEIGHT) * p**CLASS_WEIGHT
+    if rule == "class":
+        return np.broadcast_to(p, np.broadcast_shapes(s.shape, p.shape)).copy()
+    best = p.max(axis=1, keepdims=True, initial=0)
+    return s * np.divide(p, best, out=np.zeros_like(p), where=best > 0)
+
+
+def detections(
+    image_ids: Sequence[int] | np.ndarray,
+    boxes_xyxy: np.ndarray,
+    proposal_scores: Sequence[float] | np.ndarray,
+    class_names: Sequence[Sequence[str]],
+    probabilities: Sequence[Sequence[float]],
+    categories: Mapping[int, str],
+    rule: Rule,
+    classes_per_box: int,
+) -> Detections:
+    """The `classes_per_box` likeliest classes of each of N boxes as detections: box by box, likeliest first (ties: as given).
+
+    image_ids (N,): the COCO file's. boxes_xyxy (N, 4) pixels. proposal_scores (N,). class_names and probabilities: for each
+    box, its candidates in any one order, 0 or more. categories: {id: name} of the file to be evaluated against. Numbers are
+    rounded as they are written, so that the file and these give the same AP. Raises UserError for a class that is no category.
+    """
+    ids, shares = _padded(class_names, probabilities, categories)
+    order = np.argsort(-shares, axis=1, kind="stable")[:, :classes_per_box]
+    ids, shares = np.take_along_axis(ids, order, axis=1), np.take_along_axis(shares, order, axis=1)
+    scores = class_scores(rule, np.asarray(proposal_scores, np.float64), np.maximum(shares, 0))
+    box, column = np.nonzero(ids >= 0)
+    boxes = xyxy_to_xywh(np.asarray(boxes_xyxy, np.float64).reshape(-1, 4))
+    return Detections(
+        np.asarray(image_ids, np.int64)[box], ids[box, column], np.round(boxes, 2)[box], _rounded(scores[box, column])
+    )
+
+
+def _padded(
+    names: Sequence[Sequence[str]], probabilities: Sequence[Sequence[float]], categories: Mapping[int, str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged rows -> (N, K) category ids, -1 where a row has ended, and (N, K) probabilities, -1 there."""
+    id_of = {name: category_id for category_id, name in categories.items()}
+    if unknown := sorted(set(chain.from_iterable(names)) - id_of.keys()):
+        raise UserError(
+            f"{len(unknown)} classes are no category of the truth, the first is {unknown[0]!r}; use its class names"
+        )
+    counts = np.fromiter(map(len, names), np.int64, len(names))
+    if not np.array_equal(counts, np.fromiter(map(len, probabilities), np.int64, len(probabilities))):
+        raise ValueError("class names and probabilities differ in number")
+    filled = np.arange(counts.max(initial=0)) < counts[:, None]
+    ids, shares = np.full(filled.shape, -1, np.int64), np.full(filled.shape, -1.0)
+    ids[filled] = np.fromiter(map(id_of.__getitem__, chain.from_iterable(names)), np.int64, counts.sum())
+    shares[filled] = np.fromiter(chain.from_iterable(probabilities), np.float64, counts.sum())
+    return ids, shares
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """(D,) in 0..1 to DIGITS significant digits."""
+    scale = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.where(values > 0, values, 1))))
+    return np.round(values * scale) / scale
+
+
+def write_coco_results(path: Path, parts: Iterable[Detections]) -> int:
+    """Write COCO's results format, one detection a line, and return how many.
+
+    parts: as they come; one of them and a few megabytes of text are in memory at a time. The file appears when it is whole.
+    """
+    written = 0
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("w") as file:
+            file.write("[")
+            for lines in chain.from_iterable(map(_lines, parts)):
+                file.write(("\n" if written == 0 else ",\n") + ",\n".join(lines))
+                written += len(lines)
+            file.write("\n]\n")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return written
+
+
+def _lines(part: Detections) -> Iterable[list[str]]:
+    for start in range(0, len(part.scores), CHUNK):
+        rows = zip(*(column[start : start + CHUNK].tolist() for column in part), strict=True)
+        yield [f'{{"image_id":{i},"category_id":{c},"bbox":{b},"score":{s!r}}}' for i, c, b, s in rows]

@@ -1,0 +1,112 @@
+"""Box formats and checks, against literals and properties."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rar.boxes import area, check_boxes, clip_xyxy, nms, xywh_to_xyxy, xyxy_to_xywh
+
+numbers = st.floats(-2000, 2000, width=32)
+sides = st.floats(1, 900, width=32)
+boxes_xyxy = st.tuples(numbers, numbers, sides, sides).map(lambda b: np.array([b[0], b[1], b[0] + b[2], b[1] + b[3]]))
+
+
+def test_formats_are_literal() -> None:
+    assert xywh_to_xyxy(np.array([[10.0, 20, 3, 4]])).tolist() == [[10, 20, 13, 24]]
+    assert xyxy_to_xywh(np.array([10.0, 20, 13, 24])).tolist() == [10, 20, 3, 4]
+    assert area(np.array([[0.0, 0, 3, 4], [5, 5, 5, 9], [5, 5, 2, 2]])).tolist() == [12, 0, 0]
+
+
+@given(boxes_xyxy)
+def test_formats_round_trip(box: np.ndarray) -> None:
+    np.testing.assert_allclose(xywh_to_xyxy(xyxy_to_xywh(box)), box, atol=1e-9)
+
+
+@given(boxes_xyxy, st.integers(1, 1000), st.integers(1, 1000))
+def test_clipped_boxes_lie_in_the_image_and_in_the_box(box: np.ndarray, width: int, height: int) -> None:
+    x0, y0, x1, y1 = clip_xyxy(box, width, height)
+    assert 0 <= x0 <= x1 <= width
+    assert 0 <= y0 <= y1 <= height
+    if check_boxes(box[None], width, height) == [None]:
+        assert box[0] <= x0 and box[1] <= y0 and x1 <= box[2] and y1 <= box[3]
+
+
+def test_check_boxes_says_why() -> None:
+    boxes = np.array(
+        [
+            [0, 0, 100, 50],
+            [np.nan, 0, 5, 5],
+            [0, 0, np.inf, 5],
+            [100, 0, 120, 20],
+            [-9, -9, 0, 0],
+            [10, 10, 10.5, 40],
+            [99.5, 10, 130, 40],
+            [5, 5, 4, 9],
+            [-50, -50, 500, 500],
+            [3, 4, 4, 5],
+        ]
+    )
+    faults = check_boxes(boxes, 100, 50)
+    said = [
+        None,
+        "finite",
+        "finite",
+        "outside",
+        "outside",
+        "less than one pixel",
+        "less than one pixel",
+        "ends before",
+        None,
+        None,
+    ]
+    assert [fault is None for fault in faults] == [word is None for word in said]
+    assert all(word in fault for fault, word in zip(faults, said, strict=True) if fault is not None and word is not None)
+    assert check_boxes(np.zeros((0, 4)), 10, 10) == []
+
+
+def test_a_one_pixel_box_survives_float32() -> None:
+    box = np.array([[511.04, 400.77, 512.04, 401.77]], dtype=np.float32)
+    assert float(box[0, 2] - box[0, 0]) < 1
+    assert check_boxes(box, 640, 480) == [None]
+
+
+def slow_iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(w, 0) * max(h, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / union if union else 0.0
+
+
+def slow_nms(boxes: Sequence[tuple[float, ...]], scores: list[float], iou: float) -> list[int]:
+    """The definition: walk down the scores and keep a box unless one kept before overlaps it too much."""
+    kept: list[int] = []
+    for i in sorted(range(len(boxes)), key=lambda i: (-scores[i], i)):
+        if all(slow_iou(boxes[i], boxes[other]) <= iou for other in kept):
+            kept.append(i)
+    return kept
+
+
+def test_nms_keeps_the_better_of_two_that_overlap() -> None:
+    boxes = np.array([[0.0, 0, 10, 10], [1, 0, 11, 10], [20, 20, 30, 30], [0, 0, 10, 5]])
+    scores = np.array([0.5, 0.9, 0.1, 0.5])
+    assert nms(boxes, scores, 0.8).tolist() == [1, 3, 2]  # the first two share 9/11
+    assert nms(boxes, scores, 0.9).tolist() == [1, 0, 3, 2]  # equal scores: the earlier first
+    assert nms(boxes, scores, 0.4).tolist() == [1, 2]
+    assert nms(boxes[[0, 3]], scores[[0, 3]], 0.5).tolist() == [0, 1]  # an overlap of exactly the limit stays
+    assert nms(boxes[[0, 0]], scores[[0, 0]], 1.0).tolist() == [0, 1]
+    assert nms(np.zeros((0, 4)), np.zeros(0), 0.5).tolist() == []
+    assert nms(np.array([[3.0, 3, 3, 9], [3, 3, 3, 9]]), np.ones(2), 0.5).tolist() == [0, 1]  # empty boxes share nothing
+
+
+coarse = st.integers(0, 6)
+tuples = st.tuples(coarse, coarse, coarse, coarse).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
+
+
+@given(st.lists(st.tuples(tuples, st.sampled_from([0.1, 0.2, 0.3])), max_size=25), st.sampled_from([0.0, 0.35, 0.55, 0.75]))
+def test_nms_equals_the_slow_definition(rows: list[tuple[tuple[int, ...], float]], iou: float) -> None:
+    boxes, scores = [row[0] for row in rows], [row[1] for row in rows]
+    assert nms(np.array(boxes, float).reshape(-1, 4), np.array(scores), iou).tolist() == slow_nms(boxes, scores, iou)
