@@ -219,8 +219,7 @@ def _class_ids(names: Sequence[str], held: Iterable[Entries | None]) -> dict[str
 def _embed(settings: Config, planned: Plan, facts: stages.EncoderFacts, had: Mapping[str, Entries | None]) -> pa.Table:
     """The rows that the memory lacks, with their vectors (columns COLUMNS and `vector`), and those that failed."""
     size = settings.run.shard_size
-    texts = had["texts"]
-    written = set(texts.class_names) if texts is not None else set()
+    written = set(had["texts"].class_names) if had["texts"] is not None else set()
     names = [name for name in planned.classes if name not in written]
     support = pipeline.shards_of(planned.support, pipeline.evenly(planned.support, size))
     if settings.encoder.model == "precomputed":
@@ -228,7 +227,8 @@ def _embed(settings: Config, planned: Plan, facts: stages.EncoderFacts, had: Map
         read = pipeline.through(support, "read", stages.LoadVectors(settings.memory.support))
         new = pipeline.through(read, "skip", stages.Lacking(had["images"], facts.fingerprint))
         brought = pipeline.collect(pipeline.plainly(new, _brought_columns))
-        return pa.concat_tables([brought, _brought_texts(settings, planned, names, facts.dim)])
+        texts = _brought_texts(settings, planned, names, facts.dim)
+        return pa.concat_tables([brought, texts]) if brought.num_rows else texts
     datasets = []
     if planned.support.num_rows:
         read = pipeline.through(support, "read", stages.load)
@@ -237,9 +237,8 @@ def _embed(settings: Config, planned: Plan, facts: stages.EncoderFacts, had: Map
     if facts.embeds_texts and names:
         table = pa.table({"text": pa.array(names, pa.string())})
         datasets.append(pipeline.plainly(pipeline.shards_of(table, pipeline.evenly(table, size)), _as_image_rows))
-    if not datasets:
-        return _empty_rows(facts.dim)
-    return pipeline.collect(pipeline.embedded(pipeline.together(datasets), settings.encoder))
+    rows = pipeline.collect(pipeline.embedded(pipeline.together(datasets), settings.encoder)) if datasets else pa.table({})
+    return rows if rows.num_rows else _empty_rows(facts.dim)
 
 
 def _brought_texts(settings: Config, planned: Plan, names: Sequence[str], dim: int) -> pa.Table:
@@ -280,9 +279,9 @@ def _as_columns(table: pa.Table) -> pa.Table:
 
 
 def _brought_columns(table: pa.Table) -> pa.Table:
-    """As COLUMNS, and the vector that came along."""
+    """As COLUMNS, but with the vector that came along in the place of pixels."""
     pixels = table.append_column("pixels", pa.nulls(table.num_rows, pa.large_binary()))
-    return _as_columns(pixels).append_column("vector", table["vector"])
+    return _as_columns(pixels).drop_columns(["pixels"]).append_column("vector", table["vector"])
 
 
 def _with_entry_columns(rows: pa.Table, class_of: Mapping[str, int], fingerprint: str) -> pa.Table:

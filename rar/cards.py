@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +21,9 @@ from PIL import Image
 from rar import boxes, crops
 from rar.corpus import read_many
 from rar.decode import decode
+from rar.route import Calibration, n_shown
 from rar.runview import BoxView, RunView
-from rar.schema import RankStatus, RowError
+from rar.schema import Candidate, RankStatus, RowError
 
 THUMBNAIL = 144  # longest side of a picture and of a crop, pixels: sharp at 96 CSS pixels on a phone's dense screen
 CARD_SCENE, SCENE = 320, 640  # longest side of a whole picture on a card, and on its own
@@ -29,7 +31,7 @@ PICTURES = 12  # a gallery shows at most this many
 SCENES = 6
 DRAWN = 40  # boxes drawn into a picture at most
 SHOWN_CANDIDATES = 6
-OPTION_SIZE = 96  # side of the crops of the options' sheet: a blur is relative to it, so larger ones would look the same
+OPTION_SIZE = 88  # side of the crops of the options' sheet, so that it fits the page; the blur is relative to it
 OPTION_SIZES = (0.05, 0.35, 0.65, 0.95)  # boxes of the options' sheet, as quantiles of the run's by area
 
 
@@ -43,10 +45,11 @@ def sections(run: RunView) -> list[dict[str, Any]]:
     ]
     if not found.labelled.any():
         kinds = [("predicted", "Predictions", "No labels to judge by.", np.ones(len(run.truth), dtype=bool))]
-    return [
-        {"kind": kind, "title": title, "meaning": meaning, "total": len(rows), "cards": cards(run, _spread(rows))}
-        for kind, title, meaning, rows in ((*kind, np.flatnonzero(chosen)) for *kind, chosen in kinds)
-    ]
+    shown = []
+    for kind, title, meaning, chosen in kinds:
+        rows = np.flatnonzero(chosen)
+        shown.append({"kind": kind, "title": title, "meaning": meaning, "total": len(rows), "cards": cards(run, _spread(rows))})
+    return shown
 
 
 def _spread(rows: np.ndarray) -> np.ndarray:
@@ -61,7 +64,7 @@ def cards(run: RunView, rows: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _card(run: RunView, row: int, record: dict[str, Any]) -> dict[str, Any]:
-    candidates = candidates_of(record, run.truth[row])
+    candidates = candidates_of(record, run.truth[row], run.calibration)
     card = {
         "truth": run.truth[row],
         "predicted": record["class_name"],
@@ -168,26 +171,30 @@ def _mark(run: RunView, row: int, image: np.ndarray) -> dict[str, Any]:
     }
 
 
-def candidates_of(record: Mapping[str, Any], truth: str | None) -> list[dict[str, Any]]:
-    """Candidates in ranked order. Bars are fractions of the row's widest; `chance` is the ranker's, among the candidates.
+def candidates_of(record: Mapping[str, Any], truth: str | None, calibration: Calibration | None) -> list[dict[str, Any]]:
+    """Candidates in ranked order. Bars are fractions of the row's widest; `chance` is the ranker's, among those it saw.
 
-    A row whose ranker said nothing has no chances: the scores stored for it only repeat the retriever's order.
+    What it did not see has none: all candidates where it was not asked or said nothing, and those beyond the number that the
+    calibration lets it see. The scores stored for these only repeat the retriever's order.
     """
-    proposed, scores = record["candidates"], record["scores"] or []
-    values = np.array([candidate["score"] for candidate in proposed], dtype=np.float64)
+    proposed = [Candidate(**candidate) for candidate in record["candidates"]]
+    values = np.array([candidate.score for candidate in proposed], dtype=np.float64)
     spread = values.max() - values.min() if len(values) else 0.0
     bars = 0.1 + 0.9 * (values - values.min()) / spread if spread > 0 else np.ones(len(values))
-    silent = record["rank_status"] in (RankStatus.SKIPPED, RankStatus.FALLBACK) or len(scores) != len(proposed)
-    chances = None if silent or not scores else np.exp(np.array(scores) - max(scores))
+    asked = record["rank_status"] not in (RankStatus.SKIPPED, RankStatus.FALLBACK)
+    shown = len(proposed) if calibration is None else n_shown(proposed, calibration)
+    seen = np.array(record["scores"][: shown * asked], dtype=np.float64)
+    chances = np.exp(seen - seen.max(initial=-math.inf))
     return [
         {
-            "name": proposed[position]["class_name"],
+            "name": proposed[position].class_name,
             "score": values[position],
             "bar": bars[position],
-            "chance": None if chances is None else chances[position] / chances.sum(),
+            "chance": chances[position] / chances.sum() if position < len(chances) else None,
+            "unseen": asked and position >= shown,
             "was": position + 1,
-            "true": proposed[position]["class_name"] == truth,
-            "predicted": proposed[position]["class_name"] == record["class_name"],
+            "true": proposed[position].class_name == truth,
+            "predicted": proposed[position].class_name == record["class_name"],
         }
         for position in record["ranking"]
     ]
@@ -238,7 +245,8 @@ def options(run: RunView) -> dict[str, Any] | None:
         return None
     by_area = np.argsort(boxes.area(run.boxes.xyxy), kind="stable")
     chosen = by_area[(np.array(OPTION_SIZES) * (len(by_area) - 1)).round().astype(int)] if len(by_area) else by_area
-    sheets, rows = [], []
+    sheets: list[np.ndarray] = []
+    rows = []
     for row in dict.fromkeys(chosen.tolist()):
         try:
             sheets.append(_sheet(run.boxes, row, picture(run, int(run.places[row])), bool(sheets)))

@@ -246,18 +246,20 @@ def fit(problem: Problem, seed: int) -> Fitted:
 def _fit_scales(problem: Problem, seed: int) -> Fitted:
     """Scales, neutrals and biases of the parts by the NLL of held-out images, and the head's meta.
 
-    The fit is pulled to defaults, which stand where no image can tell: CLIP's own scale for text, IMAGE_SCALE for images, and
-    for images beside text a quarter of the scale that text alone has (they are standardised).
+    The fit is pulled to defaults, which stand where no image can tell: CLIP's own scale for text, IMAGE_SCALE for images; of
+    both together, what text has alone, and for images a quarter of what either has alone (they are standardised).
     """
     labelled = np.flatnonzero(problem.labels >= 0)
     limit = max(1, min(MAX_HELD_OUT, MAX_HELD_OUT_CELLS // len(problem.class_ids)))
     rows = np.sort(np.random.default_rng(seed).permutation(labelled)[:limit])
     scores, present, usable = _held_out_parts(problem, rows)
     truth = problem.labels[rows]
-    alone = [IMAGE_SCALE if problem.text is None else problem.text_default]
-    scales, meta = _fit_known(scores[-1:], present[-1:], truth, usable, alone)
-    if len(scores) == 2:
-        scales, meta = _fit_known(scores, present, truth, usable, [scales[0] / 4, scales[0]])
+    defaults = [IMAGE_SCALE] * problem.has_image_part + [problem.text_default] * (problem.text is not None)
+    alone = [_fit_known(scores[[i]], present[[i]], truth, usable, [one], [1.0]) for i, one in enumerate(defaults)]
+    scales, meta = alone[0]
+    if len(alone) == 2:
+        image, text = (max(float(each[0]), TINY) for each, _ in alone)
+        scales, meta = _fit_known(scores, present, truth, usable, [max(image, text), text], [0.25, 1.0])
     neutrals = np.array([_neutral(s * part, known, truth) for s, part, known in zip(scales, scores, present, strict=True)])
     meta = {"mode": problem.mode, "scales": scales.tolist(), "prior": problem.prior, **meta}
     nothing = np.zeros(len(problem.class_ids))
@@ -285,18 +287,17 @@ def _held_out_parts(problem: Problem, rows: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _fit_known(
-    scores: np.ndarray, present: np.ndarray, truth: np.ndarray, usable: np.ndarray, default: list[float]
+    scores: np.ndarray, present: np.ndarray, truth: np.ndarray, usable: np.ndarray, units: list[float], default: list[float]
 ) -> tuple[np.ndarray, dict]:
     """Scales fitted on usable images whose class every part knows, among the classes that every part knows; and how well.
 
-    The scales are fitted as multiples of their defaults, so that the pull towards these is the same for any unit.
+    The fit is pulled to the default, in `units`: scales that are worth one another, so that the pull is the same for any.
     """
     shared = np.logical_and.reduce(present)
     rows = np.flatnonzero(usable & shared[np.arange(len(truth)), truth])
     penalty, truth = np.where(shared[rows], 0.0, -np.inf), truth[rows]
-    units = np.asarray(default, np.float64)
-    scores = scores[:, rows] * units[:, None, None]
-    multiples = fit_weights(scores, penalty, truth, np.ones(len(units)), SCALE_PRIOR)
+    scores = scores[:, rows] * np.array(units)[:, None, None]
+    multiples = fit_weights(scores, penalty, truth, np.array(default), SCALE_PRIOR)
     logits = np.tensordot(multiples, scores, 1) + penalty
     nll = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(rows)), truth]
     quality = np.mean([nll, logits.argmax(axis=1) == truth], axis=1).tolist() if len(rows) else [0.0, 0.0]
@@ -337,4 +338,5 @@ def _with_biases(fitted: Fitted, scores: np.ndarray, present: np.ndarray, rows: 
 
 
 def _bias(seen: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    return np.log((seen + BIAS_PRIOR) / (np.maximum(expected, 0) + BIAS_PRIOR))
+    """0 for a class without a held-out image: it is not by its fault that none was seen."""
+    return np.where(seen > 0, np.log((seen + BIAS_PRIOR) / (np.maximum(expected, 0) + BIAS_PRIOR)), 0.0)

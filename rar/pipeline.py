@@ -166,8 +166,12 @@ def together(datasets: Sequence[Dataset]) -> Dataset:
 
 
 def collect(dataset: Dataset) -> pa.Table:
-    """Run a pipeline and bring its rows here: for what is small, such as a memory's entries."""
-    return pa.concat_tables(ray.get(dataset.to_arrow_refs()))
+    """Run a pipeline and bring its rows here: for what is small, such as a memory's entries.
+
+    Blocks without rows have lost their columns in Ray Data, so a pipeline without any row gives a table without columns.
+    """
+    blocks = ray.get(dataset.to_arrow_refs())
+    return pa.concat_tables([block for block in blocks if block.num_rows] or [pa.table({})])
 
 
 def write(table: pa.Table, sink: Datasink) -> None:

@@ -70,6 +70,7 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Report") -> None
         raise UserError("no run folder to report on")
     environment = Environment(loader=PackageLoader("rar", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"decimal": _decimal, "pretty": partial(json.dumps, indent=2, ensure_ascii=False)}
+    environment.globals["percent"] = _percent
     groups = [_group(name, folders) for name in dict.fromkeys(run.group for run in folders)]
     summaries = [_summary(run) for run in folders]
     stages = list(dict.fromkeys(name for summary in summaries for name in summary["stages"]))
@@ -139,7 +140,7 @@ def _by_group(runs: Sequence[RunView]) -> dict[str, Any] | None:
         rows = [{"name": run.name, "cells": [_cell(run, runs, column) for column in columns]} for run in runs]
         values = [[run.values.get(key) for key, *_ in columns] for run in runs]
         if len(runs) > 1 and all(others == values[0] for others in values):
-            rows = [{"name": "every arm", "cells": [cell | {"best": False} for cell in rows[0]["cells"]]}]
+            rows = [{"name": "every arm", "cells": [{**_cell(runs[0], runs, column), "best": False} for column in columns]}]
         parts.append({"heading": heading, "rows": rows})
     return {"groups": groups, "parts": parts} if parts else None
 
@@ -187,12 +188,12 @@ def _score_figure(group: str, run: RunView) -> list[dict[str, str]]:
     if not finite.any():
         return []
     title, caption = "Scores of the predictions", f"Arm {run.name}. Nothing tells which are right."
-    parts, colours = {"predictions": scores[finite]}, (figures.SERIES[0],)
+    parts, colours = {"predictions": scores[finite]}, [figures.SERIES[0]]
     if (finite & labelled).any():
         title = "Scores of right and wrong predictions"
         caption = f"Arm {run.name}. The further right and wrong lie apart, the better the score tells them apart."
         parts = {"right": scores[finite & correct], "wrong": scores[finite & labelled & ~correct]}
-        colours = (figures.GOOD, figures.BAD)
+        colours = [figures.GOOD, figures.BAD]
     svg = figures.histogram(parts, colours, "score of the prediction", salt=f"scores {group}")
     return [{"title": title, "caption": caption, "svg": svg}]
 
@@ -243,3 +244,7 @@ def _without_secrets(config: Any) -> Any:
 
 def _decimal(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:,.{digits}f}".replace("-", "−")
+
+
+def _percent(fraction: float, digits: int = 1) -> str:
+    return _decimal(100 * fraction, digits)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,13 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
-from rar import boxes, config, detect, metrics
+from rar import boxes, config, detect, metrics, route
 from rar.runfolder import RunFolder
 from rar.schema import UserError
 
 BOX_OVERLAP = 0.5  # least IoU at which a proposal takes the label of an object
 GIVEN = "Boxes are the given ones, with their labels."
-JUDGED = "Boxes are proposals. One that overlaps an object by an IoU of 0.5 or more is judged by the object's class, others are not."
+JUDGED = (
+    "Boxes are proposals. One that overlaps an object by an IoU of 0.5 or more is judged by the object's class, others are not."
+)
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -36,7 +39,7 @@ class BoxView:
     """What a detection run has beyond others; arrays are aligned with the rows of its predictions."""
 
     xyxy: np.ndarray  # (N, 4) float32 pixels
-    scores: np.ndarray  # (N,) float32: the proposal's score, NaN where the index lacks the box
+    scores: np.ndarray  # (N,) float32: the proposal's score; NaN for a given box
     crop: config.Crop  # how the ranker saw a box
     note: str  # what the boxes are, and how they are judged
 
@@ -56,23 +59,24 @@ class RunView:
     truth: list[str | None]
     found: metrics.Outcomes
     boxes: BoxView | None  # of a detection run
+    calibration: route.Calibration | None  # decides how many candidates the ranker saw; None in folders that lack it
 
     @property
     def main(self) -> float:
         """The number that runs are compared by: top1, else AP, else nothing."""
         return number(self.values.get("top1", self.values.get("ap")))
 
-    @property
+    @cached_property
     def won(self) -> np.ndarray:
         """(N,) bool: right, and the retriever's first candidate was not."""
         return self.found.correct & ~self.found.retriever_correct
 
-    @property
+    @cached_property
     def lost(self) -> np.ndarray:
         """(N,) bool: wrong, and the retriever's first candidate was right."""
         return self.found.retriever_correct & ~self.found.correct
 
-    @property
+    @cached_property
     def flipped(self) -> np.ndarray:
         """(N,) bool: the prediction is not the retriever's first candidate."""
         return ~metrics.outcomes(self.predictions, self.predictions["class_name"].to_pylist()).retriever_correct
@@ -99,7 +103,8 @@ def read_run(path: Path) -> RunView:
     found = metrics.outcomes(predictions, truth)
     name, group = str(info.get("name", path.name)), str(info.get("group", info["verb"]))
     values = _metrics(path / "metrics.json")
-    return RunView(name, group, info, values, predictions, folder.errors(), index, places, truth, found, seen)
+    calibration = _calibration(path / "calibration.json")
+    return RunView(name, group, info, values, predictions, folder.errors(), index, places, truth, found, seen, calibration)
 
 
 def number(value: float | None) -> float:
@@ -111,6 +116,15 @@ def _metrics(file: Path) -> dict[str, float | None]:
     """The numbers of a run. The evaluators' -1, an AP or AR over no ground truth, is as undefined as null."""
     values = json.loads(file.read_text()) if file.is_file() else {}
     return {key: None if key.startswith(("ap", "ar")) and value == -1 else value for key, value in values.items()}
+
+
+def _calibration(file: Path) -> route.Calibration | None:
+    if not file.is_file():
+        return None
+    try:
+        return route.Calibration.from_dict(json.loads(file.read_text()))
+    except TypeError as error:
+        raise UserError(f"{file} is of another version of rar: {error}") from None
 
 
 def _places(uris: pa.ChunkedArray, known: pa.ChunkedArray) -> np.ndarray:
@@ -127,10 +141,10 @@ def _boxes(
     corpus = _section(config.Corpus, settings["corpus"], f"{path}/run.json: corpus")
     xyxy = _corners(predictions["box_xyxy"])
     own = _own(places, xyxy, index)
-    scores = np.append(pc.list_flatten(index["box_scores"]).to_numpy(), np.float32(np.nan))[own]
     if chosen.proposals is None and chosen.detector is None:
         labels = pc.list_flatten(index["box_labels"]).take(pa.array(own, mask=own < 0))
-        return BoxView(xyxy, scores, chosen.crop, GIVEN), labels.to_pylist()
+        return BoxView(xyxy, np.full(len(own), np.nan, np.float32), chosen.crop, GIVEN), labels.to_pylist()
+    scores = np.append(pc.list_flatten(index["box_scores"]).to_numpy(), np.float32(np.nan))[own]
     try:
         known, _ = detect.read_boxes(corpus, config.Detect())
     except UserError as error:
@@ -196,4 +210,4 @@ def iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
     low, high = np.maximum(a_xyxy[:, None, :2], b_xyxy[:, :2]), np.minimum(a_xyxy[:, None, 2:], b_xyxy[:, 2:])
     shared = np.prod(np.maximum(high - low, 0), axis=2)
     union = boxes.area(a_xyxy)[:, None] + boxes.area(b_xyxy) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    return np.divide(shared, union, out=np.zeros(shared.shape), where=union > 0)

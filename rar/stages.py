@@ -263,19 +263,18 @@ class Embed:
 
 
 class Retrieve:
-    """vector -> candidates: from a stored head, by votes of image entries (knn, tip), or the whole vocabulary (all).
+    """vector -> candidates by a fitted head: searched itself, or (knn, tip) beside image entries; all: the whole vocabulary.
 
-    collection: what the mode searches, head_MODE or (knn, tip) the image entries; for these two `head` is what head_MODE holds.
+    A candidate's score is the log of its probability. A linear head's is normalised over the SHARE_DEPTH best classes, which
+    stand for the whole vocabulary; those by votes over the candidates alone, as more of them would be a deeper search.
     """
 
-    def __init__(
-        self,
-        settings: config.Retriever,
-        collection: Collection,
-        names: Mapping[int, str],
-        head: retrieve.Head | None = None,
-    ) -> None:
-        self.settings, self.collection, self.names, self.head = settings, collection, names, head
+    def __init__(self, settings: config.Retriever, head: retrieve.Head, classes: Collection, images: Collection) -> None:
+        """classes: the collection that holds `head`. images: the memory's images, which knn and tip search."""
+        self.settings, self.head, self.classes, self.images = settings, head, classes, images
+        self.names = dict(zip(head.class_ids.tolist(), head.class_names, strict=True))
+        if settings.mode not in ("knn", "tip"):  # looked up in Milvus: workers need no copy of the weights
+            self.head = replace(head, weights=head.weights[:0], bias=head.bias[:0])
 
     def __call__(self, table: pa.Table) -> pa.Table:
         found: list[list[Candidate]] = [[]] * table.num_rows
@@ -287,13 +286,30 @@ class Retrieve:
         return with_candidates(table.drop_columns(used), found)
 
     def _candidates(self, table: pa.Table) -> list[list[Candidate]]:
-        if self.settings.mode == "all":
-            return [[Candidate(class_id, name, 0.0) for class_id, name in sorted(self.names.items())]] * table.num_rows
-        queries, top_k = vectors_of(table), min(self.settings.top_k, len(self.names))
-        if self.head is not None:
-            rule = self.settings.n_neighbors, self.settings.sharpness
-            return retrieve.candidates_by_votes(self.head, self.collection.search, queries, top_k, *rule)
-        return retrieve.candidates_from_hits(self.collection.search(retrieve.augment(queries), top_k), self.names)
+        settings, n_classes = self.settings, len(self.names)
+        if settings.mode == "all":
+            every = [Candidate(class_id, name, -math.log(n_classes)) for class_id, name in self.names.items()]
+            return [every] * table.num_rows
+        queries, top_k = vectors_of(table), min(settings.top_k, n_classes)
+        if settings.mode in ("knn", "tip"):
+            found = retrieve.candidates_by_votes(
+                self.head, self.images.search, queries, top_k, settings.n_neighbors, settings.sharpness
+            )
+        else:
+            hits = self.classes.search(retrieve.augment(queries), min(max(top_k, SHARE_DEPTH), n_classes))
+            found = retrieve.candidates_from_hits(hits, self.names)
+        return [log_shares(candidates)[:top_k] for candidates in found]
+
+
+SHARE_DEPTH = 64
+
+
+def log_shares(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Logits as scores -> logs of their softmax as scores; the order stays."""
+    if not candidates:
+        return []
+    total = float(np.logaddexp.reduce([candidate.score for candidate in candidates]))
+    return [replace(candidate, score=candidate.score - total) for candidate in candidates]
 
 
 class Recall:

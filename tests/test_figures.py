@@ -15,7 +15,7 @@ def three(salt: str) -> list[str]:
     curve = (np.array([0.0, 0.5]), np.array([0.4, 0.7]))
     return [
         figures.points(["a", NAME], {"top-1": [(0.5, 0.4, 0.6), (0.7, np.nan, np.nan)]}, salt),
-        figures.right_and_wrong(np.array([0.9, 0.8, 0.8]), np.array([0.1]), salt),
+        figures.histogram({"right": np.array([0.9, 0.8, 0.8]), "wrong": np.array([0.1])}, figures.SERIES[:2], "score", salt),
         figures.lines({NAME: curve}, "asked", "top-1", salt),
     ]
 
@@ -48,3 +48,10 @@ def test_dots_stand_where_the_values_are() -> None:
     x = [float(mark[0]) for mark in marks]
     assert len(x) == 3 and (x[2] - x[1]) == pytest.approx(2 * (x[1] - x[0]), rel=1e-3)
     assert [float(mark[1]) for mark in marks] == sorted(float(mark[1]) for mark in marks)
+
+
+def test_a_histogram_of_one_kind_needs_no_legend() -> None:
+    svg = figures.histogram({"predictions": np.array([0.1, 0.9])}, (figures.GOOD,), "score", "salt")
+    words = [text.strip() for text in ElementTree.fromstring(svg).itertext()]
+    assert words.count("predictions") == 1 and "score" in words  # the axis' label alone
+    assert svg.count("fill: var(--good)") == 20  # bars

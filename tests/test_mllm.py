@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_mllm import SPECIAL, TEMPLATE, save_family, save_idefics3, save_llava, word_tokenizer
+from tests.tiny_mllm import SPECIAL, TEMPLATE, save_family, save_idefics3, save_llava, word_tokenizer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 

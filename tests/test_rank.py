@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_mllm import FAMILIES, save_family, save_llava, word_tokenizer
+from tests.tiny_mllm import FAMILIES, save_family, save_llava, word_tokenizer
 from transformers.utils import is_num2words_available
 
 from rar.config import Ranker

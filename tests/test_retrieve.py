@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rar import retrieve
-from rar.memory import Entries, Hits
-from rar.schema import UserError
+from rar import gaussian, heads, retrieve, votes
+from rar.entries import Entries, ExactIndex, Hits
+from rar.schema import Candidate, UserError
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data")
@@ -33,6 +34,21 @@ def accuracy(scores: np.ndarray, truth: np.ndarray) -> float:
 def softmax(scores: np.ndarray) -> np.ndarray:
     chances = np.exp(scores - scores.max(axis=1, keepdims=True))
     return chances / chances.sum(axis=1, keepdims=True)
+
+
+def propose(
+    head: retrieve.Head, images: Entries, queries: np.ndarray, top_k: int, n_neighbors: int, sharpness: float | None = None
+) -> list[list[Candidate]]:
+    exact = ExactIndex(images.vectors.shape[1])
+    exact.upsert(images.entry_ids, images.class_ids, images.class_names, images.vectors)
+    return retrieve.candidates_by_votes(head, exact.search, queries, top_k, n_neighbors, sharpness)
+
+
+def top1(head: retrieve.Head, images: Entries, queries: np.ndarray) -> np.ndarray:
+    """(N,) the class that a mode proposes first."""
+    if "votes" in head.meta:
+        return np.array([row[0].class_id for row in propose(head, images, queries, 1, retrieve.N_NEIGHBORS)])
+    return head.class_ids[head.scores(queries).argmax(axis=1)]
 
 
 class World:
@@ -69,25 +85,6 @@ def test_centroid_head_points_at_the_class_means() -> None:
     assert not head.bias.any()
 
 
-def test_whitened_part_is_the_normalised_lda_direction() -> None:
-    """Against the formula written out with an explicit inverse over explicit residuals."""
-    world = World(n_classes=5, dim=6)
-    labels = np.repeat(np.arange(5), 4)
-    vectors = world.images(labels).astype(np.float64)
-    means = np.array([vectors[labels == label].mean(axis=0) for label in range(5)])
-    residuals = vectors - means[labels]
-    within = residuals.T @ residuals
-    shrinkage = 0.5 * 6 / (0.5 * 6 + 15)
-    covariance = (1 - shrinkage) * within / (np.trace(within) / 6) + shrinkage * np.eye(6)
-    expected = np.zeros((5, 6))
-    for label in range(5):
-        offset = means[label] - means.mean(axis=0)
-        expected[label] = np.linalg.inv(covariance) @ offset / np.sqrt(offset @ np.linalg.inv(covariance) @ offset)
-    part = retrieve._whitened(retrieve._moments(vectors, labels, 5), 0.5)
-    np.testing.assert_allclose(part.weights, expected, atol=1e-6)
-    np.testing.assert_allclose(part.bias, -expected @ means.mean(axis=0), atol=1e-6)
-
-
 def test_fused_beats_both_of_its_parts_and_is_calibrated() -> None:
     world = World()
     support, truth = np.repeat(np.arange(20), 4), np.repeat(np.arange(20), 100)
@@ -96,16 +93,25 @@ def test_fused_beats_both_of_its_parts_and_is_calibrated() -> None:
     top1 = accuracy(fused.scores(queries), truth)
     parts = [retrieve.fit_head("fused", images, None), retrieve.fit_head("text", images, texts)]
     assert top1 > max(accuracy(part.scores(queries), truth) for part in parts) + 0.02
-    assert softmax(fused.scores(queries)).max(axis=1).mean() == pytest.approx(top1, abs=0.06)
+    assert softmax(fused.scores(queries)).max(axis=1).mean() == pytest.approx(top1, abs=0.08)
     assert min(fused.meta["scales"]) > 0 and fused.meta["held_out"] == 80
 
 
 def test_text_that_says_nothing_is_left_out() -> None:
     world = World()
     support = np.repeat(np.arange(20), 5)
-    noise = entries(unit(world.rng.normal(size=world.names.shape)), np.arange(20))
-    image_scale, text_scale = retrieve.fit_head("fused", entries(world.images(support), support), noise).meta["scales"]
+    images, noise = (
+        entries(world.images(support), support),
+        entries(unit(world.rng.normal(size=world.names.shape)), np.arange(20)),
+    )
+    image_scale, text_scale = retrieve.fit_head("fused", images, noise).meta["scales"]
     assert text_scale < 0.15 * image_scale
+    truth = np.repeat(np.arange(20), 100)
+    queries = world.images(truth)
+    with_noise, without = (
+        accuracy(retrieve.fit_head("fused", images, texts).scores(queries), truth) for texts in (noise, None)
+    )
+    assert with_noise == pytest.approx(without, abs=0.03)
 
 
 def test_class_without_images_or_without_text_stays_possible() -> None:
@@ -129,25 +135,41 @@ def test_memory_whose_kinds_share_no_class() -> None:
     assert head.class_ids.tolist() == list(range(20)) and np.isfinite(head.weights).all() and np.isfinite(head.bias).all()
 
 
-@pytest.mark.parametrize("mode", ["centroid", "fused"])
-@pytest.mark.parametrize("with_texts", [False, True])
-def test_one_shot_takes_the_defaults(mode: retrieve.Mode, with_texts: bool) -> None:
+@pytest.mark.parametrize("mode", ["knn", "centroid", "lda", "fused"])
+def test_one_shot_takes_the_defaults(mode: retrieve.Mode) -> None:
     world = World()
     images = entries(world.images(np.arange(20)), np.arange(20))
-    texts = entries(world.names, np.arange(20)) if with_texts else None
-    head = retrieve.fit_head(mode, images, texts)
-    assert head.meta["held_out"] == 0
-    if mode == "centroid" or texts is None:
-        assert head.meta["scales"] == [retrieve.IMAGE_SCALE]
+    head = retrieve.fit_head(mode, images, None)
+    if mode == "knn":
+        assert head.meta["votes"] == {"kind": "knn", "sharpness": votes.KNN.sharpness, "scale": votes.KNN.scale}
     else:
-        assert head.meta["scales"][0] == head.meta["scales"][1] > 0
+        assert head.meta["held_out"] == 0 and head.meta["scales"] == [heads.IMAGE_SCALE]
     truth = np.repeat(np.arange(20), 20)
-    assert accuracy(head.scores(world.images(truth)), truth) > 0.25
+    found = top1(head, images, world.images(truth))
+    assert (found == truth).mean() > 0.25
 
 
-def test_one_class_and_one_image() -> None:
-    head = retrieve.fit_head("fused", entries(unit(np.ones((1, 4))), [5]), None)
+def test_one_shot_beside_names_is_at_least_as_good_as_the_names() -> None:
+    """The image of a class cannot vouch for itself; what it may add is held to a quarter of the names' weight."""
+    gains = []
+    for seed in range(5):
+        world = World(seed=seed)
+        images, texts = entries(world.images(np.arange(20)), np.arange(20)), entries(world.names, np.arange(20))
+        truth = np.repeat(np.arange(20), 50)
+        queries = world.images(truth)
+        fused, text = (accuracy(retrieve.fit_head(mode, images, texts).scores(queries), truth) for mode in ("fused", "text"))
+        gains.append(fused - text)
+    assert np.mean(gains) > 0
+
+
+@pytest.mark.parametrize("mode", retrieve.MODES)
+@pytest.mark.parametrize("n_images", [1, 3])
+def test_one_class(mode: retrieve.Mode, n_images: int) -> None:
+    images, texts = entries(unit(np.ones((n_images, 4)) + np.eye(4)[:n_images]), [5] * n_images), entries(np.eye(4)[:1], [5])
+    head = retrieve.fit_head(mode, images, texts)
     assert head.class_ids.tolist() == [5] and np.isfinite(head.scores(np.ones((2, 4)))).all()
+    assert top1(head, images, unit(np.ones((2, 4)))).tolist() == [5, 5]
+    assert retrieve.held_out_scores(mode, images, texts).shape == (n_images, 1)
 
 
 def test_held_out_scores_are_those_of_a_head_without_the_fold() -> None:
@@ -156,39 +178,71 @@ def test_held_out_scores_are_those_of_a_head_without_the_fold() -> None:
     vectors = world.images(support)
     images, texts = entries(vectors, support), entries(world.names, np.arange(20))
     scores = retrieve.held_out_scores("fused", images, texts)
-    problem = retrieve._Problem.of("fused", images, texts)
-    meta = retrieve.fit_head("fused", images, texts).meta
+    fitted = heads.fit(heads.Problem.of("fused", images, texts), 0)
     for fold in range(3):
-        inside = problem.folds == fold
+        inside = fitted.problem.folds == fold
         assert np.bincount(support[inside], minlength=20).tolist() == [1] * 20
-        rest = replace(retrieve._Problem.of("fused", entries(vectors[~inside], support[~inside]), None), prior=meta["prior"])
-        parts = [rest.parts()[0], problem.parts()[1]]
-        weights, bias = retrieve._combine(parts, np.array(meta["scales"]), np.zeros(2))
-        np.testing.assert_allclose(scores[inside], vectors[inside] @ weights.T + bias, rtol=1e-3, atol=1e-3)
+        alone = replace(
+            fitted.problem, vectors=vectors[~inside], whole=gaussian.moments_of(vectors[~inside], support[~inside], 20)
+        )
+        head = heads.head_of(replace(fitted, problem=alone, biases=fitted.fold_biases[fold]))
+        np.testing.assert_allclose(scores[inside], head.scores(vectors[inside]), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(retrieve.held_out_scores("fused", images, texts, rows=[7, 2]), scores[[7, 2]], atol=1e-5)
 
 
-def test_held_out_scores_tell_the_accuracy_on_new_images() -> None:
+def test_a_class_bias_is_fitted_without_the_fold() -> None:
+    """Names 0 and 1 are one vector: only biases tell their images apart, and those of a fold must not know it."""
+    rng = np.random.default_rng(0)
+    names = unit(rng.normal(size=(4, 8)))
+    names[1] = names[0]
+    labels = np.repeat([1, 2, 3], 4)  # no image of class 0
+    vectors = unit(names[labels] + 0.1 * rng.normal(size=(12, 8)))
+    fitted = heads.fit(heads.Problem.of("fused", entries(vectors, labels), entries(names, np.arange(4))), 0)
+    assert fitted.biases[1] > fitted.biases[0]
+    assert (np.abs(fitted.fold_biases) < np.abs(fitted.biases) + 1e-12).all()
+
+
+@pytest.mark.parametrize("mode", ["knn", "tip"])
+def test_held_out_votes_are_those_of_the_other_folds(mode: retrieve.Mode) -> None:
+    world = World()
+    support = np.repeat(np.arange(20), 3)
+    vectors = world.images(support)
+    images, texts = entries(vectors, support), entries(world.names, np.arange(20))
+    scores = retrieve.held_out_scores(mode, images, texts, n_neighbors=7)
+    head = retrieve.fit_head(mode, images, texts, n_neighbors=7)
+    folds = heads.Problem.of(mode, images, None if mode == "knn" else texts).folds
+    for row in (0, 17, 59):
+        kept = np.flatnonzero(folds != folds[row])
+        found = propose(head, entries(vectors[kept], support[kept]), vectors[[row]], 3, 7)[0]
+        assert [candidate.score for candidate in found] == pytest.approx(np.sort(scores[row])[::-1][:3].tolist(), abs=1e-4)
+    np.testing.assert_allclose(
+        retrieve.held_out_scores(mode, images, texts, rows=[7, 2], n_neighbors=7), scores[[7, 2]], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("mode", retrieve.MODES)
+def test_held_out_scores_tell_the_accuracy_on_new_images(mode: retrieve.Mode) -> None:
     world = World()
     support, truth = np.repeat(np.arange(20), 8), np.repeat(np.arange(20), 100)
     images, texts = entries(world.images(support), support), entries(world.names, np.arange(20))
-    held_out = accuracy(retrieve.held_out_scores("fused", images, texts), support)
-    new = accuracy(retrieve.fit_head("fused", images, texts).scores(world.images(truth)), truth)
+    held_out = accuracy(retrieve.held_out_scores(mode, images, texts), support)
+    new = (top1(retrieve.fit_head(mode, images, texts), images, world.images(truth)) == truth).mean()
     assert held_out == pytest.approx(new, abs=0.08)
 
 
-def test_copies_of_an_image_do_not_vouch_for_each_other() -> None:
+@pytest.mark.parametrize("mode", ["knn", "centroid", "lda", "fused"])
+def test_copies_of_an_image_do_not_vouch_for_each_other(mode: retrieve.Mode) -> None:
     """Every image twice, and labels at random: whoever sees its own copy does better than chance."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(10), 4)
     vectors = unit(rng.normal(size=(40, 16)))
     twice = entries(np.repeat(vectors, 2, axis=0), np.repeat(labels, 2))
-    assert accuracy(retrieve.held_out_scores("fused", twice, None), np.repeat(labels, 2)) < 0.3
+    assert accuracy(retrieve.held_out_scores(mode, twice, None), np.repeat(labels, 2)) < 0.3
 
 
 def test_single_shot_classes_are_spread_over_the_folds() -> None:
     labels = np.r_[np.arange(20), 20, 20, 20, 20]
-    folds, n_folds = retrieve._folds(np.random.default_rng(0).normal(size=(24, 3)), labels)
+    folds, n_folds = heads._folds(np.random.default_rng(0).normal(size=(24, 3)), labels)
     assert n_folds == 4 and sorted(folds[20:]) == [0, 1, 2, 3]
     assert np.bincount(folds[:20]).tolist() == [5, 5, 5, 5]
 
@@ -233,10 +287,26 @@ def test_head_round_trip_is_exact_and_searchable() -> None:
     np.testing.assert_allclose(retrieve.augment(queries) @ stored.vectors.T, head.scores(queries), atol=1e-4)
 
 
-@pytest.mark.parametrize(("mode", "word"), [("text", "classes"), ("centroid", "support"), ("fused", "empty")])
+@pytest.mark.parametrize(
+    ("mode", "word"),
+    [("text", "empty"), ("knn", "support"), ("centroid", "support"), ("tip", "empty"), ("lda", "empty"), ("fused", "empty")],
+)
 def test_missing_kinds_are_the_users_mistake(mode: retrieve.Mode, word: str) -> None:
     with pytest.raises(UserError, match=word):
         retrieve.fit_head(mode, None, None)
+    assert not retrieve.allows(mode, None, None)
+
+
+@pytest.mark.parametrize("mode", retrieve.MODES)
+@pytest.mark.parametrize("kinds", ["images", "texts", "both"])
+def test_allows_says_what_can_be_fitted(mode: retrieve.Mode, kinds: str) -> None:
+    images = entries(np.eye(3), [0, 1, 2]) if kinds != "texts" else None
+    texts = entries(np.eye(3), [0, 1, 2]) if kinds != "images" else None
+    if retrieve.allows(mode, images, texts):
+        assert retrieve.fit_head(mode, images, texts).class_ids.tolist() == [0, 1, 2]
+    else:
+        with pytest.raises(UserError, match=f"mode {mode} needs"):
+            retrieve.fit_head(mode, images, texts)
 
 
 def test_two_encoders_in_one_memory_are_the_users_mistake() -> None:
@@ -255,20 +325,111 @@ def test_candidates_are_the_sorted_classes(rows: list[list[int]], top_k: int) ->
         assert all(candidate.class_name == f"class {candidate.class_id}" for candidate in found)
 
 
-def test_neighbors_merge_into_unique_classes() -> None:
+def test_a_row_without_scores_has_no_candidates() -> None:
+    scores = np.array([[-np.inf, 1.0, -np.inf], [-np.inf] * 3])
+    found = retrieve.candidates_from_scores(scores, np.arange(3), ["a", "b", "c"], 2)
+    assert [[candidate.class_name for candidate in row] for row in found] == [["b"], []]
+
+
+def test_hits_of_a_head_are_its_classes_with_ties_by_class_id() -> None:
     hits = Hits(
-        np.array([[0.9, 0.8, 0.8, 0.7], [0.5, 0.4, -np.inf, -np.inf]], np.float32),
-        np.array([[4, 4, 2, 1], [3, 3, -1, -1]]),
-        [["a", "b", "c", "d"], ["e", "f", "", ""]],
+        np.array([[0.9, 0.8, 0.8], [0.5, -np.inf, -np.inf]], np.float32),
+        np.array([[4, 9, 2], [3, -1, -1]]),
+        [["a", "b", "c"], ["e", "", ""]],
     )
-    found = retrieve.knn_candidates(hits, {1: "one", 2: "two", 3: "three", 4: "four"}, 2)
-    assert [[candidate.class_name for candidate in row] for row in found] == [["four", "two"], ["three"]]
+    found = retrieve.candidates_from_hits(hits, {2: "two", 3: "three", 4: "four", 9: "nine"})
+    assert [[candidate.class_name for candidate in row] for row in found] == [["four", "two", "nine"], ["three"]]
     assert found[0][0].score == pytest.approx(0.9)
 
 
-def test_ties_of_neighbors_go_to_the_lower_class_id() -> None:
-    hits = Hits(np.array([[0.5, 0.5]], np.float32), np.array([[9, 2]]), [["a", "b"]])
-    assert [candidate.class_id for candidate in retrieve.knn_candidates(hits, {2: "two", 9: "nine"}, 5)[0]] == [2, 9]
+def test_one_neighbor_is_the_plain_nearest() -> None:
+    world = World()
+    support, truth = np.repeat(np.arange(20), np.arange(1, 21)), np.repeat(np.arange(20), 20)  # classes of 1 to 20 images
+    images, queries = entries(world.images(support), support), world.images(truth)
+    expected = support[(queries @ images.vectors.T).argmax(axis=1)]
+    head = retrieve.fit_head("knn", images, None)
+    for n_neighbors, sharpness in ((1, None), (1, 1000.0)):
+        found = propose(head, images, queries, 5, n_neighbors, sharpness)
+        assert [row[0].class_id for row in found] == expected.tolist()
+        assert all(len({candidate.class_id for candidate in row}) == 5 for row in found)
+
+
+def test_equally_near_entries_go_to_the_lower_class() -> None:
+    """Copies of one picture in four classes; the search sees one neighbor and entry ids that say otherwise."""
+    vectors = np.tile(np.eye(3, dtype=np.float32)[:1], (4, 1))
+    images = Entries(["a", "b", "c", "d"], np.array([9, 5, 2, 7]), ["nine", "five", "two", "seven"], vectors)
+    head = retrieve.fit_head("knn", images, None)
+    found = propose(head, images, vectors[:1], 3, 1)[0]
+    assert [candidate.class_id for candidate in found] == [2, 5, 7]
+
+
+@pytest.mark.parametrize("mode", ["knn", "tip"])
+@pytest.mark.parametrize(("top_k", "n_neighbors"), [(3, 1), (20, 5), (50, 20), (2, 16_384)])
+def test_candidates_are_unique_and_as_many_as_can_be(mode: retrieve.Mode, top_k: int, n_neighbors: int) -> None:
+    world = World()
+    support = np.repeat(np.arange(20), 3)
+    images, texts = entries(world.images(support), support), entries(world.names, np.arange(20))
+    head = retrieve.fit_head(mode, images, texts)
+    for row in propose(head, images, world.images(np.arange(20)), top_k, n_neighbors):
+        assert len({candidate.class_id for candidate in row}) == len(row) == min(top_k, 20)
+        scores = [candidate.score for candidate in row]
+        assert scores == sorted(scores, reverse=True) and np.isfinite(scores).all()
+
+
+def test_votes_of_a_search_are_votes_over_all_entries() -> None:
+    """Slow and obvious: every cosine, sorted; 20 neighbors vote, with the rule that was fitted."""
+    world = World()
+    support = np.repeat(np.arange(20), np.arange(1, 21))
+    images, queries = entries(world.images(support), support), world.images(np.arange(20))
+    head = retrieve.fit_head("knn", images, None)
+    rule, sizes = head.meta["votes"], np.bincount(support)
+    for query, row in zip(queries, propose(head, images, queries, 3, 20), strict=True):
+        cosines = (images.vectors @ query).astype(np.float64)
+        totals = np.zeros(20)
+        for entry in np.argsort(-cosines)[:20]:
+            totals[support[entry]] += np.exp(rule["sharpness"] * (cosines[entry] - 1)) / sizes[support[entry]]
+        order = np.argsort(-totals, kind="stable")[: min(3, (totals > 0).sum())]
+        assert [candidate.class_id for candidate in row][: len(order)] == order.tolist()
+        expected = (rule["scale"] * np.log(totals[order])).tolist()
+        assert [candidate.score for candidate in row][: len(order)] == pytest.approx(expected, rel=1e-3)
+
+
+def test_tip_is_text_and_votes() -> None:
+    world = World()
+    support = np.repeat(np.arange(15), 4)  # classes 15..19 have a name alone
+    images, texts = entries(world.images(support), support), entries(world.names, np.arange(20))
+    head = retrieve.fit_head("tip", images, texts, n_neighbors=10)
+    rule, queries = head.meta["votes"], world.images(np.arange(20))
+    text = retrieve.fit_head("text", None, texts).scores(queries)
+    factor = np.linalg.norm(head.weights[0]) / 100
+    for query, names, row in zip(queries, text, propose(head, images, queries, 20, 10), strict=True):
+        cosines = (images.vectors @ query).astype(np.float64)
+        expected = factor * names.astype(np.float64)
+        for entry in np.argsort(-cosines)[:10]:
+            expected[support[entry]] += rule["scale"] * np.exp(-rule["sharpness"] * (1 - cosines[entry]))
+        assert {candidate.class_id: candidate.score for candidate in row} == pytest.approx(dict(enumerate(expected)), abs=1e-3)
+
+
+def test_knn_knows_the_classes_of_images_and_tip_all() -> None:
+    world = World()
+    images, texts = (
+        entries(world.images(np.repeat(np.arange(12), 2)), np.repeat(np.arange(12), 2)),
+        entries(world.names[8:], np.arange(8, 20)),
+    )
+    assert retrieve.fit_head("knn", images, texts).class_ids.tolist() == list(range(12))
+    tip = retrieve.fit_head("tip", images, texts)
+    assert tip.class_ids.tolist() == list(range(20)) and np.isfinite(tip.weights).all() and np.isfinite(tip.bias).all()
+    assert np.isfinite(retrieve.held_out_scores("tip", images, texts)).all()
+
+
+def test_the_rule_of_the_votes_survives_the_store() -> None:
+    world = World()
+    support = np.repeat(np.arange(20), np.arange(1, 21))
+    images, queries = entries(world.images(support), support), world.images(np.arange(20))
+    head = retrieve.fit_head("knn", images, None)
+    meta = json.loads(json.dumps(head.meta))
+    again = retrieve.Head.from_entries(head.to_entries(), meta)
+    assert propose(again, images, queries, 5, 20) == propose(head, images, queries, 5, 20)
 
 
 def shots_of(class_ids: np.ndarray) -> np.ndarray:
@@ -290,12 +451,12 @@ def test_real_clip_memories_beat_one_nearest_neighbor() -> None:
             fused.append(accuracy(head.scores(vectors[out]), labels[out]))
             nearest.append((labels[kept][(vectors[out] @ vectors[kept].T).argmax(axis=1)] == labels[out]).mean())
         gains[name] = np.mean(fused) - np.mean(nearest)
-    assert min(gains.values()) >= 0.06, gains
-    assert np.mean(list(gains.values())) >= 0.10, gains
+    assert min(gains.values()) >= 0.10, gains
+    assert np.mean(list(gains.values())) >= 0.13, gains
 
 
 @needs_data
-@pytest.mark.parametrize(("shots", "gain"), [(4, 0.07), (16, 0.03)])
+@pytest.mark.parametrize(("shots", "gain"), [(1, 0.0), (4, 0.07), (16, 0.03)])
 def test_real_grocery_embeddings_beat_one_nearest_neighbor(shots: int, gain: float) -> None:
     """MobileNet embeddings of the train photos, random support images of each class, the others as queries.
 
@@ -304,7 +465,7 @@ def test_real_grocery_embeddings_beat_one_nearest_neighbor(shots: int, gain: flo
     data = np.load(SHARED_DATA / "grocery" / "mobilenet_v1_train.npz")
     vectors, labels = unit(data["embeddings"].astype(np.float32)), data["class_id"].astype(np.int64)
     differences = []
-    for seed in range(5):
+    for seed in range(3):
         rng = np.random.default_rng(seed)
         chosen = [rng.permutation(np.flatnonzero(labels == label)) for label in range(labels.max() + 1)]
         kept = np.concatenate([rows[: min(shots, len(rows) - 1)] for rows in chosen])

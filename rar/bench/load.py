@@ -151,7 +151,7 @@ async def _client(
         started = time.monotonic()
         try:
             async with session.post(url, data=bodies[number], headers={"Content-Type": "application/json"}) as reply:
-                found = await (reply.json() if reply.status == 200 else reply.text())
+                found = json.loads(await reply.read() if reply.status == 200 else b"{}")
         except (aiohttp.ClientError, ValueError) as error:
             tally.lost.append(repr(error))
             continue
@@ -164,7 +164,7 @@ async def _client(
             tally.without_retry_after += "Retry-After" not in reply.headers
             await asyncio.sleep(float(reply.headers.get("Retry-After", 1)))
         else:
-            tally.lost.append(f"{reply.status} {found}")
+            tally.lost.append(f"status {reply.status}")
 
 
 def agrees(found: dict[str, Any], right: Ranking) -> bool:

@@ -1,16 +1,19 @@
-"""A Milvus server to measure against and to test with: PyPI's standalone `milvus==2.3.5` (a development dependency).
+"""Stores in processes of their own, to measure against and to test with: Milvus Lite, and PyPI's Milvus server.
 
-Its etcd has fixed ports, so one machine runs one.
+The server is the standalone `milvus==2.3.5`, a development dependency. Its etcd has fixed ports, so one machine runs one.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+from rar.memory import open_store
 from rar.schema import UserError
 
 ETCD_PORTS = (2379, 2380)
@@ -18,17 +21,40 @@ ETCD_PORTS = (2379, 2380)
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: its address, and the process that is all of it."""
+    """A running store: its address, and the one process that owns it."""
 
     address: str
     pid: int
 
 
 @contextmanager
-def milvus_server(folder: Path) -> Iterator[Server]:
-    """Start a server that keeps its data in `folder`, and stop it at the end. Takes some seconds, and more the first time.
+def lite_server(folder: Path) -> Iterator[Server]:
+    """A folder owned by a process that does nothing else. Leaving waits until its indexes are built."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_own, args=(str(folder), there), daemon=True)
+    process.start()
+    there.close()
+    address = here.recv()
+    assert process.pid is not None
+    try:
+        yield Server(address, process.pid)
+    finally:
+        here.send(None)
+        process.join()
 
-    Raises UserError where the package is missing or another server (or etcd) runs on this machine.
+
+def _own(folder: str, pipe: Connection) -> None:
+    with open_store(folder) as address:
+        pipe.send(address)
+        pipe.recv()
+
+
+@contextmanager
+def milvus_server(folder: Path) -> Iterator[Server]:
+    """A Milvus server that keeps its data in `folder`. It needs some seconds to start.
+
+    Raises UserError where the package is missing, or another server (or etcd) runs on this machine.
     """
     try:
         import milvus
@@ -54,3 +80,16 @@ def free_port() -> int:
 def is_taken(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def memory_mib(pid: int, field: str = "VmRSS") -> float:
+    """Resident memory of a process in MiB, now (VmRSS) or at most since it was last forgotten (VmHWM). Linux only."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"no {field} of process {pid}")
+
+
+def forget_peak(pid: int) -> None:
+    """Let VmHWM start again from what is resident now (proc(5), clear_refs)."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
