@@ -69,6 +69,56 @@ def ablation(out: Out = None, seed: Seed = 0, scenes: int = 450) -> None:
     _run(work)
 
 
+@bench.command()
+def rank(images: int = 96, repeats: Repeats = 5) -> None:
+    """The ranker's images/s: letters through Ray Serve and bare, against the paper's loop and the bare forward pass."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import rank as module
+
+        bare = module.run(images, repeats)
+        return {**bare, "rows": {**bare["rows"], **module.through_serve(images, repeats)}}
+
+    _run(work)
+
+
+@bench.command()
+def consistency(images: int = 200, seed: Seed = 0) -> None:
+    """How often the order of the candidates decides the answer, by method and debiasing, on miniature photos."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import consistency as module
+
+        return module.run(images, seed)
+
+    _run(work)
+
+
+@bench.command()
+def detect(data: Data = None, repeats: Repeats = 5) -> None:
+    """The crop stage's boxes/s against a plain Pillow loop, and the whole pipeline's against the bare encoder."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import detect as module
+
+        coco = data or (SHARED / "coco" if (SHARED / "coco").is_dir() else None)
+        return {"crops": module.crops_bench(repeats, coco), "pipeline": module.pipeline_bench(repeats, coco)}
+
+    _run(work)
+
+
+@bench.command()
+def load(seconds: float = 60.0, clients: int = 200) -> None:
+    """Many HTTP clients at once: what was answered, refused, lost or wrong; replicas and memory over time."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import load as module
+
+        return module.run(seconds, clients)
+
+    _run(work)
+
+
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the recorded data with --data DIR")

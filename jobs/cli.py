@@ -11,6 +11,7 @@ from jobs.detect import detect
 from jobs.evaluate import evaluate
 from jobs.memory import memory
 from jobs.report import report
+from jobs.serve import serve
 
 app = typer.Typer(
     help="Retrieve-and-rank visual recognition: CLIP and Milvus propose classes, an MLLM on Ray Serve ranks them.",
@@ -18,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, memory, classify, detect, evaluate, report):
+for verb in (demo, memory, classify, detect, evaluate, serve, report):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 

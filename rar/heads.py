@@ -160,7 +160,10 @@ class Problem:
             return Part(np.zeros_like(images.sums), np.zeros(len(images.sums)), images.known)
         if self.mode == "lda":
             return gaussian.discriminant(images, self.prior)
-        return gaussian.posterior(images, self.prior, self.names) if self.mode == "fused" else gaussian.centroids(images)
+        if self.mode == "centroid":
+            return gaussian.centroids(images)
+        part = gaussian.posterior(images, self.prior, self.names)
+        return replace(part, present=part.present & self.whole.known)  # a prediction competes badly with classes that were seen
 
 
 def _usable(mode: Mode, images: Entries | None, texts: Entries | None) -> tuple[Entries | None, Entries | None]:

@@ -65,7 +65,10 @@ def _start() -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(**quiet)
         return
-    slots = max(LOCAL_SLOTS, os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("RAR_THREADS", os.environ.get("OMP_NUM_THREADS", str(cores)))  # see checkpoint.share_cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # models take turns on the cores: none may spin while it waits
+    slots = max(LOCAL_SLOTS, cores)
     with _silent_stderr():
         ray.init(address="local", num_cpus=slots, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
 

@@ -28,6 +28,7 @@ from rar.runfolder import RunFolder
 from rar.schema import ERRORS, Candidate, RankStatus, UserError
 from rar.sinks import ShardSink
 
+PRIOR_IMAGES = 64  # that the label prior is estimated on
 PAPER = route.Calibration(weight_retriever=0.0, weight_ranker=1.0)  # the ranker's order is final, and it is always asked
 
 
@@ -133,12 +134,13 @@ def run(
     work = replace(work, index=folder.freeze_index(work.index))
     expected = work.expected(settings.run.shard_size)
     numbers = folder.pending(len(expected))
-    calibration = calibrate(settings, address, vocabulary, folder)
+    prior = label_prior(settings, work, vocabulary, folder)
+    calibration = calibrate(settings, address, vocabulary, folder, prior)
     if numbers:
         if embedded is None:
             embedded = embed(settings, work, vocabulary.facts, numbers)
         with pipeline.progress(folder, sum(expected.values()), folder.path.name):
-            rank(settings, embedded, vocabulary, calibration, ShardSink(folder.path, expected))
+            rank(settings, embedded, vocabulary, calibration, prior, ShardSink(folder.path, expected))
     return finish(settings, work, folder, calibration, vocabulary, time.monotonic() - started)
 
 
@@ -220,15 +222,51 @@ def embed(settings: Config, work: Work, facts: stages.EncoderFacts, numbers: lis
     return pictures if settings.retriever.mode == "all" else pipeline.embedded(pictures, settings.encoder)
 
 
-def rank(settings: Config, embedded: Dataset, vocabulary: Vocabulary, calibration: route.Calibration, sink: ShardSink) -> None:
+def rank(
+    settings: Config,
+    embedded: Dataset,
+    vocabulary: Vocabulary,
+    calibration: route.Calibration,
+    prior: serve.Prior | None,
+    sink: ShardSink,
+) -> None:
     """The rest of the chain: retrieve, route, rank, predict, write."""
-    ask = serve.ask(settings.ranker)
+    ask = serve.ask(settings.ranker, prior, exemplars(settings))
     found = pipeline.through(embedded, "retrieve", vocabulary.retrieve)
     ranked = pipeline.through(found, "rank", stages.Rank(ask, calibration, settings.ranker.batch_size))
     ranked.write_datasink(sink)
 
 
-def calibrate(settings: Config, address: str, vocabulary: Vocabulary, folder: RunFolder) -> route.Calibration:
+def exemplars(settings: Config) -> serve.Exemplars | None:
+    """Where the pictures lie that are shown beside the names of candidates: the first support images of each class."""
+    if not settings.ranker.exemplars:
+        return None
+    if settings.memory.support is None:
+        raise UserError("ranker.exemplars shows support images: set memory.support")
+    found: serve.Exemplars = {}
+    for row in build.plan(settings).support.sort_by("row").to_pylist():
+        places = found.setdefault(row["label"], [])
+        if len(places) < settings.ranker.exemplars:
+            places.append((row["uri"], row["offset"], row["size"]))
+    return found
+
+
+def label_prior(settings: Config, work: Work, vocabulary: Vocabulary, folder: RunFolder) -> serve.Prior | None:
+    """What the ranker says of any picture (`ranker.debias: prior`), by the run's own first ones; kept for a resumed run."""
+    if settings.ranker.debias == "none" or settings.ranker.method != "letters":
+        return None
+    if not (folder.path / "prior.json").exists():
+        few = replace(work, index=work.index.slice(0, PRIOR_IMAGES))
+        table = pipeline.collect(pipeline.through(embed(settings, few, vocabulary.facts), "retrieve", vocabulary.retrieve))
+        table = table.filter(pc.is_null(table["error"])).sort_by("image_id").slice(0, PRIOR_IMAGES)
+        names = [[candidate.class_name for candidate in row] for row in stages.candidates_of(table)]
+        folder.write("prior.json", serve.estimate_prior(settings.ranker, table["bytes"].to_pylist(), names))
+    return folder.read("prior.json")
+
+
+def calibrate(
+    settings: Config, address: str, vocabulary: Vocabulary, folder: RunFolder, prior: serve.Prior | None = None
+) -> route.Calibration:
     """Fusion weights and routing threshold for this memory and ranker; kept in the run folder, for a resumed run.
 
     The memory's own images are the held-out set: each gets the candidates of heads fitted without it, and the ranker's answer.
@@ -238,20 +276,19 @@ def calibrate(settings: Config, address: str, vocabulary: Vocabulary, folder: Ru
         return route.Calibration.from_dict(folder.read("calibration.json"))
     calibration = PAPER if settings.route.mode == "always" else route.Calibration()
     if settings.route.mode == "calibrated" and settings.ranker.method != "none" and settings.memory.support is not None:
-        calibration = _fit(settings, address, vocabulary)
+        calibration = _fit(settings, address, vocabulary, prior)
     folder.write("calibration.json", calibration.to_dict())
     return calibration
 
 
-def _fit(settings: Config, address: str, vocabulary: Vocabulary) -> route.Calibration:
+def _fit(settings: Config, address: str, vocabulary: Vocabulary, prior: serve.Prior | None) -> route.Calibration:
     proposed, truth = _held_out_candidates(settings, address, vocabulary)
-    planned = build.plan(settings)
-    size = settings.run.shard_size
-    rows = pipeline.shards_of(planned.support, pipeline.evenly(planned.support, size))
-    rows = pipeline.through(rows, "read", stages.load)
+    support = build.plan(settings).support
+    rows = pipeline.through(pipeline.shards_of(support, pipeline.evenly(support, settings.run.shard_size)), "read", stages.load)
     rows = pipeline.through(rows, "recall", stages.Recall(proposed))
-    ranked = pipeline.through(rows, "rank", stages.Rank(serve.ask(settings.ranker), PAPER, settings.ranker.batch_size))
-    table = pipeline.collect(ranked).sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
+    asked = stages.Rank(serve.ask(settings.ranker, prior, exemplars(settings)), PAPER, settings.ranker.batch_size)
+    table = pipeline.collect(pipeline.through(rows, "rank", asked))
+    table = table.sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
     table = table.filter(pc.is_in(table["image_id"], pa.array(list(proposed), pa.string())))
     labels = [truth[image_id] for image_id in table["image_id"].to_pylist()]
     return route.fit(stages.candidates_of(table), measure.rankings_of(table), labels, settings.route.coverage)

@@ -74,7 +74,7 @@ class RunFolder:
         known = self.read("run.json")
         if known.setdefault(name, state) != state:
             raise UserError(
-                f"{self.path}: the {name} has changed since this run began ({known[name]}, now {state}); use --fresh to start over"
+                f"{self.path}: the {name} has changed since this run began ({known[name]}, now {state}); use --fresh"
             )
         self.write("run.json", known)
 

@@ -19,11 +19,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import hashlib
+import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,18 +36,23 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.metrics import Counter
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from rar import config, miniature
+from rar import config, corpus, miniature
 from rar.batching import Batcher
+from rar.cache import AnswerCache, fingerprint
 from rar.decode import decode
 from rar.schema import Ranking, RankStatus, RowError, Unavailable, UserError
 
 Batch = tuple[list[bytes], list[list[str]]]  # encoded images, candidates' names of each
+Prior = dict[str, list[float]]  # length of a list -> log-probability of each label on any picture
+Place = tuple[str, int | None, int | None]  # uri, offset, size of an image, as an index has it
+Exemplars = dict[str, list[Place]]  # class name -> pictures of it
 One = tuple[bytes, list[str]]  # an encoded image, its candidates' names
 ATTEMPTS = 30  # with waits of up to 20 s: rides out a replica's restart and a cold start elsewhere
 CHARS_PER_TOKEN = 3.0  # of candidates' names; what a picture and the prompt cost is learned from the answers
 FIRST_GUESS = 512.0  # tokens of a picture and its prompt before the first answer
 SICK = 3  # failures of the model in a row after which a replica asks to be replaced
 DRAIN_S = 30.0
+EXEMPLAR_SIDE = 336  # pixels, at least, that a larger exemplar keeps of its short side
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 FAULTS = (RowError, UserError, Unavailable)  # of one request
 GONE = (RayActorError, DeploymentUnavailableError)  # a replica died with the request, or is not there yet
@@ -67,7 +75,7 @@ class RankerReplica:
         self.failures = 0
         self.meters = Meters()
         try:
-            self.ranker = load_ranker(self.settings)
+            self.ranker: Any = load_ranker(self.settings)
         except UserError as error:
             self.mistake = str(error)
             return
@@ -78,8 +86,15 @@ class RankerReplica:
 
         self.adapted = serve.multiplexed(adapt, max_num_models_per_replica=self.online.loaded_adapters)
 
-    async def fault(self) -> str | None:
-        """What the user must mend before this replica can rank, or None."""
+    async def fault(self) -> str | Unavailable | None:
+        """What the user must mend before this replica can rank, or who is away (a str, or Unavailable); None if all is well."""
+        if self.mistake is None and self.settings.method == "endpoint":
+            try:
+                self.ranker.offers = await asyncio.get_running_loop().run_in_executor(self.worker, self.ranker.probe)
+            except UserError as error:
+                return str(error)
+            except Unavailable as error:
+                return error
         return self.mistake
 
     def check_health(self) -> None:
@@ -87,16 +102,35 @@ class RankerReplica:
         if self.failures >= SICK:
             raise RuntimeError(f"the model failed {self.failures} times in a row")
 
-    async def rank(self, images: list[bytes], names: list[list[str]]) -> list[Ranking]:
-        """One Ranking an image. A picture that cannot be decoded is a FALLBACK with its reason as the response."""
+    async def rank(
+        self,
+        images: list[bytes],
+        names: list[list[str]],
+        prior: Prior | None = None,
+        exemplars: list[list[list[Place]]] | None = None,
+    ) -> list[Ranking]:
+        """One Ranking an image. A picture that cannot be decoded is a FALLBACK with its reason as the response.
+
+        exemplars: for each image and candidate, where pictures of the class lie; one that cannot be read is left out.
+        """
         pixels = await self._decoded(images)
         good = [row for row, picture in enumerate(pixels) if not isinstance(picture, RowError)]
-        answers = await self._run(self.ranker, [pixels[row] for row in good], [names[row] for row in good])
+        more: dict[str, Any] = {} if prior is None else {"prior": prior}
+        if exemplars is not None:
+            more["exemplars"] = [[pictures_at(places) for places in exemplars[row]] for row in good]
+        answers = await self._run(self.ranker, [pixels[row] for row in good], [names[row] for row in good], more)
         rankings = dict(zip(good, answers, strict=True))
         return [
             rankings.get(row) or Ranking(tuple(range(len(names[row]))), RankStatus.FALLBACK, response=f"[{picture}]")
             for row, picture in enumerate(pixels)
         ]
+
+    async def prior(self, images: list[bytes], names: list[list[str]], counts: list[int]) -> Prior:
+        """The label prior of `ranker.debias: prior`, estimated on images of no known class; counts: lengths of lists."""
+        pixels = await self._decoded(images)
+        good = [row for row, picture in enumerate(pixels) if not isinstance(picture, RowError)]
+        shown = ([pixels[row] for row in good], [names[row] for row in good], counts)
+        return await asyncio.get_running_loop().run_in_executor(self.worker, self.ranker.estimate_prior, *shown)
 
     async def rank_one(self, image: bytes, names: list[str], adapter: str = "") -> Ranking | Exception:
         """Rank one image together with others that wait. adapter: a name of `serve.adapters`; "" is the model as it is.
@@ -148,10 +182,13 @@ class RankerReplica:
         loop = asyncio.get_running_loop()
         return list(await asyncio.gather(*(loop.run_in_executor(self.decoders, try_decode, image) for image in images)))
 
-    async def _run(self, ranker: Ranks, pixels: list[Any], names: list[list[str]]) -> list[Ranking]:
+    async def _run(
+        self, ranker: Ranks, pixels: list[Any], names: list[list[str]], more: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[Ranking]:
         started = time.perf_counter()
+        rank = partial(ranker.rank, **more)
         try:
-            answers = await asyncio.get_running_loop().run_in_executor(self.worker, ranker.rank, pixels, names)
+            answers = await asyncio.get_running_loop().run_in_executor(self.worker, rank, pixels, names)
         except (UserError, Unavailable):
             raise
         except Exception:
@@ -168,9 +205,29 @@ def load_ranker(settings: config.Ranker) -> Ranks:
         from rar.endpoint import EndpointRanker
 
         return EndpointRanker(settings)
+    from rar.checkpoint import share_cores
     from rar.rank import MllmRanker
 
-    return MllmRanker(settings, str(miniature.MLLM) if settings.model == "miniature" else settings.model)
+    share_cores(settings.max_replicas)
+    return MllmRanker(settings, model_path(settings))
+
+
+def model_path(settings: config.Ranker) -> str:
+    return str(miniature.MLLM) if settings.model == "miniature" else settings.model
+
+
+@lru_cache(maxsize=4096)
+def exemplar(uri: str, offset: int | None, size: int | None) -> np.ndarray | None:
+    """A picture of a class, kept decoded and small; None where it cannot be read."""
+    data = corpus.read_many([uri], [offset], [size])[0]
+    try:
+        return None if isinstance(data, RowError) else decode(data, EXEMPLAR_SIDE)
+    except RowError:
+        return None
+
+
+def pictures_at(places: Sequence[Place]) -> list[np.ndarray]:
+    return [picture for place in places if (picture := exemplar(*place)) is not None]
 
 
 def try_decode(image: bytes) -> np.ndarray | RowError:
@@ -279,19 +336,38 @@ def _deploy(name: str, settings: config.Ranker, online: config.Serve | None, opt
     handle = serve.run(deployment.bind(*arguments), name=name, route_prefix=None)
     if mistake := handle.fault.remote().result():
         serve.delete(name)
-        raise UserError(f"ranker.model: {mistake}")
+        raise mistake if isinstance(mistake, Unavailable) else UserError(f"ranker.model: {mistake}")
 
 
 @dataclass
 class Ask:
-    """Sends batches to a ranker application with a window of requests in flight, and waits for all. Picklable."""
+    """Sends batches to a ranker application with a window of requests in flight, and waits for all. Picklable.
+
+    cache: folder and fingerprint of the answers that are looked up before anything is sent. prior: of the labels.
+    exemplars: class name -> where its pictures lie.
+    """
 
     app: str
     in_flight: int
+    cache: tuple[str, str] | None = None
+    prior: Prior | None = None
+    exemplars: Exemplars | None = None
 
     def __call__(self, batches: Sequence[Batch]) -> list[list[Ranking]]:
         with ThreadPoolExecutor(self.in_flight) as pool:
             return list(pool.map(self._one, batches))
+
+    def _one(self, batch: Batch) -> list[Ranking]:
+        if self.cache is None:
+            return self._send(batch)
+        images, names = batch
+        answers, kept = AnswerCache(*self.cache), AnswerCache(*self.cache).get(images, names)
+        rows = [row for row, ranking in enumerate(kept) if ranking is None]
+        lacking = ([images[row] for row in rows], [names[row] for row in rows])
+        found = self._send(lacking) if rows else []
+        answers.put(*lacking, found)
+        new = iter(found)
+        return [next(new) if ranking is None else ranking for ranking in kept]
 
     @retry(
         retry=retry_if_exception_type((BackPressureError, *GONE)),
@@ -299,15 +375,28 @@ class Ask:
         wait=wait_random_exponential(multiplier=0.2, max=20),
         reraise=True,
     )
-    def _one(self, batch: Batch) -> list[Ranking]:
-        return serve.get_app_handle(self.app).rank.remote(*batch).result()
+    def _send(self, batch: Batch) -> list[Ranking]:
+        shown = None
+        if self.exemplars is not None:
+            shown = [[self.exemplars.get(name, []) for name in listed] for listed in batch[1]]
+        return serve.get_app_handle(self.app).rank.remote(*batch, self.prior, shown).result()
 
 
-def ask(settings: config.Ranker) -> Ask | None:
-    """How pipeline workers reach a ranker; None where no ranker is configured."""
+def ask(settings: config.Ranker, prior: Prior | None = None, exemplars: Exemplars | None = None) -> Ask | None:
+    """How pipeline workers reach a ranker; None where no ranker is configured. Raises UserError for a cache that cannot be."""
     if settings.method == "none":
         return None
-    return Ask(app_name(settings), settings.in_flight)
+    kept = None
+    if settings.cache is not None:
+        kept = (os.path.abspath(settings.cache), fingerprint(settings, model_path(settings), json.dumps([prior, exemplars])))
+        AnswerCache(*kept)
+    return Ask(app_name(settings), settings.in_flight, kept, prior, exemplars)
+
+
+def estimate_prior(settings: config.Ranker, images: list[bytes], names: list[list[str]]) -> Prior:
+    """The label prior by a ranker application that runs, for lists of every length up to the longest."""
+    counts = list(range(2, max(map(len, names), default=1) + 1))
+    return serve.get_app_handle(app_name(settings)).prior.remote(images, names, counts).result()
 
 
 @dataclass

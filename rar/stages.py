@@ -85,10 +85,12 @@ class Propose:
     """
 
     def __init__(self, settings: config.Detect) -> None:
+        from rar.checkpoint import share_cores
         from rar.propose import Proposer  # torch belongs to the detector's actors
 
         assert settings.detector is not None
         self.limit, self.batch = settings.max_boxes, settings.detector.batch_size
+        share_cores(settings.detector.workers)
         self.proposer = Proposer(settings.detector)
 
     def facts(self) -> None:
@@ -236,8 +238,10 @@ class Embed:
     """pixels (images) or text (class names, through the templates) -> vector, unit norm. Loads the encoder once an actor."""
 
     def __init__(self, settings: config.Encoder) -> None:
+        from rar.checkpoint import share_cores
         from rar.embed import load_encoder  # torch belongs to the encoder's actors; other workers stay small
 
+        share_cores(settings.workers)
         self.encoder = load_encoder(settings)
         self.work = timed("embed", self._embed)
 

@@ -190,16 +190,31 @@ def test_held_out_scores_are_those_of_a_head_without_the_fold() -> None:
     np.testing.assert_allclose(retrieve.held_out_scores("fused", images, texts, rows=[7, 2]), scores[[7, 2]], atol=1e-5)
 
 
-def test_a_class_bias_is_fitted_without_the_fold() -> None:
-    """Names 0 and 1 are one vector: only biases tell their images apart, and those of a fold must not know it."""
+def test_a_class_bias_is_how_often_it_is_right_over_how_often_expected_outside_the_fold() -> None:
+    world = World()
+    support = np.repeat(np.arange(20), 4)
+    images, texts = entries(world.images(support), support), entries(world.names, np.arange(20))
+    fitted = heads.fit(heads.Problem.of("fused", images, texts), 0)
+    folds = fitted.problem.folds
+    chances = softmax(retrieve.held_out_scores("fused", images, texts) - fitted.fold_biases[folds])
+    for fold in range(4):
+        seen, expected = np.bincount(support[folds != fold]), chances[folds != fold].sum(axis=0)
+        np.testing.assert_allclose(fitted.fold_biases[fold], np.log((seen + 4) / (expected + 4)), atol=1e-4)
+    np.testing.assert_allclose(fitted.biases, np.log((4 + 4) / (chances.sum(axis=0) + 4)), atol=1e-4)
+
+
+def test_a_name_that_claims_the_images_of_another_is_held_back() -> None:
+    """The name of class 0 lies between its own images and those of class 1."""
     rng = np.random.default_rng(0)
-    names = unit(rng.normal(size=(4, 8)))
-    names[1] = names[0]
-    labels = np.repeat([1, 2, 3], 4)  # no image of class 0
-    vectors = unit(names[labels] + 0.1 * rng.normal(size=(12, 8)))
-    fitted = heads.fit(heads.Problem.of("fused", entries(vectors, labels), entries(names, np.arange(4))), 0)
-    assert fitted.biases[1] > fitted.biases[0]
-    assert (np.abs(fitted.fold_biases) < np.abs(fitted.biases) + 1e-12).all()
+    means = unit(rng.normal(size=(6, 16)))
+    names = means.copy()
+    names[0] = unit(means[0] + 1.2 * means[1])
+    labels = np.repeat(np.arange(6), 8)
+    images = entries(unit(means[labels] + 0.5 * rng.normal(size=(48, 16))), labels)
+    biases, fair = (
+        heads.fit(heads.Problem.of("fused", images, entries(texts, np.arange(6))), 0).biases for texts in (names, means)
+    )
+    assert biases[0] - biases[1] < fair[0] - fair[1] - 0.1
 
 
 @pytest.mark.parametrize("mode", ["knn", "tip"])

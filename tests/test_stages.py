@@ -276,50 +276,78 @@ def stored(entries: Entries) -> Collection:
     return cast(Collection, exact)
 
 
-@pytest.mark.parametrize("mode", ["fused", "centroid"])
+def retriever(images: Entries, **settings: Any) -> stages.Retrieve:
+    """A memory of these images and of names near their classes, behind the stage."""
+    names = Entries(["a", "b", "c", "d"], np.arange(4), list(NAMES.values()), images.vectors[::3])
+    asked = config.Retriever(**settings)
+    assert asked.mode != "all"
+    head = retrieve.fit_head(asked.mode, images, names)
+    return stages.Retrieve(asked, head, stored(head.to_entries()), stored(images))
+
+
+@pytest.mark.parametrize("mode", ["text", "centroid", "lda", "fused"])
 def test_retrieve_by_a_head_is_the_heads_own_scores(images: Entries, mode: Any) -> None:
-    head = retrieve.fit_head(mode, images, None)
-    queries = unit(np.random.default_rng(1), 5, DIM)
-    work = stages.Retrieve(config.Retriever(mode=mode, top_k=3), stored(head.to_entries()), NAMES)
+    work = retriever(images, mode=mode, top_k=3)
+    names = Entries(["a", "b", "c", "d"], np.arange(4), list(NAMES.values()), images.vectors[::3])
+    queries, head = unit(np.random.default_rng(1), 5, DIM), retrieve.fit_head(mode, images, names)
     table = work(healthy(queries))
-    expected = retrieve.candidates_from_scores(head.scores(queries), head.class_ids, head.class_names, 3)
+    scores = head.scores(queries)
+    shares = scores - np.logaddexp.reduce(scores, axis=1)[:, None]
+    expected = retrieve.candidates_from_scores(shares, head.class_ids, head.class_names, 3)
     for found, row in zip(stages.candidates_of(table), expected, strict=True):
         assert [(c.class_id, c.class_name) for c in found] == [(c.class_id, c.class_name) for c in row]
-        assert [c.score for c in found] == pytest.approx([c.score for c in row], abs=1e-5)
+        assert [c.score for c in found] == pytest.approx([c.score for c in row], abs=1e-4)
     assert "vector" not in table.column_names
 
 
-def test_retrieve_by_neighbors_merges_classes(images: Entries) -> None:
-    work = stages.Retrieve(config.Retriever(mode="knn", top_k=2, n_neighbors=12), stored(images), NAMES)
-    for query, found in zip(images.vectors, stages.candidates_of(work(healthy(images.vectors))), strict=True):
-        best = [float((images.vectors[images.class_ids == c] @ query).max()) for c in range(4)]  # all 12 are searched
-        order = sorted(range(4), key=lambda c: -best[c])[:2]
-        assert [c.class_id for c in found] == order
-        assert [c.score for c in found] == pytest.approx([best[c] for c in order], abs=1e-6)
+def test_retrieve_by_one_neighbor_is_the_nearest_entrys_class(images: Entries) -> None:
+    work = retriever(images, mode="knn", top_k=2, n_neighbors=1, sharpness=1000.0)
+    queries = unit(np.random.default_rng(1), 20, DIM)
+    for query, found in zip(queries, stages.candidates_of(work(healthy(queries))), strict=True):
+        cosines = images.vectors @ query
+        nearest = images.class_ids[cosines.argmax()]
+        second = max((c for c in range(4) if c != nearest), key=lambda c: cosines[images.class_ids == c].max())
+        assert [c.class_id for c in found] == [nearest, second]  # all classes have as many entries
+        assert 0 >= found[0].score > found[1].score
 
 
-def test_neighbors_of_one_class_are_one_candidate(images: Entries) -> None:
-    work = stages.Retrieve(config.Retriever(mode="knn", top_k=4, n_neighbors=1), stored(images), NAMES)
-    assert [len(found) for found in stages.candidates_of(work(healthy(images.vectors)))] == [1] * 12
+@pytest.mark.parametrize("mode", ["knn", "tip"])
+def test_votes_propose_as_many_classes_as_asked_and_each_once(images: Entries, mode: Any) -> None:
+    work = retriever(images, mode=mode, top_k=4, n_neighbors=1)
+    for found in stages.candidates_of(work(healthy(images.vectors))):
+        assert sorted(c.class_id for c in found) == [0, 1, 2, 3]
+        assert sum(np.exp(c.score) for c in found) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_given_sharpness_is_used(images: Entries) -> None:
+    """Very blunt votes rank classes alike; very sharp ones follow the nearest entry."""
+    queries = unit(np.random.default_rng(1), 5, DIM)
+    tables = [retriever(images, mode="knn", top_k=4, sharpness=sharpness)(healthy(queries)) for sharpness in (0.01, 1000.0)]
+    blunt, sharp = ([[c.score for c in row] for row in stages.candidates_of(table)] for table in tables)
+    assert not np.allclose(blunt, sharp)
+    nearest = images.class_ids[(queries @ images.vectors.T).argmax(axis=1)]
+    assert [row[0].class_id for row in stages.candidates_of(tables[1])] == nearest.tolist()
 
 
 def test_retrieve_all_proposes_the_vocabulary_in_its_order() -> None:
     nothing = cast(Collection, ExactIndex(DIM))  # is not asked
-    names = {7: "wren", 2: "owl", 5: "kite"}
-    table = stages.Retrieve(config.Retriever(mode="all", top_k=1), nothing, names)(healthy(np.zeros((2, DIM), np.float32)))
-    row = [Candidate(2, "owl", 0.0), Candidate(5, "kite", 0.0), Candidate(7, "wren", 0.0)]
-    assert stages.candidates_of(table) == [row, row]
+    names = {2: "owl", 5: "kite", 7: "wren"}
+    head = retrieve.Head(np.array(list(names)), list(names.values()), np.zeros((3, DIM), np.float32), np.zeros(3, np.float32))
+    table = stages.Retrieve(config.Retriever(mode="all", top_k=1), head, nothing, nothing)(
+        healthy(np.zeros((2, DIM), np.float32))
+    )
+    for row in stages.candidates_of(table):
+        assert [(c.class_id, c.class_name) for c in row] == list(names.items())
+        assert [c.score for c in row] == pytest.approx([-np.log(3)] * 3)
 
 
 def test_top_k_is_cut_at_the_vocabulary(images: Entries) -> None:
-    head = retrieve.fit_head("fused", images, None)
-    work = stages.Retrieve(config.Retriever(top_k=50), stored(head.to_entries()), NAMES)
+    work = retriever(images, top_k=50)
     assert [len(found) for found in stages.candidates_of(work(healthy(images.vectors)))] == [4] * 12
 
 
 def test_retrieve_passes_rows_with_errors_on(images: Entries) -> None:
-    head = retrieve.fit_head("fused", images, None)
-    work = stages.Retrieve(config.Retriever(top_k=1), stored(head.to_entries()), NAMES)
+    work = retriever(images, top_k=1)
     queries = images.vectors[[0, 3, 6]].copy()
     queries[1] = np.nan  # must not even be looked at
     table = work(healthy(queries, [None, "gone", None]))
@@ -433,8 +461,7 @@ def test_every_row_leaves_as_a_prediction_or_as_an_error(
     table = stages.Decode(fit, SIDE)(stages.load(index(photos, *names)))
     vectors = [np.zeros(DIM) if data is None else tiny(data) for data in table["pixels"].to_pylist()]
     table = with_vectors(table, np.array(vectors, np.float32).reshape(-1, DIM))
-    collection = stored(retrieve.fit_head("fused", images, None).to_entries())
-    table = stages.Retrieve(config.Retriever(top_k=3), collection, NAMES)(table)
+    table = retriever(images, top_k=3)(table)
     ask = Reverser()
     table = stages.Rank(ask if ranked else None, Calibration(threshold=threshold), 4)(table)
     assert table["row"].to_pylist() == list(range(len(faults)))

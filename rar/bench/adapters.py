@@ -177,11 +177,6 @@ def _leave_shot_out(collection: Collection, entries: Entries) -> dict[str, float
 
 def _leave_one_out(collection: Collection, entries: Entries) -> dict[str, float]:
     """Each image alone is tested on all others."""
-    _fill(collection, entries)
-    hits = collection.search(entries.vectors, 2)
-    itself = [found[0] == own for found, own in zip(hits.entry_ids, entries.entry_ids, strict=True)]
-    nearest = np.where(itself, hits.class_ids[:, 1], hits.class_ids[:, 0])
-    result = {"knn1": float((nearest == entries.class_ids).mean())}
     tested = len(entries) if len(entries) <= MAX_LEFT_OUT else SAMPLED
     rows = np.sort(np.random.default_rng(0).permutation(len(entries))[:tested])
     problems = {mode: heads.Problem.of(mode, entries, None) for mode in IMAGE_MODES}
@@ -201,7 +196,16 @@ def _leave_one_out(collection: Collection, entries: Entries) -> dict[str, float]
             right["knn"] += int(
                 _voted_without(row, rule, entries, labels, problems["knn"].whole.counts).argmax() == labels[row]
             )
-    return {**result, **{mode: count / len(rows) for mode, count in right.items()}}
+    knn1 = float((_nearest_others(collection, entries) == entries.class_ids).mean())
+    return {"knn1": knn1, **{mode: count / len(rows) for mode, count in right.items()}}
+
+
+def _nearest_others(collection: Collection, entries: Entries) -> np.ndarray:
+    """(N,) class of the entry nearest to each other than itself."""
+    _fill(collection, entries)
+    hits = collection.search(entries.vectors, 2)
+    itself = [found[0] == own for found, own in zip(hits.entry_ids, entries.entry_ids, strict=True)]
+    return np.where(itself, hits.class_ids[:, 1], hits.class_ids[:, 0])
 
 
 def _voted_without(row: int, rule: votes.Rule, entries: Entries, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -1,21 +1,31 @@
-"""Crops a second: `rar.crops` against the loop that one writes first with Pillow, over photos and their boxes."""
+"""Boxes a second: `rar.crops` against the loop that one writes first with Pillow, and `rar detect` against the bare encoder."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import torch
 from PIL import Image, ImageFilter
 
+from rar import build, config, recognise
 from rar.bench.timing import paired
 from rar.boxes import clip_xyxy
-from rar.config import Corpus, Crop, Detect
+from rar.config import Config, Corpus, Crop, Detect
 from rar.crops import GREY, View, bands_of, crops, touched_xyxy, windows_xyxy
+from rar.decode import decode
 from rar.detect import read_boxes
-from rar.miniature.data import SCENE_HEIGHT, SCENE_WIDTH
+from rar.embed import load_encoder
+from rar.miniature.data import SCENE_HEIGHT, SCENE_WIDTH, write_world
 from rar.miniature.world import background, rng_of
+from rar.runfolder import RunFolder
+from rar.sinks import ShardSink
+from rar.stages import EncoderFacts
 
 Pictures = list[tuple[np.ndarray, np.ndarray]]  # (H, W, 3) uint8 and boxes (B, 4)
 
@@ -38,6 +48,61 @@ def crops_bench(repeats: int = 5, data: Path | None = None) -> dict[str, dict[st
             rows[outside + suffix] = compare(ours, photos, crop, repeats)
         rows[f"{outside}_crowded"] = compare(one_thread, crowded, crop, repeats)
     return rows
+
+
+def pipeline_bench(
+    repeats: int = 3, data: Path | None = None, model: str = "ViT-B-32/random", images: int = 32
+) -> dict[str, Any]:
+    """Boxes per second of the whole pipeline (read, crop, embed, retrieve, write) and of the bare encoder on the same crops.
+
+    The encoder of the reference runs in this process on squares made beforehand, with as many threads as the pipeline's has.
+    data: as for `crops_bench`; without it miniature scenes are drawn. model: any encoder; weights do not matter here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        settings = _settings(Path(folder), data, model, images)
+        with recognise.session(settings, create=True) as address:
+            build.build(settings, address, fresh=False)
+            vocabulary, work = recognise.open_memory(settings, address), recognise.detect_work(settings)
+            squares = _squares(settings, work.index, vocabulary.facts)
+            encoder = load_encoder(settings.encoder)
+            run = RunFolder.open(Path(folder) / "run", "detect", settings, fresh=True, name="bench", group="bench")
+            expected = work.expected(settings.run.shard_size)
+
+            def whole() -> None:
+                embedded = recognise.embed(settings, work, vocabulary.facts)
+                recognise.rank(settings, embedded, vocabulary, recognise.PAPER, None, ShardSink(run.path, expected))
+
+            row = paired(whole, lambda: encoder.embed_images(squares), len(squares), repeats)
+            assert run.predictions().num_rows == len(squares)
+    return {"whole": row | {"boxes": len(squares), "threads": torch.get_num_threads()}}
+
+
+def _settings(folder: Path, data: Path | None, model: str, images: int) -> Config:
+    if data is None:
+        write_world(folder / "world", 0, shots=1, tests=1, scenes=images)
+        truth, pictures = str(folder / "world" / "scenes.json"), None
+    else:
+        truth, pictures = str(data / "photos128.json"), str(data / "images")
+    return config.build(
+        {
+            "corpus": {"uri": truth, "images": pictures, "limit": images},
+            "memory": {"uri": str(folder / "memory"), "classes": truth},
+            "encoder": {"model": model},
+            "retriever": {"mode": "text"},
+            "ranker": {"method": "none"},
+            "route": {"mode": "always"},
+            "run": {"shard_size": 64},
+        }
+    )
+
+
+def _squares(settings: Config, index: pa.Table, facts: EncoderFacts) -> np.ndarray:
+    """(boxes, side, side, 3) uint8: what the pipeline's encoder gets to see."""
+    squares = []
+    for row in index.to_pylist():
+        image = decode(Path(row["uri"]).read_bytes())
+        squares += [facts.fit(crop) for crop in crops(image, np.array(row["boxes_xyxy"]).reshape(-1, 4), settings.detect.crop)]
+    return np.stack(squares)
 
 
 def compare(ours: Callable[[Pictures, Crop], list[np.ndarray]], photos: Pictures, crop: Crop, repeats: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ forward is what a ranker could reach at most: the batches that `letters` makes, 
 
 from __future__ import annotations
 
+import io
 import re
 import tempfile
 import time
@@ -27,7 +28,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from rar import miniature
+from rar import miniature, pipeline, serve
 from rar.bench.timing import paired
 from rar.config import Ranker
 from rar.miniature.tokens import mllm_tokenizer
@@ -56,6 +57,26 @@ def run(images: int = 96, repeats: int = 5) -> dict[str, Any]:
     ranker = MllmRanker(Ranker(batch_size=BATCH), str(miniature.MLLM))
     rows = against(lambda: ranker.rank(work.images, work.names), ranker, work, repeats)
     return {"images": images, "rows": {"letters": rows}, "split": split(ranker, work)}
+
+
+def through_serve(images: int = 96, repeats: int = 5) -> dict[str, Any]:
+    """The same rows for `letters` as a batch job asks for it: encoded pictures through Ray Serve, several requests in flight."""
+    work, settings = draw(images), Ranker(batch_size=BATCH)
+    encoded = [png(image) for image in work.images]
+    starts = range(0, images, BATCH)
+    batches = [(encoded[start : start + BATCH], work.names[start : start + BATCH]) for start in starts]
+    with pipeline.local_ray():
+        serve.deploy(settings)
+        ask = serve.ask(settings)
+        assert ask is not None
+        ranker = MllmRanker(settings, str(miniature.MLLM))
+        return {"serve": against(lambda: ask(batches), ranker, work, repeats)}
+
+
+def png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
 
 
 def against(
