@@ -72,3 +72,11 @@ def nms(boxes_xyxy: np.ndarray, scores: np.ndarray, iou: float) -> np.ndarray:
         shared = np.prod(np.maximum(high - low, 0), axis=1)
         left = left[shared <= iou * (sizes[best] + sizes[left] - shared)]
     return np.array(kept, dtype=np.int64)
+
+
+def iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
+    """(A, 4) and (B, 4) -> (A, B) intersection over union; 0 for two empty boxes."""
+    low, high = np.maximum(a_xyxy[:, None, :2], b_xyxy[:, :2]), np.minimum(a_xyxy[:, None, 2:], b_xyxy[:, 2:])
+    shared = np.prod(np.maximum(high - low, 0), axis=2)
+    union = area(a_xyxy)[:, None] + area(b_xyxy) - shared
+    return np.divide(shared, union, out=np.zeros(shared.shape), where=union > 0)

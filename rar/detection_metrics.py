@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rar.boxes import MEDIUM_AREA, SMALL_AREA, area, xywh_to_xyxy
+from rar.boxes import MEDIUM_AREA, SMALL_AREA, xywh_to_xyxy
+from rar.boxes import iou as box_iou
 from rar.evaluate import FREQUENCIES, Record, check_truth
 from rar.metrics import Outcomes, wilson
 
@@ -84,7 +85,7 @@ def _overlapped(
     boxes_of, objects_of = _rows_of(box_images), _rows_of(object_images)
     for image in objects_of.keys() & boxes_of.keys():
         rows = objects_of[image]
-        hit[rows] = (_iou(objects_xyxy[rows], boxes_xyxy[boxes_of[image]]) >= iou).any(axis=1)
+        hit[rows] = (box_iou(objects_xyxy[rows], boxes_xyxy[boxes_of[image]]) >= iou).any(axis=1)
     return hit
 
 
@@ -92,14 +93,6 @@ def _rows_of(images: np.ndarray) -> dict[int, np.ndarray]:
     """{image id: its rows}"""
     ids, starts = np.unique(np.sort(images), return_index=True)
     return dict(zip(ids.tolist(), np.split(np.argsort(images, kind="stable"), starts[1:]), strict=False))
-
-
-def _iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
-    """(A, 4) and (B, 4) -> (A, B) intersection over union; 0 for two empty boxes."""
-    low, high = np.maximum(a_xyxy[:, None, :2], b_xyxy[:, :2]), np.minimum(a_xyxy[:, None, 2:], b_xyxy[:, 2:])
-    shared = np.prod(np.maximum(high - low, 0), axis=2)
-    union = area(a_xyxy)[:, None] + area(b_xyxy) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 def _share(name: str, hits: np.ndarray) -> dict[str, float]:

@@ -199,15 +199,7 @@ def overlapped(uris: pa.ChunkedArray, xyxy: np.ndarray, known: pa.Table) -> list
         objects, names = (known[column][places[rows[0]]].as_py() for column in ("boxes_xyxy", "box_labels"))
         if not objects:
             continue
-        shared = iou(xyxy[rows], np.array(objects, np.float64))
+        shared = boxes.iou(xyxy[rows], np.array(objects, np.float64))
         for row, best, overlap in zip(rows.tolist(), shared.argmax(axis=1).tolist(), shared.max(axis=1).tolist(), strict=True):
             labels[row] = names[best] if overlap >= BOX_OVERLAP else None
     return labels
-
-
-def iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
-    """(A, 4) and (B, 4) -> (A, B) intersection over union; 0 for two empty boxes."""
-    low, high = np.maximum(a_xyxy[:, None, :2], b_xyxy[:, :2]), np.minimum(a_xyxy[:, None, 2:], b_xyxy[:, 2:])
-    shared = np.prod(np.maximum(high - low, 0), axis=2)
-    union = boxes.area(a_xyxy)[:, None] + boxes.area(b_xyxy) - shared
-    return np.divide(shared, union, out=np.zeros(shared.shape), where=union > 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,6 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data")
 FLAT, HNSW, HNSW_SQ8, REDUCED = (Index.model_validate({"kind": kind}) for kind in ("FLAT", "HNSW", "HNSW_SQ8", "REDUCED"))
 META = {"fingerprint": "f", "encoder": "open_clip é", "names": ["a", "b"], "shots": 4}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def unit(count: int, dim: int, seed: int = 0) -> np.ndarray:

@@ -94,7 +94,7 @@ def test_interval_is_students() -> None:
 
 
 def test_a_folder_of_nothing_and_a_file_of_something_else_are_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no NAME.npz"):
+    with pytest.raises(UserError, match=r"no NAME\.npz"):
         adapters.run(tmp_path)
     np.savez(tmp_path / "other.npz", embeddings=np.eye(3))
     with pytest.raises(UserError, match="no array 'class_id'"):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rar.boxes import area, check_boxes, clip_xyxy, nms, xywh_to_xyxy, xyxy_to_xywh
+from rar.boxes import area, check_boxes, clip_xyxy, iou, nms, xywh_to_xyxy, xyxy_to_xywh
 
 numbers = st.floats(-2000, 2000, width=32)
 sides = st.floats(1, 900, width=32)
@@ -110,3 +111,16 @@ tuples = st.tuples(coarse, coarse, coarse, coarse).map(lambda b: (b[0], b[1], b[
 def test_nms_equals_the_slow_definition(rows: list[tuple[tuple[int, ...], float]], iou: float) -> None:
     boxes, scores = [row[0] for row in rows], [row[1] for row in rows]
     assert nms(np.array(boxes, float).reshape(-1, 4), np.array(scores), iou).tolist() == slow_nms(boxes, scores, iou)
+
+
+def test_iou_equals_counted_pixels() -> None:
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.integers(0, 12, (40, 2, 2)), axis=1)
+    some = corners.reshape(40, 4)
+    masks = np.zeros((40, 12, 12), bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, some, strict=True):
+        mask[y0:y1, x0:x1] = True
+    both = (masks[:, None] & masks).sum(axis=(2, 3))
+    either = (masks[:, None] | masks).sum(axis=(2, 3))
+    assert iou(some, some) == pytest.approx(np.where(either > 0, both / np.maximum(either, 1), 0))
+    assert (area(some) == masks.sum(axis=(1, 2))).all()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent import futures
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 
 import rar.memory
 from rar import layout
+from rar.bench.server import milvus_server
 from rar.config import Index
 from rar.layout import FLAT_UP_TO, index_kind
 from rar.memory import Collection, open_store
@@ -34,39 +36,30 @@ from tests.stores import (
     clustered,
     exact,
     fill,
-    free_port,
     grocery,
     lying_low,
     names,
     needs_data,
     real,
     recall,
-    taken,
     unit,
 )
 
 
 @pytest.fixture(scope="session")
-def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """PyPI's Milvus standalone in a folder of its own. Its etcd has fixed ports, so one machine runs one."""
-    milvus = pytest.importorskip("milvus", reason="needs PyPI's milvus==2.3.5 (Linux x86-64)")
-    if any(taken(port) for port in (2379, 2380)):
-        pytest.skip("another Milvus or etcd runs on this machine (ports 2379 and 2380)")
-    base = tmp_path_factory.mktemp("milvus")
-    server = milvus.MilvusServer(milvus.MilvusServerConfig(data_dir=str(base), proxy_port=free_port()))
-    server.webservice_port = free_port()
-    try:
-        server.start()
-        yield f"http://127.0.0.1:{server.listen_port}"
-    finally:
-        server.stop()
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """PyPI's Milvus standalone in a folder of its own."""
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(milvus_server(tmp_path_factory.mktemp("milvus")))
+        except UserError as missing:
+            pytest.skip(str(missing))
+        yield server.address
 
 
 @pytest.fixture(scope="session", params=["lite", pytest.param("server", marks=pytest.mark.server)])
 def address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    uri = (
-        str(tmp_path_factory.mktemp("lite") / "store") if request.param == "lite" else request.getfixturevalue("milvus_server")
-    )
+    uri = str(tmp_path_factory.mktemp("lite") / "store") if request.param == "lite" else request.getfixturevalue("served")
     with open_store(uri) as address:
         yield address
 

@@ -24,9 +24,10 @@ import grpc
 import pytest
 
 from rar import memory, milvus
+from rar.bench.server import free_port
 from rar.memory import Collection, open_store
 from rar.schema import Unavailable, UserError
-from tests.stores import FLAT, HNSW, META, REDUCED, assert_same, built, exact, fill, free_port, lying_low, unit
+from tests.stores import FLAT, HNSW, META, REDUCED, assert_same, built, exact, fill, lying_low, unit
 
 
 def test_a_store_is_reopened_with_its_memories(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.tiny_mllm import SPECIAL, TEMPLATE, save_family, save_idefics3, save_llava, word_tokenizer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -24,6 +23,7 @@ from rar.mllm import Mllm, Prompt, thickened
 from rar.rank import MllmRanker
 from rar.schema import RankStatus, UserError
 from rar.wording import LABELS
+from tests.tiny_mllm import SPECIAL, TEMPLATE, save_family, save_idefics3, save_llava, word_tokenizer
 
 NAMES = [["red cat", "blue dog"], ["small bird", "big green cat", "red dog"]]
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.tiny_mllm import FAMILIES, save_family, save_llava, word_tokenizer
 from transformers.utils import is_num2words_available
 
 from rar.config import Ranker
@@ -21,6 +20,7 @@ from rar.prompt import generate_prompt, letters_prompt, likelihood_prompt, yes_n
 from rar.rank import MllmRanker, rotations
 from rar.schema import Ranking, RankStatus, UserError
 from rar.wording import LABELS, PICTURE
+from tests.tiny_mllm import FAMILIES, save_family, save_llava, word_tokenizer
 
 NAMES = [["red cat", "blue dog"], ["small bird", "big green cat", "red dog"], ["cat", "dog", "bird", "red bird", "big cat"]]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rar import boxes, detect, runview
+from rar import detect, runview
 from rar.route import Calibration
 from rar.schema import UserError
 from tests.runs import NAMES, classify_run, detect_run, write_truth
@@ -87,19 +87,6 @@ def test_overlap_is_by_picture_with_the_best_object_and_a_floor() -> None:
     assert runview.overlapped(uris, asked, known) == ["eel", "dog", "dog", None, None, None]
     assert runview.overlapped(uris, asked * [1, 1, 1, 0.5], known)[2] is None  # 24.5 of 80
     assert runview.overlapped(uris.slice(0, 0), np.zeros((0, 4)), known) == []
-
-
-def test_iou_equals_counted_pixels() -> None:
-    rng = np.random.default_rng(0)
-    corners = np.sort(rng.integers(0, 12, (40, 2, 2)), axis=1)
-    some = corners.reshape(40, 4)
-    masks = np.zeros((40, 12, 12), bool)
-    for mask, (x0, y0, x1, y1) in zip(masks, some, strict=True):
-        mask[y0:y1, x0:x1] = True
-    both = (masks[:, None] & masks).sum(axis=(2, 3))
-    either = (masks[:, None] | masks).sum(axis=(2, 3))
-    assert runview.iou(some, some) == pytest.approx(np.where(either > 0, both / np.maximum(either, 1), 0))
-    assert (boxes.area(some) == masks.sum(axis=(1, 2))).all()
 
 
 def test_won_lost_and_flipped(root: Path) -> None:

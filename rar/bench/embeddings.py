@@ -65,8 +65,8 @@ def recorded(data: Path) -> dict[str, Work]:
     for file in sorted(data.rglob("*.npz")):
         with np.load(file) as arrays:
             if "embeddings" in arrays:
-                found = _unit(arrays["embeddings"].astype(np.float32))
-                parts[file.parent.name, found.shape[1]].append(found)
+                part = _unit(arrays["embeddings"].astype(np.float32))
+                parts[file.parent.name, part.shape[1]].append(part)
     works = {}
     for (name, _), found in parts.items():
         vectors = np.random.default_rng(0).permutation(np.concatenate(found))

@@ -49,10 +49,11 @@ def search(client: MilvusClient, name: str, queries: np.ndarray, ef: int | None,
 def faiss_index(kind: str, entries: np.ndarray, settings: Index) -> Any:
     """The index of the same kind, and for REDUCED the HNSW that it stands in for."""
     dim, inner = entries.shape[1], faiss.METRIC_INNER_PRODUCT
+    index: Any
     if kind == "FLAT":
         index = faiss.IndexFlatIP(dim)
     elif kind == "HNSW_SQ8":
-        index = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, settings.m, inner)
+        index = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, settings.m, inner)  # type: ignore[arg-type]
     else:
         index = faiss.IndexHNSWFlat(dim, settings.m, inner)
     if kind != "FLAT":

@@ -1,8 +1,8 @@
 """The memory in numbers: every index on every store against raw pymilvus and raw faiss, on the same vectors in the same run.
 
-Each store is one process that does nothing else, so that its memory can be told; the bench is a client of it, as the workers of
-a pipeline are. Milvus Lite builds HNSW in the background, and searches exactly until it is done: here its process is ended after
-the build, which waits for the index, and started again for the searches.
+Each store is one process that does nothing else, so that its memory can be told; the bench is a client of it, as the workers
+of a pipeline are. Milvus Lite builds HNSW in the background, and searches exactly until it is done: here its process is ended
+after the build, which waits for the index, and started again for the searches.
 
 REDUCED has no counterpart. It is held against the HNSW over full vectors that it saves memory in, raw and our own.
 """
@@ -57,7 +57,7 @@ def run(
     server: bool = False,
     kinds: Sequence[str] = KINDS,
 ) -> Row:
-    """`rows` entries of `dim` dimensions, drawn (see embeddings.drawn), on Milvus Lite and, with `server`, on PyPI's Milvus 2.3.5.
+    """`rows` entries of `dim` dimensions, drawn (see embeddings), on Milvus Lite and, with `server`, on PyPI's Milvus 2.3.5.
 
     Throughputs are rows of `timing.paired`, queries or entries a second, of `Collection` as `ours`:
     - stores.S.K.search: `pymilvus`, client.search on the same collection in the same batches (for REDUCED: on HNSW); `faiss`,
@@ -80,7 +80,9 @@ def run(
         if server:
             with milvus_server(folder / "milvus") as running:
                 there = [kind for kind in kinds if kind != NOT_ON_SERVER]
-                result["stores"]["milvus_2_3_5"] = on_store(Store(lambda name: nullcontext(running)), work, there, known, repeats)
+                result["stores"]["milvus_2_3_5"] = on_store(
+                    Store(lambda name: nullcontext(running)), work, there, known, repeats
+                )
         if data is not None:
             found = recorded(data)
             result["recorded"] = {name: recalls(lite, name, one) for name, one in found.items()}
@@ -284,15 +286,15 @@ def crossover(sizes: Sequence[int] = SIZES, dim: int = 512, queries: int = 256, 
             store = Store(lambda name, folder=folder: lite_server(Path(folder) / name))  # type: ignore[misc]
             seconds = {kind: built(store, kind, work)["seconds"]["all"] for kind in ("FLAT", "HNSW")}
             with store.opened("FLAT") as flat, store.opened("HNSW") as hnsw:
-                both = Collection(hnsw.address, "HNSW"), Collection(flat.address, "FLAT")
-                few = Work(work.entries, work.queries[:4], work.kth[:4])
+                ours, theirs = Collection(hnsw.address, "HNSW"), Collection(flat.address, "FLAT")
+                few = work.queries[:4]
                 rows[str(size)] = {
-                    "batched": paired(*(our_search(one, work) for one in both), len(work.queries), repeats),
-                    "single": paired(*(singly(one, few) for one in both), len(few.queries), repeats),
+                    "batched": paired(our_search(ours, work), our_search(theirs, work), queries, repeats),
+                    "single": paired(singly(ours, few), singly(theirs, few), len(few), repeats),
                     "build_seconds": seconds,
                 }
     return rows
 
 
-def singly(collection: Collection, work: Work) -> Callable[[], object]:
-    return lambda: [collection.search(query[None], K) for query in work.queries]
+def singly(collection: Collection, queries: np.ndarray) -> Callable[[], object]:
+    return lambda: [collection.search(query[None], K) for query in queries]

@@ -5,6 +5,7 @@ The server is the standalone `milvus==2.3.5`, a development dependency. Its etcd
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import socket
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from rar.memory import open_store
 from rar.schema import UserError
 
 ETCD_PORTS = (2379, 2380)
+PROCESSES = Path("/proc")
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,10 @@ def is_taken(port: int) -> bool:
 
 
 def memory_mib(pid: int, field: str = "VmRSS") -> float:
-    """Resident memory of a process in MiB, now (VmRSS) or at most since it was last forgotten (VmHWM). Linux only."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    """Resident memory of a process in MiB, now (VmRSS) or at most since it was last forgotten (VmHWM). NaN where not Linux."""
+    if not PROCESSES.is_dir():
+        return math.nan
+    for line in (PROCESSES / str(pid) / "status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
     raise ValueError(f"no {field} of process {pid}")
@@ -92,4 +96,5 @@ def memory_mib(pid: int, field: str = "VmRSS") -> float:
 
 def forget_peak(pid: int) -> None:
     """Let VmHWM start again from what is resident now (proc(5), clear_refs)."""
-    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    if PROCESSES.is_dir():
+        (PROCESSES / str(pid) / "clear_refs").write_text("5")
