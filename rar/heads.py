@@ -39,7 +39,7 @@ COVARIANCE_PRIORS = (
 BIAS_PRIOR = 4.0  # a class's bias is shrunk as if it had been right this often, exactly as expected
 SCALE_PRIOR = 4.0  # pull of the scales towards their defaults; worth a handful of held-out images
 MAX_FOLDS = 5
-MAX_HELD_OUT, MAX_HELD_OUT_CELLS = 2048, 1 << 23  # held-out images, and images x classes, that the scales are fitted on
+MAX_HELD_OUT, MAX_HELD_OUT_CELLS = 2048, 1 << 21  # held-out images, and images x classes, that the scales are fitted on
 
 
 @dataclass(frozen=True)

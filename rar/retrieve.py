@@ -105,7 +105,7 @@ def _fit_tip(problem: heads.Problem, head: Head, seed: int, n_neighbors: int) ->
 def _rows_to_fit_on(problem: heads.Problem, seed: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Images whose class keeps an image without them, as many as time allows, and their held-out neighbors."""
     kept = np.stack([each.known for each in problem.kept])[problem.folds, problem.labels]
-    limit = max(1, min(heads.MAX_HELD_OUT, CELLS // max(len(problem.class_ids), len(problem.labels))))
+    limit = max(1, min(heads.MAX_HELD_OUT, heads.MAX_HELD_OUT_CELLS // max(len(problem.class_ids), len(problem.labels))))
     rows = np.sort(np.random.default_rng(seed).permutation(np.flatnonzero(kept))[:limit])
     return rows, _held_out_neighbors(problem, rows)
 

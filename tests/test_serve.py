@@ -181,7 +181,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    peft.get_peft_model(AutoModelForImageTextToText.from_pretrained(miniature.MLLM), settings).save_pretrained(folder)
+    peft.get_peft_model(AutoModelForImageTextToText.from_pretrained(miniature.MLLM), settings).save_pretrained(str(folder))
     return folder
 
 
@@ -243,7 +243,7 @@ def test_an_adapter_answers_under_its_name(service: Service) -> None:
 def test_mistakes_come_back_as_one_line_and_without_the_inside(service: Service) -> None:
     whole = {"image": encoded(png()), "candidates": ["a", "b"]}
     cut = encoded((service.world / "scenes").glob("*.jpg").__next__().read_bytes()[:2000])
-    wrong = [
+    wrong: list[tuple[str, dict[str, Any], int]] = [
         ("/rank", {**whole, "image": cut}, 422),
         ("/recognize", {"image": cut}, 422),
         ("/rank", {**whole, "candidates": [f"name {number}" for number in range(60)]}, 422),

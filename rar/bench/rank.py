@@ -60,7 +60,7 @@ def run(images: int = 96, repeats: int = 5) -> dict[str, Any]:
 
 
 def through_serve(images: int = 96, repeats: int = 5) -> dict[str, Any]:
-    """The same rows for `letters` as a batch job asks for it: encoded pictures through Ray Serve, several requests in flight."""
+    """The same rows for `letters` as a batch job asks for it: encoded pictures through Ray Serve, several at once."""
     work, settings = draw(images), Ranker(batch_size=BATCH)
     encoded = [png(image) for image in work.images]
     starts = range(0, images, BATCH)
