@@ -220,7 +220,7 @@ def run_gateway(settings: Config, known: Known | None, digest: bytes | None) -> 
     room = 2 * ranker.batch_size * ranker.max_replicas + online.max_queued
     deployment = ray_serve.deployment(
         name=APP,
-        ray_actor_options={"num_cpus": 1},
+        ray_actor_options={"num_cpus": stages.model_cpus()},
         autoscaling_config={
             "min_replicas": online.min_gateways,
             "max_replicas": online.max_gateways,

@@ -170,16 +170,17 @@ def _expected(images: Moments, names: np.ndarray | None) -> tuple[np.ndarray, np
     if both.sum() < 3:
         return expected, gaps, nothing
     middle = names[both].mean(axis=0)
-    left, sizes, right = np.linalg.svd(names[both] - middle, full_matrices=False)
+    variances, axes = _principal(names[both] - middle)  # ridge regression in the basis where it is diagonal
+    along = (names[both] - middle) @ axes
     targets, best = offsets[inside] - offsets[inside].mean(axis=0), np.inf
     for ridge in RIDGES:
-        kept = sizes**2 / np.maximum(sizes**2 + ridge * (sizes**2).mean(), TINY)
-        leverage = (left**2 * kept).sum(axis=1, keepdims=True) + 1 / both.sum()
-        missed = (targets - left * kept @ (left.T @ targets)) / np.maximum(1 - leverage, 0.05)
+        each = 1 / np.maximum(len(along) * (variances + ridge * variances.mean()), TINY)
+        leverage = (along**2 * each).sum(axis=1, keepdims=True) + 1 / len(along)
+        slopes = each[:, None] * (along.T @ targets)
+        missed = (targets - along @ slopes) / np.maximum(1 - leverage, 0.05)
         if (missed**2).sum() < best:
             best, gaps[inside] = (missed**2).sum(), missed
-            slopes = right.T * (kept / np.maximum(sizes, TINY)) @ (left.T @ targets)
-    expected[named] = images.means[inside].mean(axis=0) + (names[named] - middle) @ slopes
+            expected[named] = images.means[inside].mean(axis=0) + (names[named] - middle) @ axes @ slopes
     return expected, gaps, named
 
 

@@ -23,7 +23,7 @@ from rar import gaussian
 from rar.entries import Entries
 from rar.gaussian import TINY, Moments, Part
 from rar.schema import UserError
-from rar.softmax import fit_weights
+from rar.softmax import fit_weights, log_sum_exp
 
 Mode = Literal["text", "knn", "centroid", "tip", "lda", "fused"]
 MODES: tuple[Mode, ...] = ("text", "knn", "centroid", "tip", "lda", "fused")
@@ -302,7 +302,7 @@ def _fit_known(
     scores = scores[:, rows] * np.array(units)[:, None, None]
     multiples = fit_weights(scores, penalty, truth, np.array(default), SCALE_PRIOR)
     logits = np.tensordot(multiples, scores, 1) + penalty
-    nll = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(rows)), truth]
+    nll = log_sum_exp(logits) - logits[np.arange(len(rows)), truth]
     quality = np.mean([nll, logits.argmax(axis=1) == truth], axis=1).tolist() if len(rows) else [0.0, 0.0]
     return multiples * units, {"held_out": len(rows), "held_out_nll": quality[0], "held_out_top1": quality[1]}
 
@@ -317,7 +317,7 @@ def _neutral(logits: np.ndarray, present: np.ndarray, truth: np.ndarray) -> floa
     counts = wrong.sum(axis=1)
     if not len(counts):
         return 0.0
-    log_mean = np.logaddexp.reduce(np.where(wrong, logits, -np.inf), axis=1) - np.log(counts)
+    log_mean = log_sum_exp(np.where(wrong, logits, -np.inf)) - np.log(counts)
     return float((log_mean - np.where(wrong, logits, 0.0).sum(axis=1) / counts).mean())
 
 
@@ -332,7 +332,7 @@ def _with_biases(fitted: Fitted, scores: np.ndarray, present: np.ndarray, rows: 
         part, known = scale * part[usable], known[usable]
         mean = part.sum(axis=1, keepdims=True) / np.maximum(known.sum(axis=1, keepdims=True), 1)
         logits += np.where(known, part, mean + neutral)
-    chances = np.exp(logits - np.logaddexp.reduce(logits, axis=1)[:, None])
+    chances = np.exp(logits - log_sum_exp(logits)[:, None])
     member = folds[None] == np.arange(len(fitted.fold_biases))[:, None]  # (folds, n)
     seen = np.stack([np.bincount(truth[inside], minlength=logits.shape[1]) for inside in member])
     expected = member @ chances

@@ -53,6 +53,7 @@ SEARCH_HITS = 200_000  # per request: hits become Python objects on both sides
 IDS = 4096  # per request that names them
 
 PATIENCE_SECONDS = 60.0  # covers the restart of a Milvus server
+HANDOVER_SECONDS = 600.0  # of new segments to their index, which takes a server ten seconds and more
 
 
 class Collection:
@@ -158,8 +159,8 @@ class Collection:
         return self.remove([row["entry_id"] for page in self._pages(["entry_id"], f"class_id == {class_id}") for row in page])
 
     def seal(self, expected: int) -> None:
-        """Finish writing: flush once, wait for the index, check that exactly `expected` entries are there and visible, and
-        keep the digest of this state (see `state`).
+        """Finish writing: flush once, wait until the index is built and in use, check that exactly `expected` entries are
+        there and visible, and keep the digest of this state (see `state`).
 
         Milvus limits flushes to one in ten seconds, hence only here. An embedded store builds HNSW in the background: until it
         is done these entries are searched exactly, and leaving `open_store` waits for it. Raises UserError for another count.
@@ -167,6 +168,8 @@ class Collection:
         self._call(lambda client: client.flush(self.name))
         while self._call(lambda client: client.describe_index(self.name, "vector").get("pending_index_rows", 0)):
             time.sleep(0.5)
+        if self.meta()["index"] != "FLAT":
+            self._wait_for_handover()
         self._expect(self.count(), expected)
         unseen = retry_if_result(lambda count: count != expected)
         try:
@@ -176,6 +179,15 @@ class Collection:
         stock = self._take_stock()
         self._expect(stock["count"], expected)
         self._call(lambda client: client.alter_collection_properties(self.name, {layout.STATE_KEY: json.dumps(stock)}))
+
+    def _wait_for_handover(self) -> None:
+        waiting = retry_if_result(lambda handed_over: not handed_over)
+        patience = Retrying(retry=waiting, stop=stop_after_delay(HANDOVER_SECONDS), wait=wait_fixed(0.5))
+        try:
+            patience(self._call, partial(layout.is_handed_over, name=self.name))
+        except RetryError:
+            reason = f"does not load the index of memory {self.name!r}; check the memory of its query nodes"
+            raise Unavailable(f"Milvus at {self.address} {reason}") from None
 
     def _expect(self, found: int, expected: int) -> None:
         if found != expected:

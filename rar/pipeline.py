@@ -36,7 +36,7 @@ from rar.runfolder import RunFolder
 from rar.schema import UserError
 
 OBJECT_STORE_BYTES = 1 << 30
-LOCAL_SLOTS = 5  # logical CPUs of a laptop's Ray: encoder, rankers and tasks are placed at once and share the cores
+LOCAL_SLOTS = 3  # logical CPUs of a laptop's Ray, for tasks: models hardly reserve any there (see stages.model_cpus)
 TASK_CPUS = 0.5  # tasks wait for models about as much as they work
 
 
@@ -229,7 +229,7 @@ def detectors(settings: str) -> tuple[Any, ...]:
 
 def _actors(load: Callable[[str], Any], settings: str, device: str, workers: int) -> tuple[Any, ...]:
     gpus = 0 if device == "cpu" or not ray.cluster_resources().get("GPU") else 1
-    start = ModelActor.options(num_cpus=1, num_gpus=gpus)  # type: ignore[attr-defined]
+    start = ModelActor.options(num_cpus=stages.model_cpus(), num_gpus=gpus)  # type: ignore[attr-defined]
     return tuple(start.remote(load, settings) for _ in range(workers))
 
 

@@ -36,7 +36,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.metrics import Counter
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from rar import config, corpus, miniature
+from rar import config, corpus, miniature, stages
 from rar.batching import Batcher
 from rar.cache import AnswerCache, fingerprint
 from rar.decode import decode
@@ -327,7 +327,7 @@ def _deploy(name: str, settings: config.Ranker, online: config.Serve | None, opt
     options["autoscaling_config"] |= {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
     deployment = serve.deployment(
         name="ranker",
-        ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus},
+        ray_actor_options={"num_cpus": stages.model_cpus(), "num_gpus": settings.num_gpus},
         graceful_shutdown_timeout_s=DRAIN_S,
         logging_config=QUIET,
         **options,

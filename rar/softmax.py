@@ -5,6 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 
+def log_sum_exp(logits: np.ndarray) -> np.ndarray:
+    """(N, K) -> (N,); a row of -inf alone gives -inf. np.logaddexp.reduce is the same, and several times slower."""
+    most = np.maximum(logits.max(axis=1, keepdims=True), np.finfo(np.float64).min)
+    with np.errstate(divide="ignore"):
+        return (np.log(np.exp(logits - most).sum(axis=1, keepdims=True)) + most)[:, 0]
+
+
 def fit_weights(scores: np.ndarray, penalty: np.ndarray, truth: np.ndarray, prior: np.ndarray, strength: float) -> np.ndarray:
     """Weights w >= 0 (P,) minimising the NLL of softmax(sum_p w_p scores_p + penalty) plus strength / 2 * |w - prior|^2.
 
@@ -14,13 +21,13 @@ def fit_weights(scores: np.ndarray, penalty: np.ndarray, truth: np.ndarray, prio
     margins = scores - np.take_along_axis(scores, truth[None, :, None], axis=2)
 
     def loss(weights: np.ndarray) -> float:
-        nll = np.logaddexp.reduce(np.tensordot(weights, margins, 1) + penalty, axis=1).sum()
+        nll = log_sum_exp(np.tensordot(weights, margins, 1) + penalty).sum()
         return float(nll + strength / 2 * ((weights - prior) ** 2).sum())
 
     weights = np.maximum(prior, 0.0)
     for _ in range(50):
         logits = np.tensordot(weights, margins, 1) + penalty
-        chances = np.exp(logits - np.logaddexp.reduce(logits, axis=1)[:, None])
+        chances = np.exp(logits - log_sum_exp(logits)[:, None])
         means = np.einsum("nk,pnk->pn", chances, margins)
         gradient = means.sum(axis=1) + strength * (weights - prior)
         second = np.einsum("nk,pnk,qnk->pq", chances, margins, margins, optimize=True)

@@ -9,6 +9,7 @@ rows), which the writer sums up.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -232,6 +233,14 @@ class EncoderFacts:
 
     def fit(self, image: np.ndarray) -> np.ndarray:
         return fit_square(image, self.side, self.resize_mode, self.interpolation)
+
+
+def model_cpus() -> float:
+    """What an actor with a model reserves of Ray's CPUs: one; on a laptop (see pipeline.local_ray) next to nothing.
+
+    There the models of a session share the cores by turns, and one more of them must not wait for a CPU that never gets free.
+    """
+    return 0.01 if "RAR_THREADS" in os.environ else 1.0
 
 
 class Embed:

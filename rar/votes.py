@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from rar.softmax import fit_weights
+from rar.softmax import fit_weights, log_sum_exp
 
 SHARPNESSES = (3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 200.0)  # tried by the fit
 MARGIN = 1e-3  # of scores, between a class among the neighbors and one that was looked up to fill the list
@@ -118,4 +118,4 @@ def fit_tip(
 
 
 def _nll(logits: np.ndarray, truth: np.ndarray) -> float:
-    return float((np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(truth)), truth]).mean())
+    return float((log_sum_exp(logits) - logits[np.arange(len(truth)), truth]).mean())

@@ -6,7 +6,9 @@ Not covered: speed, which `rar bench retrieve` measures.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,24 @@ import pytest
 
 from rar.bench import embeddings, raw, retrieve
 from rar.bench.embeddings import Work, drawn, kth_scores, recorded
-from rar.bench.server import lite_server, memory_mib
+from rar.bench.server import Server, lite_server, memory_mib
 from rar.config import Index
-from rar.memory import Collection
+from rar.memory import Collection, open_store
 from tests.stores import SHARED_DATA, clustered, needs_data, unit
+
+
+@contextmanager
+def in_this_process(folder: Path) -> Iterator[Server]:
+    """A store that starts at once; processes of their own are for what they need."""
+    with open_store(str(folder)) as address:
+        yield Server(address, os.getpid())
 
 
 @pytest.fixture(scope="module")
 def result(ray_session: None) -> dict[str, Any]:
-    return retrieve.run(rows=500, dim=36, queries=20, repeats=1, kinds=("FLAT", "HNSW", "REDUCED"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieve, "lite_server", in_this_process)
+        return retrieve.run(rows=500, dim=36, queries=20, repeats=1, kinds=("FLAT", "HNSW", "REDUCED"))
 
 
 def throughputs(value: Any) -> Iterator[dict[str, float]]:
@@ -95,7 +106,7 @@ def test_recorded_embeddings_are_found_by_folder() -> None:
 @needs_data
 def test_recall_on_recorded_embeddings(tmp_path: Path) -> None:
     work = recorded(SHARED_DATA)["clip_b16_memories"]
-    found = retrieve.recalls(retrieve.Store(lambda name: lite_server(tmp_path / name)), "clip", work)
+    found = retrieve.recalls(retrieve.Store(lambda name: in_this_process(tmp_path / name)), "clip", work)
     assert found["FLAT"] == 1.0 and found["HNSW"] >= 0.99 and found["REDUCED"] >= 0.98 and found["HNSW_SQ8"] > 0.9
 
 
@@ -118,7 +129,8 @@ def test_the_raw_side_writes_and_finds_the_same(tmp_path: Path) -> None:
     assert (raw.faiss_search(raw.faiss_index("FLAT", work.entries, Index()), work.queries) == rows).all()
 
 
-def test_crossover_has_a_row_a_size() -> None:
+def test_crossover_has_a_row_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieve, "lite_server", in_this_process)
     rows = retrieve.crossover(sizes=(300,), dim=16, queries=8, repeats=1)
     assert set(rows) == {"300"} and set(rows["300"]) == {"batched", "single", "build_seconds"}
 

@@ -276,10 +276,17 @@ def test_every_other_key_changes_the_fingerprint() -> None:
         value = full
         for part in key.split("."):
             value = getattr(value, part)
-        if not isinstance(value, config.Strict):
+        if not isinstance(value, config.Strict) and key != "ranker.prompts":  # of that, what the file says counts
             changed = full.model_copy(update=_changed(full, key.split(".")))
             kept |= {key} if changed.fingerprint() == full.fingerprint() else set()
     assert kept == {*SPEED, "detect.detector.workers"}  # of an optional section, which the property tests leave out
+
+
+def test_prompts_count_by_what_they_say(tmp_path: Path) -> None:
+    (tmp_path / "same.yaml").write_text("version: 1\n")
+    (tmp_path / "other.yaml").write_text("version: 1\npicture: the photo\n")
+    same, other = (Config.model_validate({"ranker": {"prompts": str(tmp_path / f"{n}.yaml")}}) for n in ("same", "other"))
+    assert same.fingerprint() == Config().fingerprint() != other.fingerprint()
 
 
 def _changed(section: config.Strict, keys: list[str]) -> dict[str, Any]:

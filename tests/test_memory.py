@@ -20,6 +20,7 @@ import pytest
 
 import rar.memory
 from rar import layout
+from rar.bench.embeddings import drawn
 from rar.bench.server import milvus_server
 from rar.config import Index
 from rar.layout import FLAT_UP_TO, index_kind
@@ -248,6 +249,14 @@ def test_hnsw_recall_on_real_embeddings(collection: Collection) -> None:
     built(collection, vectors, HNSW)
     hits, truth = collection.search(vectors, 10), exact(vectors).search(vectors, 10)
     assert recall(hits, truth) >= 0.99
+
+
+def test_a_sealed_memory_is_searched_by_its_own_index(collection: Collection) -> None:
+    """A server has a coarse one for what is new, with a recall of 0.87 here."""
+    work = drawn(20_000, 512, 100)
+    built(collection, work.entries, HNSW)
+    found = [[int(entry_id[1:]) for entry_id in ids] for ids in collection.search(work.queries, 10).entry_ids]
+    assert work.recall(np.array(found)) >= 0.99
 
 
 @needs_data

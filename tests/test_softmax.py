@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rar.softmax import fit_weights
+from rar.softmax import fit_weights, log_sum_exp
 
 
 def problem(n_scores: int, n_images: int, n_columns: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -27,6 +27,13 @@ def slow_loss(
         logits = sum(weight * one[image] for weight, one in zip(weights, scores, strict=True)) + penalty[image]
         total -= np.log(np.exp(logits[true]) / np.exp(logits).sum())
     return float(total)
+
+
+def test_log_sum_exp_is_that_of_numpy() -> None:
+    rows = np.random.default_rng(0).normal(size=(50, 7)) * 300
+    rows[:10, :6] = -np.inf
+    rows[0] = -np.inf
+    np.testing.assert_allclose(log_sum_exp(rows), np.logaddexp.reduce(rows, axis=1), rtol=1e-12)
 
 
 def test_one_weight_by_hand() -> None:

@@ -30,7 +30,7 @@ from rar.schema import UserError
 SHOTS = (1, 2, 4, 8, 16)
 IMAGE_MODES: tuple[Mode, ...] = ("knn", "centroid", "lda", "fused")
 MAX_FOLDS = 5  # of leave_shot_out: the i-th images of all classes share fold i mod 5
-MAX_LEFT_OUT, SAMPLED = 600, 200  # a set of more images is sampled for leave_one_out, except by knn1
+MAX_LEFT_OUT, SAMPLED = 600, 100  # a set of more images is sampled for leave_one_out, except by knn1
 T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t by degrees of freedom
 
 

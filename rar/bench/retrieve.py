@@ -33,7 +33,8 @@ from rar.sinks import MilvusSink
 
 KINDS = ("FLAT", "HNSW", "HNSW_SQ8", "REDUCED")
 NOT_ON_SERVER = "HNSW_SQ8"  # Milvus 2.3.5
-TIMED_ROWS = 20_000  # of a comparison of writes
+UPSERT_ROWS, SINK_ROWS = 10_000, 20_000  # at most, of a comparison of writes
+BLOCK = 20_000  # entries a call
 CLASSES = 13_204  # of the pipeline's head: as many as V3Det has
 SIZES = (5_000, 20_000, 50_000, 100_000)
 
@@ -51,8 +52,8 @@ class Store:
 def run(
     rows: int = 20_000,
     dim: int = 512,
-    queries: int = 512,
-    repeats: int = 7,
+    queries: int = 256,
+    repeats: int = 5,
     data: Path | None = None,
     server: bool = False,
     kinds: Sequence[str] = KINDS,
@@ -118,8 +119,8 @@ def built(store: Store, kind: str, work: Work) -> Row:
     with store.opened(kind) as server:
         before, opened = watch(server), time.perf_counter()
         collection = created(server, kind, kind, work)
-        for start in range(0, len(work.entries), TIMED_ROWS):
-            numbers = np.arange(start, min(start + TIMED_ROWS, len(work.entries)))
+        for start in range(0, len(work.entries), BLOCK):
+            numbers = np.arange(start, min(start + BLOCK, len(work.entries)))
             collection.upsert(*raw.columns(numbers), work.entries[numbers])
         written = time.perf_counter()
         collection.seal(len(work.entries))
@@ -196,7 +197,7 @@ def upserts(server: Server, kind: str, work: Work, repeats: int) -> dict[str, fl
     """Each side writes the same blocks of entries in turn, ours to a memory of that kind."""
     ours, client = created(server, f"{kind}_ours", kind, work), milvus.connect(server.address, None)
     theirs = created(server, f"{kind}_raw", "HNSW" if kind == "REDUCED" else kind, work)
-    blocks = np.array_split(np.arange(min(TIMED_ROWS, len(work.entries))), repeats + 1)
+    blocks = np.array_split(np.arange(min(UPSERT_ROWS, len(work.entries))), repeats + 1)
     mine, other = iter(blocks), iter(blocks)
 
     def write_ours() -> None:
@@ -216,7 +217,7 @@ def upserts(server: Server, kind: str, work: Work, repeats: int) -> dict[str, fl
 def datasink(server: Server, work: Work, repeats: int) -> dict[str, float]:
     """Each side writes all entries under new ids, again and again."""
     ours, theirs = (created(server, f"sink_{side}", "FLAT", work) for side in ("ours", "raw"))
-    client, numbers = milvus.connect(server.address, None), np.arange(min(TIMED_ROWS, len(work.entries)))
+    client, numbers = milvus.connect(server.address, None), np.arange(min(SINK_ROWS, len(work.entries)))
     mine, other = iter(range(repeats + 1)), iter(range(repeats + 1))
 
     def write_ours() -> None:
