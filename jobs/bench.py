@@ -70,6 +70,22 @@ def ablation(out: Out = None, seed: Seed = 0, scenes: int = 450) -> None:
 
 
 @bench.command()
+def retrieve(
+    data: Data = None, rows: int = 20_000, repeats: Repeats = 5, server: bool = False, crossover: bool = False
+) -> None:
+    """Recall, queries/s, build rows/s, bytes and memory of every index, against raw pymilvus and raw faiss."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import retrieve as module
+
+        recorded = data or (SHARED if SHARED.is_dir() else None)
+        found = module.run(rows, repeats=repeats, data=recorded, server=server)
+        return {**found, "crossover": module.crossover(repeats=repeats)} if crossover else found
+
+    _run(work)
+
+
+@bench.command()
 def rank(images: int = 96, repeats: Repeats = 5) -> None:
     """The ranker's images/s: letters through Ray Serve and bare, against the paper's loop and the bare forward pass."""
 

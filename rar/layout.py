@@ -23,6 +23,7 @@ META_KEY, STATE_KEY = "rar.meta", "rar.state"  # collection properties; descript
 FLAT_UP_TO = 50_000
 IN_MILVUS = {"FLAT": "FLAT", "HNSW": "HNSW", "HNSW_SQ8": "HNSW_SQ", "REDUCED": "HNSW"}
 MAX_PAGE = 16_384  # rows per page on a server
+INDEXED_ROWS = 1024  # the least that a server indexes (its minSegmentNumRowsToEnableIndex)
 PAGE_BYTES = 16 << 20
 ROW_BYTES = 64  # of ids and class columns, roughly
 
@@ -148,15 +149,15 @@ def is_handed_over(client: MilvusClient, name: str) -> bool:
     """Whether everything flushed is searched by its own index. Embedded: always, a segment without one is searched exactly.
 
     A server searches new entries by a coarse index of its own, and goes on for seconds after theirs is built: at 20,000 entries
-    that cost 13 points of recall@10.
+    of 512 dimensions recall@10 was 0.82 until then. A segment of less than INDEXED_ROWS gets no index and is searched exactly.
     """
     from pymilvus.client.types import SegmentState
 
     if is_lite(client):
         return True
-    flushed = [one for one in client.list_persistent_segments(name) if one.state == SegmentState.Flushed and one.num_rows]
-    loaded = {one.segment_id for one in client.list_loaded_segments(name) if one.state == SegmentState.Sealed}
-    return loaded.issuperset(one.segment_id for one in flushed)
+    segments = client.list_persistent_segments(name)
+    flushed = {one.segment_id for one in segments if one.state == SegmentState.Flushed and one.num_rows >= INDEXED_ROWS}
+    return flushed <= {one.segment_id for one in client.list_loaded_segments(name) if one.index_name}
 
 
 def texts(client: MilvusClient, name: str, entry_ids: list[str]) -> list[dict[str, Any]]:

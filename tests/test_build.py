@@ -130,6 +130,7 @@ def test_bad_vectors_are_rows_of_errors(address: str, tmp_path: Path) -> None:
     assert [row["uri"] for row in built.failed.to_pylist()] == [f"{tmp_path}/bad.npz#{row}" for row in (1, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["HNSW", "REDUCED"])
 def test_any_index_finds_the_same_neighbors(index: str, address: str, tmp_path: Path) -> None:
     support, queries = write(tmp_path / "s.npz", CLASSES, 9, 1), write(tmp_path / "q.npz", CLASSES, 5, 2)

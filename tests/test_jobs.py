@@ -105,6 +105,7 @@ def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_predictions(world: Path, ray_session: None, tmp_path: Path) -> None:
     file = write_config(tmp_path, world, corpus={"limit": 60}, memory={"shots": 1})
     settings = config.load(file)

@@ -252,11 +252,12 @@ def test_hnsw_recall_on_real_embeddings(collection: Collection) -> None:
 
 
 def test_a_sealed_memory_is_searched_by_its_own_index(collection: Collection) -> None:
-    """A server has a coarse one for what is new, with a recall of 0.87 here."""
+    """A server has a coarse one for what is new, with a recall of 0.82 here."""
     work = drawn(20_000, 512, 100)
     built(collection, work.entries, HNSW)
     found = [[int(entry_id[1:]) for entry_id in ids] for ids in collection.search(work.queries, 10).entry_ids]
-    assert work.recall(np.array(found)) >= 0.99
+    recall_at_10 = work.recall(np.array(found))
+    assert recall_at_10 >= 0.99
 
 
 @needs_data

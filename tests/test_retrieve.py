@@ -14,6 +14,7 @@ from rar.entries import Entries, ExactIndex, Hits
 from rar.schema import Candidate, UserError
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SLOW = pytest.mark.slow
 needs_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data")
 
 
@@ -471,7 +472,7 @@ def test_real_clip_memories_beat_one_nearest_neighbor() -> None:
 
 
 @needs_data
-@pytest.mark.parametrize(("shots", "gain"), [(1, 0.0), (4, 0.07), (16, 0.03)])
+@pytest.mark.parametrize(("shots", "gain"), [pytest.param(1, 0.0, marks=SLOW), (4, 0.07), pytest.param(16, 0.03, marks=SLOW)])
 def test_real_grocery_embeddings_beat_one_nearest_neighbor(shots: int, gain: float) -> None:
     """MobileNet embeddings of the train photos, random support images of each class, the others as queries.
 
