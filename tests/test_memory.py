@@ -251,10 +251,11 @@ def test_hnsw_recall_on_real_embeddings(collection: Collection) -> None:
     assert recall(hits, truth) >= 0.99
 
 
-def test_a_sealed_memory_is_searched_by_its_own_index(collection: Collection) -> None:
+@pytest.mark.server
+def test_a_sealed_memory_is_searched_by_its_own_index(served: str) -> None:
     """A server has a coarse one for what is new, with a recall of 0.82 here."""
     work = drawn(20_000, 512, 100)
-    built(collection, work.entries, HNSW)
+    collection = built(Collection(served, "sealed"), work.entries, HNSW)
     found = [[int(entry_id[1:]) for entry_id in ids] for ids in collection.search(work.queries, 10).entry_ids]
     recall_at_10 = work.recall(np.array(found))
     assert recall_at_10 >= 0.99
