@@ -79,7 +79,7 @@ class Index(Strict):
     ef_construction: int = Field(200, ge=8, le=512)
     ef: int = Field(128, ge=8)
     reduction: int = Field(9, ge=2, description="of REDUCED: the graph holds vectors of 1/reduction of the dimensions")
-    shortlist: int = Field(10, ge=1, description="of REDUCED: neighbors rescored for each one returned")
+    shortlist: int = Field(30, ge=1, description="of REDUCED: neighbors rescored for each one returned")
 
 
 class Memory(Strict):

@@ -20,7 +20,7 @@ import pyarrow as pa
 from rar import config, corpus, crops, retrieve, route, vectors
 from rar.boxes import check_boxes
 from rar.decode import decode, fit_square
-from rar.memory import Collection, Entries
+from rar.memory import Collection, Entries, Hits
 from rar.schema import CANDIDATES, Candidate, Ranking, RankStatus, RowError, content_id, entry_id
 
 Stage = Callable[[pa.Table], pa.Table]
@@ -308,10 +308,11 @@ class Retrieve:
             found = retrieve.candidates_by_votes(
                 self.head, self.images.search, queries, top_k, settings.n_neighbors, settings.sharpness
             )
-        else:
-            hits = self.classes.search(retrieve.augment(queries), min(max(top_k, SHARE_DEPTH), n_classes))
-            found = retrieve.candidates_from_hits(hits, self.names)
-        return [log_shares(candidates)[:top_k] for candidates in found]
+            return [log_shares(candidates) for candidates in found]
+        hits = self.classes.search(retrieve.augment(queries), min(max(top_k, SHARE_DEPTH), n_classes))
+        total = np.logaddexp.reduce(hits.scores.astype(np.float64), axis=1, keepdims=True)
+        best = Hits(hits.scores[:, :top_k] - total, hits.class_ids[:, :top_k], [row[:top_k] for row in hits.entry_ids])
+        return retrieve.candidates_from_hits(best, self.names)
 
 
 SHARE_DEPTH = 64
