@@ -67,7 +67,7 @@ def test_recall_bytes_and_memory(result: dict[str, Any]) -> None:
         assert lite[kind]["bytes"]["on_disk"] > lite[kind]["bytes"]["index_on_disk"] > lite[kind]["bytes"]["vector_in_graph"]
         assert (
             min(lite[kind]["memory_mib"].values()) > 10
-        )  # no order: this process, shared with other tests, may shrink meanwhile
+        )  # in no order: other tests' memory may go meanwhile
 
 
 def test_recall_counts_what_reaches_the_kth_score() -> None:
