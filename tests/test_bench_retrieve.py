@@ -65,9 +65,7 @@ def test_recall_bytes_and_memory(result: dict[str, Any]) -> None:
     assert [lite[kind]["bytes"]["vector_in_graph"] for kind in ("FLAT", "HNSW", "REDUCED")] == [144, 144, 16]
     for kind in ("FLAT", "HNSW", "REDUCED"):
         assert lite[kind]["bytes"]["on_disk"] > lite[kind]["bytes"]["index_on_disk"] > lite[kind]["bytes"]["vector_in_graph"]
-        assert (
-            min(lite[kind]["memory_mib"].values()) > 10
-        )  # in no order: other tests' memory may go meanwhile
+        assert min(lite[kind]["memory_mib"].values()) > 10  # in no order: other tests' memory may go meanwhile
 
 
 def test_recall_counts_what_reaches_the_kth_score() -> None:
