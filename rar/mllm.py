@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
 
+from rar.checkpoint import first_line, pick_device
 from rar.config import Ranker
 from rar.schema import UserError
 from rar.wording import LABELS, PICTURE
@@ -47,7 +48,7 @@ class Mllm:
         """model_path: a local folder or a hub name (config.model may be 'miniature', which the caller resolves)."""
         self.config = config
         self.model_path = model_path
-        self.device = _device(config.device)
+        self.device = pick_device(config.device, "ranker.device")
         self.processor, self.model = _load(config, model_path, self.device)
         self.window: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.lead, self.end_id = _reply_frame(self.processor, self.model)
@@ -101,7 +102,7 @@ class Mllm:
         try:
             self.encode([Prompt(0, 0, [tiny, tiny], text)])
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
-            raise UserError(f"{why}: {_first_line(error)}; set ranker.exemplars to 0") from None
+            raise UserError(f"{why}: {first_line(error)}; set ranker.exemplars to 0") from None
 
     def batches(
         self, prompts: Sequence[Prompt], room: int
@@ -185,16 +186,6 @@ def _user_turn(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [part for part in content if part.get("text") != ""]}]
 
 
-def _device(name: str) -> torch.device:
-    """The configured device; 'auto' is the first of cuda, mps, cpu that is there. Raises UserError for one that is not."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"ranker.device {name!r} cannot be used here: {_first_line(error)}") from None
-
-
 def _load(config: Ranker, model_path: str, device: torch.device) -> tuple[Any, Any]:
     """(processor, model in inference mode). A checkpoint with weights missing is refused: it would rank at random."""
     local = Path(model_path).is_dir()
@@ -207,7 +198,7 @@ def _load(config: Ranker, model_path: str, device: torch.device) -> tuple[Any, A
         processor = AutoProcessor.from_pretrained(model_path, **options)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(model_path, output_loading_info=True, **weights, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"ranker.model {model_path!r} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"ranker.model {model_path!r} cannot be loaded: {first_line(error)}") from None
     model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
     if missing:
         raise UserError(f"ranker.model {model_path!r} lacks {len(missing)} of its weights, the first is {missing[0]!r}")
@@ -250,7 +241,7 @@ def _adapted(model: Any, folder: Path, merge: bool) -> Any:
         adapted: Any = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
         unused = adapted.load_adapter(str(folder), "default").unexpected_keys
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"ranker.adapter {str(folder)!r} does not fit ranker.model: {_first_line(error)}") from None
+        raise UserError(f"ranker.adapter {str(folder)!r} does not fit ranker.model: {first_line(error)}") from None
     if unused:
         raise UserError(f"ranker.adapter {str(folder)!r} does not fit ranker.model, which has no {unused[0]!r}")
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
@@ -298,7 +289,3 @@ def _single_tokens(tokenizer: Any, prompt: str, lead: str) -> list[int]:
             break
         ids.append(last)
     return ids
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -361,7 +361,8 @@ class Ask:
         if self.cache is None:
             return self._send(batch)
         images, names = batch
-        answers, kept = AnswerCache(*self.cache), AnswerCache(*self.cache).get(images, names)
+        answers = AnswerCache(*self.cache)
+        kept = answers.get(images, names)
         rows = [row for row, ranking in enumerate(kept) if ranking is None]
         lacking = ([images[row] for row in rows], [names[row] for row in rows])
         found = self._send(lacking) if rows else []
