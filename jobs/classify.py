@@ -22,20 +22,22 @@ def run(verb: str, config_file: Path, out: Path | None, sets: list[str], dry_run
     """`rar classify` and `rar detect`, which differ in their work alone."""
     quiet()
     settings = config.load(config_file, sets)
-    from rar import recognise, report, runfolder
+    from rar.report.page import write_report
+    from rar.run import recognise
+    from rar.runfolder import RunFolder
 
     work = {"classify": recognise.classify_work, "detect": recognise.detect_work}[verb](settings)
     path = run_folder_path(out, verb, config_file)
     if dry_run:
         say(recognise.dry_run(settings, work, path))
         return 0
-    runfolder.RunFolder.check(path, verb, settings, fresh=fresh)
+    RunFolder.check(path, verb, settings, fresh=fresh)
     with recognise.session(settings) as address:
         vocabulary = recognise.prepare(settings, address)
-        folder = runfolder.RunFolder.open(path, verb, settings, fresh=fresh, name=config_file.stem, group=verb)
+        folder = RunFolder.open(path, verb, settings, fresh=fresh, name=config_file.stem, group=verb)
         say(f"{verb}: {work.index.num_rows:,} images, {len(vocabulary.names):,} classes -> {path}")
         metrics = recognise.run(settings, address, vocabulary, work, folder)
-    report.write_report([path], path, title=f"rar {verb}: {config_file.stem}")
+    write_report([path], path, title=f"rar {verb}: {config_file.stem}")
     for key in ("top1", "top5", "candidate_recall", "ranked_fraction", "ap", "ap_rare"):
         if metrics.get(key) is not None:
             say(f"  {key} {metrics[key]:.4f}")

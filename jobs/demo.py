@@ -83,15 +83,16 @@ def settings_of(out: Path, seed: int, task: str, arm: str) -> Any:
 
 
 def _run_arms(out: Path, seed: int, started: float, drawn: Future[None]) -> tuple[dict[str, float], list[Path]]:
-    from rar import build, recognise, serve
+    from rar.engine import application
     from rar.miniature.data import write_scene_support
+    from rar.run import build, recognise
 
     shutil.rmtree(out / "runs", ignore_errors=True)
     shutil.rmtree(out / "memory.milvus", ignore_errors=True)
     metrics: dict[str, float] = {}
     folders: list[Path] = []
     with recognise.session(settings_of(out, seed, "novel", "rar"), create=True) as address, ThreadPoolExecutor(1) as pool:
-        deployed = [pool.submit(serve.deploy, settings_of(out, seed, "novel", arm).ranker) for arm in ("rar", *ALWAYS)]
+        deployed = [pool.submit(application.deploy, settings_of(out, seed, "novel", arm).ranker) for arm in ("rar", *ALWAYS)]
         drawn.result()
         write_scene_support(out / "world", seed)
         for task in TASKS:
@@ -108,7 +109,8 @@ def _run_arms(out: Path, seed: int, started: float, drawn: Future[None]) -> tupl
 
 def _run_task(out: Path, seed: int, task: str, address: str, metrics: dict[str, float]) -> list[Path]:
     """Embed a task's images once, then send them through every arm."""
-    from rar import pipeline, recognise
+    from rar.engine import pipeline
+    from rar.run import recognise
     from rar.runfolder import RunFolder
 
     verb = "detect" if task == "scenes" else "classify"
@@ -161,7 +163,7 @@ def _combined(metrics: dict[str, float]) -> dict[str, float]:
 def _report(out: Path, metrics: dict[str, float], folders: list[Path]) -> None:
     import json
 
-    from rar.report import write_report
+    from rar.report.page import write_report
 
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     write_report(folders, out / "report.html", title="rar demo: the miniature world")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jobs.common import guarded
-from rar.evaluate import Style
+from rar.evaluation.ap import Style
 
 Detections = Annotated[str, typer.Option("--detections", help="COCO-results JSON: image_id, category_id, bbox, score.")]
 Truth = Annotated[str, typer.Option("--truth", help="Ground truth JSON: images, annotations, categories.")]
@@ -24,9 +24,9 @@ def evaluate(detections: Detections, truth: Truth, style: Definition = "coco") -
 
 
 def run(detections: str, truth: str, style: Style) -> int:
-    from rar import evaluate
+    from rar.evaluation import ap
 
-    values = evaluate.evaluate(detections, truth, style)
+    values = ap.evaluate(detections, truth, style)
     print(table(values))
     print(json.dumps(values))
     return 0

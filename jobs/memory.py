@@ -15,7 +15,7 @@ from rar import config
 from rar.schema import UserError
 
 if TYPE_CHECKING:
-    from rar.memories import Stored
+    from rar.memory.catalog import Stored
 
 Listing = Annotated[
     bool, typer.Option("--list", help="Print the memories and snapshots at memory.uri, one a line; build nothing.")
@@ -52,7 +52,8 @@ def memory(
 def build_memory(config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
     quiet()
     settings = config.load(config_file, sets)
-    from rar import build, recognise, runfolder
+    from rar.run import build, recognise
+    from rar.runfolder import RunFolder
 
     planned = build.plan(settings)
     path = run_folder_path(out, "memory", config_file)
@@ -63,11 +64,11 @@ def build_memory(config_file: Path, out: Path | None, sets: list[str], dry_run: 
         rows = planned.support.num_rows + len(planned.classes)
         say(f"would write at most {rows:,} entries to {settings.memory.uri} and a report to {path}")
         return 0
-    runfolder.RunFolder.check(path, "memory", settings, fresh=True)
+    RunFolder.check(path, "memory", settings, fresh=True)
     started = time.monotonic()
     with recognise.session(settings, create=True) as address:
         built = build.build(settings, address, fresh=fresh)
-    folder = runfolder.RunFolder.open(path, "memory", settings, fresh=True, name=config_file.stem, group="memory")
+    folder = RunFolder.open(path, "memory", settings, fresh=True, name=config_file.stem, group="memory")
     folder.write_faults(built.failed)
     failed = built.failed.num_rows
     counts = {"input": built.rows + planned.ignored, "ok": built.rows - failed, "failed": failed, "skipped": planned.ignored}
@@ -83,24 +84,25 @@ def other(config_file: Path, sets: list[str], chosen: list[str], names: list[str
     settings = config.load(config_file, sets)
     if len(chosen) > 1:
         raise UserError(f"{chosen[0]} and {chosen[1]} are two commands; give one of them")
-    from rar import build, memories
-    from rar.memory import open_store
+    from rar.memory import catalog
+    from rar.memory.collection import open_store
+    from rar.run import build
 
     store = settings.memory
     if "://" not in store.uri and not Path(store.uri).exists():
         raise UserError(f"there is no memory at {store.uri}; build it with `rar memory CONFIG`")
     with open_store(store.uri, store.token) as address:
         if chosen == ["--list"]:
-            print(table(memories.memories(address, store.token)))
+            print(table(catalog.memories(address, store.token)))
         elif chosen == ["--describe"]:
-            found = memories.find(address, store.name, store.version, store.token)
+            found = catalog.find(address, store.name, store.version, store.token)
             print(json.dumps(asdict(found) | {"class_names": build.class_names(settings, address)}, indent=1))
         elif chosen == ["--snapshot"]:
-            print(f"{store.name} version {memories.snapshot(address, store.name, store.token)}")
+            print(f"{store.name} version {catalog.snapshot(address, store.name, store.token)}")
         elif chosen == ["--remove"]:
             print(json.dumps(build.remove(settings, address, names), indent=1))
         else:
-            memories.drop_memory(address, store.name, store.version, store.token)
+            catalog.drop_memory(address, store.name, store.version, store.token)
             print(f"dropped {store.name}" + (f" version {store.version}" if store.version else ""))
     return 0
 

@@ -23,7 +23,7 @@ def report(runs: Runs, out: Out = Path("report.html")) -> None:
 
 def run(runs: list[Path], out: Path) -> int:
     quiet()
-    from rar.report import write_report
+    from rar.report.page import write_report
 
     write_report(runs, out)
     say(f"wrote {out}")

@@ -23,22 +23,24 @@ def run(config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fre
     settings = config.load(config_file, sets)
     from contextlib import nullcontext
 
-    from rar import gateway, pipeline, recognise
+    from rar.engine import pipeline
+    from rar.gateway import app
+    from rar.run import recognise
     from rar.runfolder import RunFolder
 
     path = run_folder_path(out, "serve", config_file)
     if dry_run:
-        say(gateway.dry_run(settings))
+        say(app.dry_run(settings))
         return 0
     RunFolder.check(path, "serve", settings, fresh=fresh)
-    gateway.check(settings)
+    app.check(settings)
     needs_memory = "recognize" in settings.serve.endpoints
     with recognise.session(settings) if needs_memory else nullcontext() as address, pipeline.local_ray():
         folder = RunFolder.open(path, "serve", settings, fresh=fresh, name=config_file.stem, group="serve")
-        with gateway.serving(settings, address, folder) as url:
+        with app.serving(settings, address, folder) as url:
             stop = _on_signal()
             say(f"serve: {', '.join(f'POST {url}/{name}' for name in settings.serve.endpoints)}; the page is {url}/")
-            say(f"  numbers for Prometheus: {gateway.metrics_address()}   Ctrl-C ends it")
+            say(f"  numbers for Prometheus: {app.metrics_address()}   Ctrl-C ends it")
             stop.wait()
             say("serve: finishing what has begun")
     return 0

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rar.ranker.wording import load_wording
 from rar.schema import UserError
-from rar.wording import load_wording
 
 
 class Strict(BaseModel):

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from rar import config, detect, metrics, schema
-from rar.route import Calibration
+from rar import config, schema
+from rar.corpus import coco
+from rar.evaluation import metrics
+from rar.fusion import Calibration
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" $x$"
 SHAPES = ("circle", "square", "bar")
@@ -187,14 +189,14 @@ def detect_run(root: Path, truth: Path, name: str, chosen: dict[str, Any], calib
     """A run over the given boxes, or (`chosen` has `proposals`) over boxes 2 pixels off and one of nothing a picture."""
     rng = np.random.default_rng(7)
     settings = config.build({"corpus": {"uri": str(truth)}, "detect": chosen})
-    index, _ = detect.read_boxes(config.Corpus(uri=str(truth)), config.Detect())
+    index, _ = coco.read_boxes(config.Corpus(uri=str(truth)), config.Detect())
     names = index["box_labels"].to_pylist()
     if settings.detect.proposals is not None:
         moved = [[*([value + 2 for value in box] for box in boxes), FAR_XYXY] for boxes in index["boxes_xyxy"].to_pylist()]
         index = index.drop_columns(["boxes_xyxy", "box_scores"])
-        index = index.append_column(detect.BOXES.field("boxes_xyxy"), pa.array(moved, detect.BOXES.field("boxes_xyxy").type))
-        scores = pa.array([[0.9, 0.8, 0.3]] * len(moved), detect.BOXES.field("box_scores").type)
-        index = detect.with_proposals(index.append_column(detect.BOXES.field("box_scores"), scores))
+        index = index.append_column(coco.BOXES.field("boxes_xyxy"), pa.array(moved, coco.BOXES.field("boxes_xyxy").type))
+        scores = pa.array([[0.9, 0.8, 0.3]] * len(moved), coco.BOXES.field("box_scores").type)
+        index = coco.with_proposals(index.append_column(coco.BOXES.field("box_scores"), scores))
     rows = []
     for picture, known in zip(index.to_pylist(), names, strict=True):
         data = Path(picture["uri"]).read_bytes()

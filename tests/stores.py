@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from rar.config import Index
-from rar.memory import Collection, Entries, ExactIndex, Hits
+from rar.memory.collection import Collection, Entries, ExactIndex, Hits
+from tests.conftest import SHARED_DATA
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data")
 FLAT, HNSW, HNSW_SQ8, REDUCED = (Index.model_validate({"kind": kind}) for kind in ("FLAT", "HNSW", "HNSW_SQ8", "REDUCED"))
 META = {"fingerprint": "f", "encoder": "open_clip é", "names": ["a", "b"], "shots": 4}

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from rar.wording import LABELS
+from rar.ranker.wording import LABELS
 
 WORDS = ["cat", "dog", "bird", "red", "blue", "green", "big", "small", "yes", "no", "yes", "Yes", "none"]
 WORDS += ["Which", "of", "these", "is", "in", "the", "first", "picture", "Answer", "with", "one", "letter", "or", "Is", "this"]

@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rar import build, config, pipeline, recognise
+from rar import config
+from rar.engine import pipeline
 from rar.miniature.data import noisy_proposals, write_scene_support, write_world
+from rar.run import build, recognise
 from rar.runfolder import RunFolder
 
 KEYS = ("ap", "ap50", "ap_rare", "ap_common", "ap_frequent", "ap_small", "ap_medium", "ap_large", "top1", "ranked_fraction")

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from rar import gaussian, heads, retrieve, votes
 from rar.config import Encoder, Index
-from rar.entries import Entries, ExactIndex
-from rar.memory import Collection
-from rar.milvus import open_store
-from rar.retrieve import Mode
+from rar.memory.collection import Collection
+from rar.memory.entries import Entries, ExactIndex
+from rar.memory.store import open_store
+from rar.retriever import gaussian, heads, modes, votes
+from rar.retriever.modes import Mode
 from rar.schema import UserError
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -88,7 +88,7 @@ def miniature(seeds: int = 5, shots: tuple[int, ...] = SHOTS, tests: int = 16) -
             order = np.arange(len(photos)) % (max(shots) + tests)
             for n in shots:
                 split = np.flatnonzero(order < n), np.flatnonzero(order >= max(shots))
-                runs[n].append(_trial(Collection(address, "adapters"), photos, names, *split, retrieve.MODES))
+                runs[n].append(_trial(Collection(address, "adapters"), photos, names, *split, modes.MODES))
     averages = [{mode: float(np.mean([runs[n][w][mode] for n in shots])) for mode in runs[shots[0]][0]} for w in range(seeds)]
     gains = [{mode: one["fused"] - top1 for mode, top1 in one.items() if mode != "fused"} for one in averages]
     size = {"images": len(worlds[0][0]), "classes": len(worlds[0][1])}
@@ -98,8 +98,8 @@ def miniature(seeds: int = 5, shots: tuple[int, ...] = SHOTS, tests: int = 16) -
 
 def _world(seed: int, shots: int, tests: int) -> tuple[Entries, Entries]:
     """Photos (shots + tests a class, in turn) and names of the novel classes of a world, by the miniature CLIP."""
-    from rar.decode import fit_square
-    from rar.embed import ClipEncoder
+    from rar.corpus.decode import fit_square
+    from rar.encoder.towers import ClipEncoder
     from rar.miniature.data import DRAWN
     from rar.miniature.world import render, rng_of, vocabulary
 
@@ -135,18 +135,18 @@ def _trial(
     texts: Entries | None,
     support: np.ndarray,
     tested: np.ndarray,
-    modes: tuple[Mode, ...],
+    wanted: tuple[Mode, ...],
 ) -> dict[str, float]:
     """Top-1 on the tested rows with the support rows as memory, by knn1 and every mode."""
     memory, truth, queries = take(images, support), images.class_ids[tested], images.vectors[tested]
     _fill(collection, memory)
     result = {"knn1": float((collection.search(queries, 1).class_ids[:, 0] == truth).mean())}
-    for mode in modes:
-        head = retrieve.fit_head(mode, memory, texts)
+    for mode in wanted:
+        head = modes.fit_head(mode, memory, texts)
         if mode in ("knn", "tip"):
             exact = ExactIndex(memory.vectors.shape[1])
             exact.upsert(memory.entry_ids, memory.class_ids, memory.class_names, memory.vectors)
-            found = retrieve.candidates_by_votes(head, exact.search, queries, 1, retrieve.N_NEIGHBORS)
+            found = modes.candidates_by_votes(head, exact.search, queries, 1, modes.N_NEIGHBORS)
             predicted = np.array([candidates[0].class_id for candidates in found])
         else:
             predicted = head.class_ids[head.scores(queries).argmax(axis=1)]
@@ -184,7 +184,7 @@ def _leave_one_out(collection: Collection, entries: Entries) -> dict[str, float]
     right = dict.fromkeys(IMAGE_MODES, 0)
     for fold in np.unique(folds[rows]).tolist():
         rest = take(entries, np.flatnonzero(folds != fold))
-        rule = votes.Rule(**retrieve.fit_head("knn", rest, None).meta["votes"])
+        rule = votes.Rule(**modes.fit_head("knn", rest, None).meta["votes"])
         fitted = {mode: heads.fit(heads.Problem.of(mode, rest, None), 0) for mode in IMAGE_MODES if mode != "knn"}
         whole = {mode: replace(problems[mode], prior=one.problem.prior) for mode, one in fitted.items()}
         for row in rows[folds[rows] == fold].tolist():
@@ -212,7 +212,7 @@ def _voted_without(row: int, rule: votes.Rule, entries: Entries, labels: np.ndar
     """(C,) knn scores of one image by all other entries."""
     others = np.delete(np.arange(len(labels)), row)
     cosines = (entries.vectors[others] @ entries.vectors[row])[None]
-    return votes.knn(rule, *votes.nearest(cosines, labels[others][None]), sizes, retrieve.N_NEIGHBORS)[0]
+    return votes.knn(rule, *votes.nearest(cosines, labels[others][None]), sizes, modes.N_NEIGHBORS)[0]
 
 
 def _summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from rar import miniature, route
+from rar import fusion, miniature
 from rar.config import Encoder, Ranker
-from rar.debias import position_consistency
-from rar.decode import fit_square
-from rar.embed import ClipEncoder
+from rar.corpus.decode import fit_square
+from rar.encoder.towers import ClipEncoder
 from rar.miniature.world import render, rng_of, vocabulary
-from rar.rank import MllmRanker
+from rar.ranker.debias import position_consistency
+from rar.ranker.rank import MllmRanker
 from rar.schema import Candidate, Ranking
 
 TOP_K = 5
@@ -71,9 +71,9 @@ def measure(
 def cross_fused(candidates: list[list[Candidate]], rankings: list[Ranking], truth: list[int]) -> list[int]:
     """The fused first class of every image, by weights fitted on the images of the other parity."""
     chosen = []
-    fits = [route.fit(candidates[other::2], rankings[other::2], truth[other::2]) for other in (1, 0)]
+    fits = [fusion.fit(candidates[other::2], rankings[other::2], truth[other::2]) for other in (1, 0)]
     for number, (row, ranking) in enumerate(zip(candidates, rankings, strict=True)):
-        order, _ = route.fuse(row, ranking, fits[number % 2])
+        order, _ = fusion.fuse(row, ranking, fits[number % 2])
         chosen.append(row[order[0]].class_id)
     return chosen
 

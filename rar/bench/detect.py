@@ -13,19 +13,20 @@ import pyarrow as pa
 import torch
 from PIL import Image, ImageFilter
 
-from rar import build, config, recognise
+from rar import config
 from rar.bench.timing import paired
 from rar.boxes import clip_xyxy
 from rar.config import Config, Corpus, Crop, Detect
-from rar.crops import GREY, View, bands_of, crops, touched_xyxy, windows_xyxy
-from rar.decode import decode
-from rar.detect import read_boxes
-from rar.embed import load_encoder
+from rar.corpus.coco import read_boxes
+from rar.corpus.decode import decode
+from rar.crops.windows import GREY, View, bands_of, crops, touched_xyxy, windows_xyxy
+from rar.encoder.towers import load_encoder
+from rar.engine.sinks import ShardSink
+from rar.engine.stages import EncoderFacts
 from rar.miniature.data import SCENE_HEIGHT, SCENE_WIDTH, write_world
 from rar.miniature.world import background, rng_of
+from rar.run import build, recognise
 from rar.runfolder import RunFolder
-from rar.sinks import ShardSink
-from rar.stages import EncoderFacts
 
 Pictures = list[tuple[np.ndarray, np.ndarray]]  # (H, W, 3) uint8 and boxes (B, 4)
 

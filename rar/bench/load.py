@@ -34,11 +34,13 @@ import torch
 from PIL import Image
 from ray import serve as ray_serve
 
-from rar import config, gateway, miniature, pipeline, serve
-from rar.decode import decode
+from rar import config, miniature
+from rar.corpus.decode import decode
+from rar.engine import application, pipeline
+from rar.gateway import app
 from rar.miniature.data import DRAWN
 from rar.miniature.world import render, rng_of, vocabulary
-from rar.rank import MllmRanker
+from rar.ranker.rank import MllmRanker
 from rar.runfolder import RunFolder
 from rar.schema import Ranking
 
@@ -87,11 +89,11 @@ def run(seconds: float = 60.0, clients: int = 200, max_queued: int = 64) -> dict
     tally = Tally()
     with pipeline.local_ray(), tempfile.TemporaryDirectory() as folder:
         opened = RunFolder.open(Path(folder), "serve", settings, fresh=False, name="load", group="bench")
-        with gateway.serving(settings, None, opened) as url:
-            app = serve.app_name(settings.ranker, settings.serve)
-            asyncio.run(_load(url, app, questions, truth, seconds, clients, tally))
+        with app.serving(settings, None, opened) as url:
+            name = application.app_name(settings.ranker, settings.serve)
+            asyncio.run(_load(url, name, questions, truth, seconds, clients, tally))
             batch = _mean_batch()
-            down = _seconds_until_one(app, tally)
+            down = _seconds_until_one(name, tally)
     return _summary(tally, clients) | {
         "bare_images_per_s": bare,
         "mean_batch": batch,
@@ -225,7 +227,7 @@ def resident() -> list[tuple[str, int]]:
 def _mean_batch() -> float:
     """Images per batch, from the numbers for Prometheus."""
     time.sleep(6)  # replicas report every few seconds
-    with urllib.request.urlopen(gateway.metrics_address(), timeout=10) as reply:
+    with urllib.request.urlopen(app.metrics_address(), timeout=10) as reply:
         lines = reply.read().decode().splitlines()
     images, batches = (
         sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"ray_{name}_total{{"))

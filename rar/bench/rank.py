@@ -28,15 +28,16 @@ from transformers import (
     LlavaProcessor,
 )
 
-from rar import miniature, pipeline, serve
+from rar import miniature
 from rar.bench.timing import paired
 from rar.config import Ranker
+from rar.engine import application, pipeline
 from rar.miniature.tokens import mllm_tokenizer
 from rar.miniature.train_mllm import TEMPLATE
 from rar.miniature.world import render, rng_of, vocabulary
-from rar.mllm import Prompt
-from rar.prompt import generate_prompt, letters_prompt
-from rar.rank import MllmRanker
+from rar.ranker.mllm import Prompt
+from rar.ranker.prompt import generate_prompt, letters_prompt
+from rar.ranker.rank import MllmRanker
 
 CANDIDATES = 5
 BATCH = 32
@@ -66,8 +67,8 @@ def through_serve(images: int = 96, repeats: int = 5) -> dict[str, Any]:
     starts = range(0, images, BATCH)
     batches = [(encoded[start : start + BATCH], work.names[start : start + BATCH]) for start in starts]
     with pipeline.local_ray():
-        serve.deploy(settings)
-        ask = serve.ask(settings)
+        application.deploy(settings)
+        ask = application.ask(settings)
         assert ask is not None
         ranker = MllmRanker(settings, str(miniature.MLLM))
         return {"serve": against(lambda: ask(batches), ranker, work, repeats)}

@@ -10,8 +10,8 @@ import numpy as np
 
 from rar.bench.embeddings import K
 from rar.config import Index
-from rar.entries import FIELDS, MAX_ID_BYTES
-from rar.memory import UPSERT_BYTES
+from rar.memory.collection import UPSERT_BYTES
+from rar.memory.entries import FIELDS, MAX_ID_BYTES
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient

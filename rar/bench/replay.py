@@ -2,8 +2,8 @@
 
 GPT-4V was given the whole class list, so it names classes that CLIP did not propose. Such a class joins the candidates of its
 image with the lowest retrieval score among them: CLIP said no more of it than that it comes after the ten. Everything else is
-the library's own path: `prompt.match_name` reads the names, `route.fit` fits fusion and threshold on a random 20 % of the
-images, `route.routed` and `route.fuse` decide on the other 80 %. A skipped image costs its named classes, as it would in life.
+the library's own path: `prompt.match_name` reads the names, `fusion.fit` fits fusion and threshold on a random 20 % of the
+images, `fusion.routed` and `fusion.fuse` decide on the other 80 %. A skipped image costs its named classes, as in life.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from rar import route
-from rar.prompt import Vocabulary, match_name
+from rar import fusion
+from rar.ranker.prompt import Vocabulary, match_name
 from rar.schema import Candidate, Ranking, RankStatus, UserError
 
 FIT_SHARE = 0.2
@@ -63,10 +63,10 @@ def _split(recorded: Recorded, seed: int) -> dict[str, float]:
     cut = math.ceil(FIT_SHARE * len(order))
     asked = [joined(*pair) for pair in zip(recorded.candidates, recorded.named, strict=True)]
     fit, test = order[:cut].tolist(), order[cut:].tolist()
-    calibration = route.fit([asked[i][0] for i in fit], [asked[i][1] for i in fit], [recorded.truth[i] for i in fit])
+    calibration = fusion.fit([asked[i][0] for i in fit], [asked[i][1] for i in fit], [recorded.truth[i] for i in fit])
     truth = [recorded.truth[i] for i in test]
     fused = [_best(asked[i], calibration) for i in test]
-    skipped = [route.routed(recorded.candidates[i], calibration) for i in test]
+    skipped = [fusion.routed(recorded.candidates[i], calibration) for i in test]
     retriever = [recorded.candidates[i][0].class_id for i in test]
     routed = [kept if skip else answer for kept, skip, answer in zip(retriever, skipped, fused, strict=True)]
     return {
@@ -89,9 +89,9 @@ def joined(candidates: list[Candidate], named: list[int] | None) -> tuple[list[C
     return every, Ranking(tuple(order), RankStatus.RANKED if named else RankStatus.FALLBACK)
 
 
-def _best(asked: tuple[list[Candidate], Ranking], calibration: route.Calibration) -> int:
+def _best(asked: tuple[list[Candidate], Ranking], calibration: fusion.Calibration) -> int:
     candidates, ranking = asked
-    order, _ = route.fuse(candidates, ranking, calibration)
+    order, _ = fusion.fuse(candidates, ranking, calibration)
     return candidates[order[0]].class_id
 
 

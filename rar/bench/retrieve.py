@@ -21,15 +21,18 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from rar import config, milvus, pipeline, reduce, stages
+from rar import config
 from rar.bench import raw
 from rar.bench.embeddings import K, Work, drawn, recorded
 from rar.bench.server import Server, forget_peak, lite_server, memory_mib, milvus_server
 from rar.bench.timing import paired
 from rar.config import Index
-from rar.heads import Head
-from rar.memory import Collection
-from rar.sinks import MilvusSink
+from rar.engine import pipeline, stages
+from rar.engine.sinks import MilvusSink
+from rar.memory import reduced as projection
+from rar.memory.collection import Collection
+from rar.memory.store import connect
+from rar.retriever.heads import Head
 
 KINDS = ("FLAT", "HNSW", "HNSW_SQ8", "REDUCED")
 NOT_ON_SERVER = "HNSW_SQ8"  # Milvus 2.3.5
@@ -143,7 +146,7 @@ def created(server: Server, name: str, kind: str, work: Work) -> Collection:
 def sizes(kind: str, work: Work, folder: Path | None) -> Row:
     """Bytes an entry."""
     count, dim = work.entries.shape
-    dims = reduce.reduced_dim(dim, Index().reduction) if kind == "REDUCED" else dim
+    dims = projection.reduced_dim(dim, Index().reduction) if kind == "REDUCED" else dim
     found: Row = {"vector_in_graph": dims * (1 if kind == "HNSW_SQ8" else 4)}
     if folder is not None:
         files = [file for file in (folder / kind).rglob("*") if file.is_file()]
@@ -188,14 +191,14 @@ def our_search(collection: Collection, work: Work) -> Callable[[], object]:
 
 
 def raw_search(server: Server, name: str, work: Work, ef: int | None) -> Callable[[], object]:
-    client = milvus.connect(server.address, None)
+    client = connect(server.address, None)
     client.load_collection(name)
     return lambda: raw.search(client, name, work.queries, ef)
 
 
 def upserts(server: Server, kind: str, work: Work, repeats: int) -> dict[str, float]:
     """Each side writes the same blocks of entries in turn, ours to a memory of that kind."""
-    ours, client = created(server, f"{kind}_ours", kind, work), milvus.connect(server.address, None)
+    ours, client = created(server, f"{kind}_ours", kind, work), connect(server.address, None)
     theirs = created(server, f"{kind}_raw", "HNSW" if kind == "REDUCED" else kind, work)
     blocks = np.array_split(np.arange(min(UPSERT_ROWS, len(work.entries))), repeats + 1)
     mine, other = iter(blocks), iter(blocks)
@@ -217,7 +220,7 @@ def upserts(server: Server, kind: str, work: Work, repeats: int) -> dict[str, fl
 def datasink(server: Server, work: Work, repeats: int) -> dict[str, float]:
     """Each side writes all entries under new ids, again and again."""
     ours, theirs = (created(server, f"sink_{side}", "FLAT", work) for side in ("ours", "raw"))
-    client, numbers = milvus.connect(server.address, None), np.arange(min(SINK_ROWS, len(work.entries)))
+    client, numbers = connect(server.address, None), np.arange(min(SINK_ROWS, len(work.entries)))
     mine, other = iter(range(repeats + 1)), iter(range(repeats + 1))
 
     def write_ours() -> None:
@@ -246,7 +249,7 @@ def retrieval(server: Server, work: Work, repeats: int) -> Row:
     stored.upsert(entries.entry_ids, entries.class_ids, entries.class_names, entries.vectors)
     stored.seal(count)
     stage = stages.Retrieve(config.Retriever(top_k=K), head, stored, stored)
-    client, queries = milvus.connect(server.address, None), np.pad(work.queries, ((0, 0), (0, 1)), constant_values=1)
+    client, queries = connect(server.address, None), np.pad(work.queries, ((0, 0), (0, 1)), constant_values=1)
     tables = [
         pa.table({"error": pa.nulls(len(batch), pa.string()), "vector": stages.vectors_column(batch)})
         for batch in raw.batches(work.queries)

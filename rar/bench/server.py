@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from rar.memory import open_store
+from rar.memory.collection import open_store
 from rar.schema import UserError
 
 ETCD_PORTS = (2379, 2380)

@@ -1,0 +1,425 @@
+"""The MLLM ranker as a Ray Serve application, with two entrances, each deployed apart. The home of ray.serve, with gateway.
+
+`rank` is for batch jobs: a request is a batch, up to `ranker.batch_size` images of one shard with their candidates. Batching by
+arrival would make what shares a forward pass depend on timing, and with it the last digits of every score; a resumed run then
+could not be told to give the same predictions. It also costs one message an image. The callers are patient: when the queue
+is full they wait and ask again.
+
+`rank_one` is for the HTTP gateway: a request is one image, and what waits together is ranked together, as many as
+`ranker.batch_size` and `serve.batch_tokens` allow. The gateway is told of a full queue, and passes it on as 429. The two are
+different applications of the same class because a batch is worth a hundred single requests: no queue limit and no
+autoscaling target would fit both. Cost: a cluster that does both holds the model twice.
+
+In a replica one thread runs the model, others decode; the event loop stays free for health checks. A batch that fails is tried
+again image by image, so that one request cannot spoil its neighbors'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.metrics import Counter
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from rar import config, miniature
+from rar.corpus import listing
+from rar.corpus.decode import decode
+from rar.engine import stages
+from rar.engine.batching import Batcher
+from rar.ranker.cache import AnswerCache, fingerprint
+from rar.schema import Ranking, RankStatus, RowError, Unavailable, UserError
+
+Batch = tuple[list[bytes], list[list[str]]]  # encoded images, candidates' names of each
+Prior = dict[str, list[float]]  # length of a list -> log-probability of each label on any picture
+Place = tuple[str, int | None, int | None]  # uri, offset, size of an image, as an index has it
+Exemplars = dict[str, list[Place]]  # class name -> pictures of it
+One = tuple[bytes, list[str]]  # an encoded image, its candidates' names
+ATTEMPTS = 30  # with waits of up to 20 s: rides out a replica's restart and a cold start elsewhere
+CHARS_PER_TOKEN = 3.0  # of candidates' names; what a picture and the prompt cost is learned from the answers
+FIRST_GUESS = 512.0  # tokens of a picture and its prompt before the first answer
+SICK = 3  # failures of the model in a row after which a replica asks to be replaced
+DRAIN_S = 30.0
+EXEMPLAR_SIDE = 336  # pixels, at least, that a larger exemplar keeps of its short side
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+FAULTS = (RowError, UserError, Unavailable)  # of one request
+GONE = (RayActorError, DeploymentUnavailableError)  # a replica died with the request, or is not there yet
+
+
+class Ranks(Protocol):
+    """What MllmRanker and EndpointRanker have in common."""
+
+    def rank(self, images: Sequence[np.ndarray], names: Sequence[Sequence[str]]) -> list[Ranking]: ...
+
+
+class RankerReplica:
+    """One loaded MLLM. Not a Serve class by itself, so that it can be called in a test."""
+
+    def __init__(self, settings: dict[str, Any], online: dict[str, Any] | None = None) -> None:
+        """settings: config.Ranker, online: config.Serve, as dictionaries."""
+        self.settings, self.online = config.Ranker(**settings), config.Serve(**(online or {}))
+        self.worker, self.decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+        self.mistake: str | None = None  # kept and asked for: a constructor that raises would be tried again and again
+        self.failures = 0
+        self.meters = Meters()
+        try:
+            self.ranker: Any = load_ranker(self.settings)
+        except UserError as error:
+            self.mistake = str(error)
+            return
+        self.base = self._batcher(self.ranker)
+
+        async def adapt(name: str) -> Batcher[One, Ranking]:  # a function, as Serve hangs the loaded adapters on it
+            return await self._adapt(name)
+
+        self.adapted = serve.multiplexed(adapt, max_num_models_per_replica=self.online.loaded_adapters)
+
+    async def fault(self) -> str | Unavailable | None:
+        """What the user must mend before this replica can rank, or who is away (a str, or Unavailable); None if all is well."""
+        if self.mistake is None and self.settings.method == "endpoint":
+            try:
+                self.ranker.offers = await asyncio.get_running_loop().run_in_executor(self.worker, self.ranker.probe)
+            except UserError as error:
+                return str(error)
+            except Unavailable as error:
+                return error
+        return self.mistake
+
+    def check_health(self) -> None:
+        """Serve asks every few seconds and replaces a replica that raises: a broken CUDA context does not mend itself."""
+        if self.failures >= SICK:
+            raise RuntimeError(f"the model failed {self.failures} times in a row")
+
+    async def rank(
+        self,
+        images: list[bytes],
+        names: list[list[str]],
+        prior: Prior | None = None,
+        exemplars: list[list[list[Place]]] | None = None,
+    ) -> list[Ranking]:
+        """One Ranking an image. A picture that cannot be decoded is a FALLBACK with its reason as the response.
+
+        exemplars: for each image and candidate, where pictures of the class lie; one that cannot be read is left out.
+        """
+        pixels = await self._decoded(images)
+        good = [row for row, picture in enumerate(pixels) if not isinstance(picture, RowError)]
+        more: dict[str, Any] = {} if prior is None else {"prior": prior}
+        if exemplars is not None:
+            more["exemplars"] = [[pictures_at(places) for places in exemplars[row]] for row in good]
+        answers = await self._run(self.ranker, [pixels[row] for row in good], [names[row] for row in good], more)
+        rankings = dict(zip(good, answers, strict=True))
+        return [
+            rankings.get(row) or Ranking(tuple(range(len(names[row]))), RankStatus.FALLBACK, response=f"[{picture}]")
+            for row, picture in enumerate(pixels)
+        ]
+
+    async def prior(self, images: list[bytes], names: list[list[str]], counts: list[int]) -> Prior:
+        """The label prior of `ranker.debias: prior`, estimated on images of no known class; counts: lengths of lists."""
+        pixels = await self._decoded(images)
+        good = [row for row, picture in enumerate(pixels) if not isinstance(picture, RowError)]
+        shown = ([pixels[row] for row in good], [names[row] for row in good], counts)
+        return await asyncio.get_running_loop().run_in_executor(self.worker, self.ranker.estimate_prior, *shown)
+
+    async def rank_one(self, image: bytes, names: list[str], adapter: str = "") -> Ranking | Exception:
+        """Rank one image together with others that wait. adapter: a name of `serve.adapters`; "" is the model as it is.
+
+        What is wrong with the request (RowError: the picture cannot be decoded; UserError: this method cannot rank so many; or
+        Unavailable) is returned: an exception would be logged here and bring its traceback along.
+        """
+        try:
+            batcher = await self.adapted(adapter) if adapter else self.base
+            return await batcher((image, names))
+        except FAULTS as fault:
+            return fault
+
+    async def _adapt(self, adapter: str) -> Batcher[One, Ranking]:
+        """Load an adapter with a model of its own; Serve calls this where it is not loaded, and drops the least used one."""
+        settings = self.settings.model_copy(update={"adapter": self.online.adapters[adapter]})
+        return self._batcher(await asyncio.get_running_loop().run_in_executor(self.worker, load_ranker, settings))
+
+    def _batcher(self, ranker: Ranks) -> Batcher[One, Ranking]:
+        fits = Fits(self.settings.batch_size, self.online.batch_tokens)
+
+        async def work(waiting: list[One]) -> list[Ranking | Exception]:
+            answers = await self._answers(ranker, waiting)
+            fits.learn([names for _, names in waiting], answers)
+            return answers
+
+        return Batcher(work, fits, self.online.batch_wait_s)
+
+    async def _answers(self, ranker: Ranks, waiting: list[One]) -> list[Ranking | Exception]:
+        """A Ranking or its own fault for each; a batch that fails is tried image by image."""
+        pictures = await self._decoded([image for image, _ in waiting])
+        good = [row for row, picture in enumerate(pictures) if not isinstance(picture, RowError)]
+        answers: list[Any] = list(pictures)
+        for row, answer in zip(good, await self._each(ranker, [(pictures[row], waiting[row][1]) for row in good]), strict=True):
+            answers[row] = answer
+        return answers
+
+    async def _each(self, ranker: Ranks, rows: list[tuple[Any, list[str]]]) -> list[Ranking | Exception]:
+        try:
+            return list(await self._run(ranker, [pixels for pixels, _ in rows], [names for _, names in rows]))
+        except Unavailable as error:  # an endpoint that stayed away does so for all of them
+            return [error] * len(rows)
+        except Exception as error:
+            if len(rows) == 1:
+                return [error]
+        return [answer for row in rows for answer in await self._each(ranker, [row])]
+
+    async def _decoded(self, images: Sequence[bytes]) -> list[np.ndarray | RowError]:
+        loop = asyncio.get_running_loop()
+        return list(await asyncio.gather(*(loop.run_in_executor(self.decoders, try_decode, image) for image in images)))
+
+    async def _run(
+        self, ranker: Ranks, pixels: list[Any], names: list[list[str]], more: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[Ranking]:
+        started = time.perf_counter()
+        rank = partial(ranker.rank, **more)
+        try:
+            answers = await asyncio.get_running_loop().run_in_executor(self.worker, rank, pixels, names)
+        except (UserError, Unavailable):
+            raise
+        except Exception:
+            self.failures += 1
+            raise
+        self.failures = 0
+        self.meters.note(answers, time.perf_counter() - started)
+        return answers
+
+
+def load_ranker(settings: config.Ranker) -> Ranks:
+    """The ranker of a config. Raises UserError where it cannot be loaded."""
+    if settings.method == "endpoint":
+        from rar.ranker.endpoint import EndpointRanker
+
+        return EndpointRanker(settings)
+    from rar.checkpoint import share_cores
+    from rar.ranker.rank import MllmRanker
+
+    share_cores(settings.max_replicas)
+    return MllmRanker(settings, model_path(settings))
+
+
+def model_path(settings: config.Ranker) -> str:
+    return str(miniature.MLLM) if settings.model == "miniature" else settings.model
+
+
+@lru_cache(maxsize=4096)
+def exemplar(uri: str, offset: int | None, size: int | None) -> np.ndarray | None:
+    """A picture of a class, kept decoded and small; None where it cannot be read."""
+    data = listing.read_many([uri], [offset], [size])[0]
+    try:
+        return None if isinstance(data, RowError) else decode(data, EXEMPLAR_SIDE)
+    except RowError:
+        return None
+
+
+def pictures_at(places: Sequence[Place]) -> list[np.ndarray]:
+    return [picture for place in places if (picture := exemplar(*place)) is not None]
+
+
+def try_decode(image: bytes) -> np.ndarray | RowError:
+    try:
+        return decode(image)
+    except RowError as error:
+        return error
+
+
+class Meters:
+    """What Ray's agent on every node tells Prometheus, beside Serve's own numbers (requests by status, queues, latency).
+
+    Counters, whose rates and ratios say everything: Ray keeps a histogram's buckets only, and its sum is a guess.
+    """
+
+    def __init__(self) -> None:
+        self.images = Counter("rar_ranked_images", "Images ranked, by how it came about.", ("status",))
+        self.candidates = Counter("rar_ranked_candidates", "Candidates of the images ranked.")
+        self.batches = Counter("rar_batches", "Batches ranked.")
+        self.seconds = Counter("rar_batch_seconds", "Seconds that batches took.")
+        self.calls = Counter("rar_mllm_calls", "Calls of the MLLM.")
+        self.tokens = Counter("rar_mllm_tokens", "Tokens read and written by the MLLM.", ("kind",))
+
+    def note(self, answers: Sequence[Ranking], seconds: float) -> None:
+        for status, count in collections.Counter(answer.status for answer in answers).items():
+            self.images.inc(count, {"status": status.value})
+        self.batches.inc()
+        self.seconds.inc(seconds)
+        for counter, amount, tags in (
+            (self.candidates, sum(len(answer.order) for answer in answers), {}),
+            (self.calls, sum(answer.calls for answer in answers), {}),
+            (self.tokens, sum(answer.prompt_tokens for answer in answers), {"kind": "prompt"}),
+            (self.tokens, sum(answer.output_tokens for answer in answers), {"kind": "output"}),
+        ):
+            if amount:  # Ray refuses an increment of nothing
+                counter.inc(amount, tags)
+
+
+class Fits:
+    """Whether images make one forward pass: at most `images` of them, and `tokens` with all padded to the longest prompt."""
+
+    def __init__(self, images: int, tokens: int) -> None:
+        self.images, self.tokens = images, tokens
+        self.base = FIRST_GUESS
+
+    def __call__(self, waiting: list[One]) -> bool:
+        longest = max(text_tokens(names) for _, names in waiting)
+        return len(waiting) <= self.images and len(waiting) * (self.base + longest) <= self.tokens
+
+    def learn(self, names: Sequence[list[str]], answers: Sequence[Any]) -> None:
+        """Correct the guess by what the answers say they cost."""
+        for listed, answer in zip(names, answers, strict=True):
+            if isinstance(answer, Ranking) and answer.calls:
+                self.base += 0.1 * (answer.prompt_tokens - text_tokens(listed) - self.base)
+
+
+def text_tokens(names: list[str]) -> float:
+    return sum(map(len, names)) / CHARS_PER_TOKEN
+
+
+def app_name(settings: config.Ranker, online: config.Serve | None = None) -> str:
+    """Equal settings share an application."""
+    kind = "ranker" if online is None else "online"
+    text = settings.model_dump_json() + ("" if online is None else online.model_dump_json())
+    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def deploy(settings: config.Ranker) -> None:
+    """Start the application for a ranker in batch jobs and return when it answers; does nothing where it runs already.
+
+    It ends with this command's own Ray; on a cluster that was joined it stays, for the jobs that share it.
+    Raises UserError where its model cannot be loaded.
+    """
+    serve.start(proxy_location="Disabled", logging_config=QUIET)  # called by handle: no HTTP proxy
+    limits = {"max_ongoing_requests": 4, "max_queued_requests": 64}
+    scale = {"target_ongoing_requests": 2}
+    _deploy(app_name(settings), settings, None, {**limits, "autoscaling_config": scale})
+
+
+def deploy_online(settings: config.Ranker, online: config.Serve) -> None:
+    """The same for single requests; Serve must run already. A replica is sent two batches: one to work on, one to come."""
+    batch = settings.batch_size
+    limits = {"max_ongoing_requests": 2 * batch, "max_queued_requests": online.max_queued}
+    scale = {
+        "target_ongoing_requests": batch,
+        "upscale_delay_s": online.upscale_delay_s,
+        "downscale_delay_s": online.downscale_delay_s,
+        "metrics_interval_s": 1.0,
+        "look_back_period_s": online.upscale_delay_s + 2.0,
+    }
+    _deploy(app_name(settings, online), settings, online, {**limits, "autoscaling_config": scale})
+
+
+def _deploy(name: str, settings: config.Ranker, online: config.Serve | None, options: dict[str, Any]) -> None:
+    if name in serve.status().applications:
+        return
+    options["autoscaling_config"] |= {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
+    deployment = serve.deployment(
+        name="ranker",
+        ray_actor_options={"num_cpus": stages.model_cpus(), "num_gpus": settings.num_gpus},
+        graceful_shutdown_timeout_s=DRAIN_S,
+        logging_config=QUIET,
+        **options,
+    )(RankerReplica)
+    arguments = [part.model_dump(mode="json") for part in (settings, online) if part is not None]
+    handle = serve.run(deployment.bind(*arguments), name=name, route_prefix=None)
+    if mistake := handle.fault.remote().result():
+        serve.delete(name)
+        raise mistake if isinstance(mistake, Unavailable) else UserError(f"ranker.model: {mistake}")
+
+
+@dataclass
+class Ask:
+    """Sends batches to a ranker application with a window of requests in flight, and waits for all. Picklable.
+
+    cache: folder and fingerprint of the answers that are looked up before anything is sent. prior: of the labels.
+    exemplars: class name -> where its pictures lie.
+    """
+
+    app: str
+    in_flight: int
+    cache: tuple[str, str] | None = None
+    prior: Prior | None = None
+    exemplars: Exemplars | None = None
+
+    def __call__(self, batches: Sequence[Batch]) -> list[list[Ranking]]:
+        with ThreadPoolExecutor(self.in_flight) as pool:
+            return list(pool.map(self._one, batches))
+
+    def _one(self, batch: Batch) -> list[Ranking]:
+        if self.cache is None:
+            return self._send(batch)
+        images, names = batch
+        answers = AnswerCache(*self.cache)
+        kept = answers.get(images, names)
+        rows = [row for row, ranking in enumerate(kept) if ranking is None]
+        lacking = ([images[row] for row in rows], [names[row] for row in rows])
+        found = self._send(lacking) if rows else []
+        answers.put(*lacking, found)
+        new = iter(found)
+        return [next(new) if ranking is None else ranking for ranking in kept]
+
+    @retry(
+        retry=retry_if_exception_type((BackPressureError, *GONE)),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random_exponential(multiplier=0.2, max=20),
+        reraise=True,
+    )
+    def _send(self, batch: Batch) -> list[Ranking]:
+        shown = None
+        if self.exemplars is not None:
+            shown = [[self.exemplars.get(name, []) for name in listed] for listed in batch[1]]
+        return serve.get_app_handle(self.app).rank.remote(*batch, self.prior, shown).result()
+
+
+def ask(settings: config.Ranker, prior: Prior | None = None, exemplars: Exemplars | None = None) -> Ask | None:
+    """How pipeline workers reach a ranker; None where no ranker is configured. Raises UserError for a cache that cannot be."""
+    if settings.method == "none":
+        return None
+    kept = None
+    if settings.cache is not None:
+        kept = (os.path.abspath(settings.cache), fingerprint(settings, model_path(settings), json.dumps([prior, exemplars])))
+        AnswerCache(*kept)
+    return Ask(app_name(settings), settings.in_flight, kept, prior, exemplars)
+
+
+def estimate_prior(settings: config.Ranker, images: list[bytes], names: list[list[str]]) -> Prior:
+    """The label prior by a ranker application that runs, for lists of every length up to the longest."""
+    counts = list(range(2, max(map(len, names), default=1) + 1))
+    return serve.get_app_handle(app_name(settings)).prior.remote(images, names, counts).result()
+
+
+@dataclass
+class AskOne:
+    """Sends single requests from an event loop. Raises the request's own faults, and BackPressureError for a full queue.
+
+    A replica that dies with a request costs it another try: ranking changes nothing and may be repeated.
+    """
+
+    app: str
+
+    @retry(
+        retry=retry_if_exception_type(GONE),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random_exponential(multiplier=0.1, max=2),
+        reraise=True,
+    )
+    async def __call__(self, image: bytes, names: list[str], adapter: str = "") -> Ranking:
+        handle = serve.get_app_handle(self.app).options(multiplexed_model_id=adapter)
+        answer = await handle.rank_one.remote(image, names, adapter)
+        if isinstance(answer, FAULTS):
+            raise answer
+        return answer

@@ -1,0 +1,447 @@
+"""What happens to a shard, one function or callable class a stage: a table goes in, a table with more columns comes out.
+
+Nothing here imports ray, so every stage can be called on a table in a test. Two columns travel with every row: `stage` and
+`error`, null while all is well. A stage works on the healthy rows and passes the others on untouched, so that counts add up:
+a row that comes in leaves either as a prediction or as an error. Each stage adds `seconds_<stage>` (its time, shared over its
+rows), which the writer sums up.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from rar import config, fusion
+from rar.boxes import check_boxes
+from rar.corpus import listing, vectors
+from rar.corpus.decode import decode, fit_square
+from rar.crops import windows
+from rar.memory.collection import Collection, Entries, Hits
+from rar.retriever import modes
+from rar.schema import CANDIDATES, Candidate, Ranking, RankStatus, RowError, content_id, entry_id
+
+Stage = Callable[[pa.Table], pa.Table]
+
+
+def timed(name: str, work: Stage) -> Stage:
+    """Run a stage and note how long its rows took."""
+
+    def run(table: pa.Table) -> pa.Table:
+        started = time.perf_counter()
+        table = work(table)
+        each = (time.perf_counter() - started) / max(table.num_rows, 1)
+        return table.append_column(f"seconds_{name}", pa.array([each] * table.num_rows, pa.float64()))
+
+    return run
+
+
+def load(table: pa.Table) -> pa.Table:
+    """uri, offset, size -> bytes (encoded) and image_id. Rows that cannot be read carry their reason."""
+    found = listing.read_many(*(table[name].to_pylist() for name in ("uri", "offset", "size")))
+    good = [None if isinstance(data, RowError) else data for data in found]
+    table = table.append_column("bytes", pa.array(good, pa.large_binary()))
+    ids = [None if data is None else content_id(data) for data in good]
+    table = table.append_column("image_id", pa.array(ids, pa.string()))
+    faults = [str(data) if isinstance(data, RowError) else None for data in found]
+    return _with_errors(table, "read", faults)
+
+
+class LoadVectors:
+    """The index of embeddings that the user brings -> vector and image_id; there are no bytes to look at."""
+
+    def __init__(self, brought: config.Corpus) -> None:
+        self.brought = brought
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        found, faults = vectors.read_vectors(self.brought, table["row"].to_pylist())
+        ids = [None if fault else vectors.vector_id(vector) for vector, fault in zip(found, faults, strict=True)]
+        table = table.append_column("bytes", pa.nulls(table.num_rows, pa.large_binary()))
+        table = table.append_column("image_id", pa.array(ids, pa.string()))
+        table = table.append_column("vector", vectors_column(found))
+        return _with_errors(table, "read", [str(fault) if fault else None for fault in faults])
+
+
+class Lacking:
+    """Keeps the rows that a memory does not hold yet under their label, and those that failed."""
+
+    def __init__(self, held: Entries | None, fingerprint: str) -> None:
+        self.known = {} if held is None else dict(zip(held.entry_ids, held.class_names, strict=True))
+        self.fingerprint = fingerprint
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = zip(table["image_id"].to_pylist(), table["label"].to_pylist(), strict=True)
+        lacking = [
+            image_id is None or self.known.get(entry_id(image_id, self.fingerprint)) != label for image_id, label in rows
+        ]
+        return table.filter(pa.array(lacking, pa.bool_()))
+
+
+class Propose:
+    """bytes -> boxes_xyxy and box_scores of each image, by an open detector; a picture without objects has empty lists.
+
+    Images are decoded at full size in the actor that holds the model: shipped as pixels they would be many times larger.
+    """
+
+    def __init__(self, settings: config.Detect) -> None:
+        from rar.checkpoint import share_cores
+        from rar.crops.detector import Proposer  # torch belongs to the detector's actors
+
+        assert settings.detector is not None
+        self.limit, self.batch = settings.max_boxes, settings.detector.batch_size
+        share_cores(settings.detector.workers)
+        self.proposer = Proposer(settings.detector)
+
+    def facts(self) -> None:
+        """Nothing that the driver must know."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        boxes: list[list[list[float]]] = [[] for _ in range(table.num_rows)]
+        scores: list[list[float]] = [[] for _ in range(table.num_rows)]
+        faults: list[str | None] = [None] * table.num_rows
+        healthy = [row for row, error in enumerate(table["error"].to_pylist()) if error is None]
+        for start in range(0, len(healthy), self.batch):
+            images = {}
+            for row in healthy[start : start + self.batch]:
+                try:
+                    images[row] = decode(table["bytes"][row].as_py())
+                except RowError as error:
+                    faults[row] = str(error)
+            for row, (found, found_scores) in zip(
+                images, self.proposer.propose(list(images.values()), self.limit), strict=True
+            ):
+                boxes[row], scores[row] = found.tolist(), found_scores.tolist()
+        table = table.drop_columns(["bytes", *(name for name in PROPOSED.names if name in table.column_names)])
+        for field, values in zip(PROPOSED, (boxes, scores), strict=True):
+            table = table.append_column(field, pa.array(values, field.type))
+        return _with_errors(table, "decode", faults)
+
+
+PROPOSED = pa.schema([("boxes_xyxy", pa.list_(pa.list_(pa.float32()))), ("box_scores", pa.list_(pa.float32()))])
+
+
+class Crop:
+    """One row an image -> one row a box, with its crops: nothing after this knows about boxes.
+
+    `bytes` is the first view as PPM (a header and raw pixels, which costs no time to write), for the ranker; `views` holds the
+    raw pixels of all views, for the encoder. An image is decoded once, however many boxes and views it has. A picture that
+    cannot be decoded yields one error row a box.
+    """
+
+    def __init__(self, settings: config.Crop) -> None:
+        self.settings = settings
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = [row for picture in table.to_pylist() for row in self._boxes(picture)]
+        return pa.Table.from_pylist(rows, CROPS)
+
+    def _boxes(self, picture: dict) -> list[dict]:
+        keep = {name: picture[name] for name in ("shard", "row", "uri", "image_id", "coco_id", "stage", "error")}
+        boxes = np.array(picture["boxes_xyxy"], np.float64).reshape(-1, 4)
+        keep["seconds_read"] = picture.get("seconds_read", 0.0) / max(len(boxes), 1)
+        own = zip(boxes.tolist(), picture["box_scores"], picture["box_labels"], strict=True)
+        rows = [{**keep, "box_xyxy": box, "box_score": score, "label": label} for box, score, label in own]
+        if picture["error"] is not None or not rows:
+            return rows
+        try:
+            image = decode(picture["bytes"])
+        except RowError as error:
+            return [{**row, "stage": "decode", "error": str(error)} for row in rows]
+        height, width = image.shape[:2]
+        faults = check_boxes(boxes, width, height)
+        good = [position for position, fault in enumerate(faults) if fault is None]
+        views = [windows.crops(image, boxes[good], self.settings, view) for view in self.settings.views]
+        for position, seen in zip(good, zip(*views, strict=True), strict=True):
+            rows[position] |= {"bytes": ppm(seen[0]), "views": [pixels.tobytes() for pixels in seen]}
+        for row, box, fault in zip(rows, boxes.tolist(), faults, strict=True):
+            row["image_id"] = content_id(picture["image_id"].encode(), box)  # not of the bytes: 1,000 boxes would hash them all
+            if fault is not None:
+                row |= {"stage": "crop", "error": fault}
+        return rows
+
+
+CROPS = pa.schema(
+    [
+        ("seconds_read", pa.float64()),
+        ("shard", pa.int32()),
+        ("row", pa.int64()),
+        ("uri", pa.string()),
+        ("image_id", pa.string()),
+        ("coco_id", pa.int64()),
+        ("label", pa.string()),
+        ("box_xyxy", pa.list_(pa.float32())),
+        ("box_score", pa.float32()),
+        ("bytes", pa.large_binary()),
+        ("views", pa.list_(pa.large_binary())),
+        ("stage", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+
+def ppm(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 as a binary PPM file."""
+    height, width = pixels.shape[:2]
+    return b"P6 %d %d 255\n" % (width, height) + np.ascontiguousarray(pixels).tobytes()
+
+
+class Decode:
+    """bytes -> pixels: the encoder's square inputs as raw bytes of (V, side, side, 3) uint8; V = 1 for a whole image.
+
+    A box needs no decoding: its `views`, which end here, are V squares of raw pixels.
+    """
+
+    def __init__(self, fit: Callable[[np.ndarray], np.ndarray], side: int) -> None:
+        self.fit, self.side = fit, side
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        source, images = ("views", raw_squares) if "views" in table.column_names else ("bytes", self._decoded)
+        pixels: list[bytes | None] = []
+        faults: list[str | None] = []
+        for data, error in zip(table[source], table["error"].to_pylist(), strict=True):
+            fault = None
+            try:
+                pixels.append(None if error else b"".join(self.fit(image).tobytes() for image in images(data.as_py())))
+            except RowError as reason:
+                pixels.append(None)
+                fault = str(reason)
+            faults.append(fault)
+        table = table.drop_columns(["views"] if source == "views" else [])
+        return _with_errors(table.append_column("pixels", pa.array(pixels, pa.large_binary())), "decode", faults)
+
+    def _decoded(self, data: bytes) -> list[np.ndarray]:
+        return [decode(data, self.side)]
+
+
+def raw_squares(data: Sequence[bytes]) -> list[np.ndarray]:
+    """The raw bytes of squares -> (S, S, 3) uint8 each."""
+    return [np.frombuffer(one, np.uint8).reshape(math.isqrt(len(one) // 3), -1, 3) for one in data]
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """What the driver and the decode tasks must know of an encoder, found out by a worker: the driver need not load torch."""
+
+    side: int
+    dim: int
+    fingerprint: str
+    resize_mode: str
+    interpolation: str
+    embeds_texts: bool = True
+
+    def fit(self, image: np.ndarray) -> np.ndarray:
+        return fit_square(image, self.side, self.resize_mode, self.interpolation)
+
+
+def model_cpus() -> float:
+    """What an actor with a model reserves of Ray's CPUs: one; on a laptop (see pipeline.local_ray) next to nothing.
+
+    There the models of a session share the cores by turns, and one more of them must not wait for a CPU that never gets free.
+    """
+    return 0.01 if "RAR_THREADS" in os.environ else 1.0
+
+
+class Embed:
+    """pixels (images) or text (class names, through the templates) -> vector, unit norm. Loads the encoder once an actor."""
+
+    def __init__(self, settings: config.Encoder) -> None:
+        from rar.checkpoint import share_cores
+        from rar.encoder.towers import load_encoder  # torch belongs to the encoder's actors; other workers stay small
+
+        share_cores(settings.workers)
+        self.encoder = load_encoder(settings)
+        self.work = timed("embed", self._embed)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return self.work(table)
+
+    def facts(self) -> EncoderFacts:
+        encoder = self.encoder
+        return EncoderFacts(
+            encoder.side, encoder.dim, encoder.fingerprint(), encoder.resize_mode, encoder.interpolation, encoder.embeds_texts
+        )
+
+    def _embed(self, table: pa.Table) -> pa.Table:
+        vectors = np.zeros((table.num_rows, self.encoder.dim), np.float32)
+        rows, data = _present(table["pixels"])
+        side = self.encoder.side
+        squares = np.frombuffer(bytearray().join(data), np.uint8).reshape(-1, side, side, 3)
+        vectors[rows] = mean_of_views(self.encoder.embed_images(squares), [len(one) // (3 * side**2) for one in data])
+        if "text" in table.column_names:
+            rows, names = _present(table["text"])
+            vectors[rows] = self.encoder.prototypes(names) if rows else 0
+        return with_vectors(table, vectors)
+
+
+class Retrieve:
+    """vector -> candidates by a fitted head: searched itself, or (knn, tip) beside image entries; all: the whole vocabulary.
+
+    A candidate's score is the log of its probability. A linear head's is normalised over the SHARE_DEPTH best classes, which
+    stand for the whole vocabulary; those by votes over the candidates alone, as more of them would be a deeper search.
+    """
+
+    def __init__(self, settings: config.Retriever, head: modes.Head, classes: Collection, images: Collection) -> None:
+        """classes: the collection that holds `head`. images: the memory's images, which knn and tip search."""
+        self.settings, self.head, self.classes, self.images = settings, head, classes, images
+        self.names = dict(zip(head.class_ids.tolist(), head.class_names, strict=True))
+        if settings.mode not in ("knn", "tip"):  # looked up in Milvus: workers need no copy of the weights
+            self.head = replace(head, weights=head.weights[:0], bias=head.bias[:0])
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        found: list[list[Candidate]] = [[]] * table.num_rows
+        rows = [i for i, error in enumerate(table["error"].to_pylist()) if error is None]
+        if rows:
+            for row, candidates in zip(rows, self._candidates(table.take(rows)), strict=True):
+                found[row] = candidates
+        used = [name for name in ("vector", "pixels") if name in table.column_names]
+        return with_candidates(table.drop_columns(used), found)
+
+    def _candidates(self, table: pa.Table) -> list[list[Candidate]]:
+        settings, n_classes = self.settings, len(self.names)
+        if settings.mode == "all":
+            every = [Candidate(class_id, name, -math.log(n_classes)) for class_id, name in self.names.items()]
+            return [every] * table.num_rows
+        queries, top_k = vectors_of(table), min(settings.top_k, n_classes)
+        if settings.mode in ("knn", "tip"):
+            found = modes.candidates_by_votes(
+                self.head, self.images.search, queries, top_k, settings.n_neighbors, settings.sharpness
+            )
+            return [log_shares(candidates) for candidates in found]
+        hits = self.classes.search(modes.augment(queries), min(max(top_k, SHARE_DEPTH), n_classes))
+        total = np.logaddexp.reduce(hits.scores.astype(np.float64), axis=1, keepdims=True)
+        best = Hits(hits.scores[:, :top_k] - total, hits.class_ids[:, :top_k], [row[:top_k] for row in hits.entry_ids])
+        return modes.candidates_from_hits(best, self.names)
+
+
+SHARE_DEPTH = 64
+
+
+def log_shares(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Logits as scores -> logs of their softmax as scores; the order stays."""
+    if not candidates:
+        return []
+    total = float(np.logaddexp.reduce([candidate.score for candidate in candidates]))
+    return [replace(candidate, score=candidate.score - total) for candidate in candidates]
+
+
+class Recall:
+    """image_id -> candidates known beforehand: calibration ranks memory entries by heads fitted without them."""
+
+    def __init__(self, known: Mapping[str, list[Candidate]]) -> None:
+        self.known = known
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return with_candidates(table, [self.known.get(image_id, []) for image_id in table["image_id"].to_pylist()])
+
+
+class Rank:
+    """candidates -> ranking, by `ask` for the images that need the MLLM; the others keep the retriever's order.
+
+    ask(images, names) -> one Ranking an image; images are encoded bytes. It is called with batches of `batch` images
+    of one shard, several in flight at once: what a batch holds depends on the shard alone, never on timing.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[list[tuple[list[bytes], list[list[str]]]]], list[list[Ranking]]] | None,
+        calibration: fusion.Calibration,
+        batch: int,
+    ) -> None:
+        self.ask, self.calibration, self.batch = ask, calibration, batch
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        proposed = candidates_of(table)
+        rankings = [Ranking(tuple(range(len(candidates))), RankStatus.SKIPPED) for candidates in proposed]
+        shown = [fusion.n_shown(candidates, self.calibration) for candidates in proposed]
+        rows = [row for row, count in enumerate(shown) if count]
+        if self.ask is not None and rows:
+            images = table["bytes"].take(rows).to_pylist()
+            names = [[candidate.class_name for candidate in proposed[row][: shown[row]]] for row in rows]
+            starts = range(0, len(rows), self.batch)
+            batches = [(images[s : s + self.batch], names[s : s + self.batch]) for s in starts]
+            answers = [ranking for answered in self.ask(batches) for ranking in answered]
+            for row, ranking in zip(rows, answers, strict=True):
+                rankings[row] = fusion.among(ranking, len(proposed[row]))
+        else:
+            shown = [0] * len(proposed)
+        return self._write(table.drop_columns(["bytes"]), proposed, rankings).append_column(
+            "mllm_candidates", pa.array(shown, pa.int64())
+        )
+
+    def _write(self, table: pa.Table, proposed: list[list[Candidate]], rankings: list[Ranking]) -> pa.Table:
+        """The ranker's own answer, the final order and the class it predicts."""
+        orders: list[Sequence[int]] = []
+        best: list[tuple[Candidate | None, float]] = []
+        for candidates, ranking in zip(proposed, rankings, strict=True):
+            order, chances = fusion.fuse(candidates, ranking, self.calibration)
+            orders.append(order)
+            best.append((candidates[order[0]], chances[order[0]]) if order else (None, float("nan")))
+        columns = {
+            "ranking": pa.array(orders, pa.list_(pa.int64())),
+            "rank_status": pa.array([ranking.status.value for ranking in rankings], pa.string()),
+            "response": pa.array([ranking.response for ranking in rankings], pa.string()),
+            "scores": pa.array([fusion.rank_scores(ranking) for ranking in rankings], pa.list_(pa.float32())),
+            "routed": pa.array([ranking.status == RankStatus.SKIPPED for ranking in rankings], pa.bool_()),
+            "class_id": pa.array([one.class_id if one else None for one, _ in best], pa.int64()),
+            "class_name": pa.array([one.class_name if one else None for one, _ in best], pa.string()),
+            "score": pa.array([chance for _, chance in best], pa.float32()),
+        }
+        for key in ("calls", "prompt_tokens", "output_tokens"):
+            columns[f"mllm_{key}"] = pa.array([getattr(ranking, key) for ranking in rankings], pa.int64())
+        for name, values in columns.items():
+            table = table.append_column(name, values)
+        return table
+
+
+def mean_of_views(vectors: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """(sum of counts, D) unit vectors, of which a row owns the next counts[row] -> their means (N, D), of unit norm again."""
+    if len(vectors) == len(counts):
+        return vectors
+    total = np.add.reduceat(vectors, np.cumsum([0, *counts[:-1]]))
+    return total / np.linalg.norm(total, axis=1, keepdims=True)
+
+
+def vectors_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    """(N, D) float32 as an Arrow column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float32()), vectors.shape[1])
+
+
+def with_vectors(table: pa.Table, vectors: np.ndarray) -> pa.Table:
+    """pixels -> vector: (N, D) float32 takes their place."""
+    return table.drop_columns(["pixels"]).append_column("vector", vectors_column(vectors))
+
+
+def vectors_of(table: pa.Table) -> np.ndarray:
+    """The column `vector` as (N, D) float32."""
+    column = table["vector"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def with_candidates(table: pa.Table, found: Sequence[Sequence[Candidate]]) -> pa.Table:
+    rows = [[{"class_id": c.class_id, "class_name": c.class_name, "score": c.score} for c in row] for row in found]
+    return table.append_column("candidates", pa.array(rows, CANDIDATES))
+
+
+def candidates_of(table: pa.Table) -> list[list[Candidate]]:
+    return [[Candidate(**candidate) for candidate in row] for row in table["candidates"].to_pylist()]
+
+
+def _present(column: pa.ChunkedArray) -> tuple[list[int], list]:
+    """Positions and values of the non-null entries."""
+    pairs = [(i, value.as_py()) for i, value in enumerate(column) if value.is_valid]
+    return [i for i, _ in pairs], [value for _, value in pairs]
+
+
+def _with_errors(table: pa.Table, stage: str, faults: Sequence[str | None]) -> pa.Table:
+    """Set `stage` and `error` where a row has a new fault; create the columns where they are missing."""
+    old = table["error"].to_pylist() if "error" in table.column_names else [None] * table.num_rows
+    stages = table["stage"].to_pylist() if "stage" in table.column_names else [None] * table.num_rows
+    errors = [known or fault for known, fault in zip(old, faults, strict=True)]
+    stages = [known or (stage if fault else None) for known, fault in zip(stages, faults, strict=True)]
+    table = table.drop_columns([name for name in ("stage", "error") if name in table.column_names])
+    return table.append_column("stage", pa.array(stages, pa.string())).append_column("error", pa.array(errors, pa.string()))

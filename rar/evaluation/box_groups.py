@@ -1,0 +1,102 @@
+"""What AP does not say: how many objects the proposals find, and how well boxes are named, by size and by frequency.
+
+AP mixes localisation, naming and scores. These take it apart: `proposal_recall` bounds what any naming can reach with these
+boxes, `candidate_recall_*` bounds what the ranker can reach with these candidates, and `top1_*` on ground-truth boxes is naming
+alone. The groups are the evaluators' own: COCO's areas, and LVIS' r/c/f, the number of training images of a class.
+
+A group that nothing belongs to has no key, as a share of nothing is no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rar.boxes import MEDIUM_AREA, SMALL_AREA, xywh_to_xyxy
+from rar.boxes import iou as box_iou
+from rar.evaluation.ap import FREQUENCIES, Record, check_truth
+from rar.evaluation.metrics import Outcomes, wilson
+
+
+def frequencies(truth: Record) -> dict[str, str]:
+    """{class name: "rare" | "common" | "frequent"} of a truth's categories; empty where they carry no `frequency`."""
+    names = {letter: name for name, letter in FREQUENCIES.items()}
+    return {one["name"]: names[one["frequency"]] for one in truth["categories"] if one.get("frequency") in names}
+
+
+def by_size(areas: np.ndarray) -> dict[str, np.ndarray]:
+    """{"small" | "medium" | "large": (N,) bool} of areas (N,) in square pixels."""
+    small, medium = areas <= SMALL_AREA, areas <= MEDIUM_AREA
+    return {"small": small, "medium": medium & ~small, "large": ~medium}
+
+
+def by_frequency(labels: Sequence[str | None], of: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """{"rare" | "common" | "frequent": (N,) bool} of N class names; `of`: what `frequencies` gives."""
+    groups = np.array([of.get(label, "") if label is not None else "" for label in labels], dtype=object)
+    return {name: groups == name for name in FREQUENCIES}
+
+
+def group_accuracies(found: Outcomes, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """top1_GROUP and candidate_recall_GROUP of the labelled rows of each group, with `.ci_low` and `.ci_high` (95 %, Wilson).
+
+    found: `metrics.outcomes` of a run over ground-truth boxes. groups: {name: (N,) bool}, of `by_size` and `by_frequency`.
+    """
+    values: dict[str, float] = {}
+    for group, members in groups.items():
+        rows = members & found.labelled
+        for name, hits in ("top1", found.correct), ("candidate_recall", found.proposed):
+            values |= _share(f"{name}_{group}", hits[rows])
+    return values
+
+
+def proposal_recall(truth: Record, image_ids: np.ndarray, boxes_xyxy: np.ndarray, iou: float = 0.5) -> dict[str, float]:
+    """The share of objects that some box overlaps by at least `iou`: proposal_recall, and proposal_recall_GROUP of each group.
+
+    truth: a COCO/LVIS object; crowds are left out. image_ids (P,), boxes_xyxy (P, 4): class-agnostic, all of them count, so cut
+    them to the number per image that is meant first. A box may serve several objects, which a matching one to one would not
+    allow: it can be named several times, too. Sizes are the evaluator's (`area` of the file: the segmentation's where there is
+    one). Every value comes with `.ci_low` and `.ci_high`. Raises UserError for a truth of another kind.
+    """
+    known = check_truth(truth, "coco")
+    objects = [one for one in known["annotations"] if not one["iscrowd"]]
+    hit = _overlapped(
+        np.array([one["image_id"] for one in objects], np.int64),
+        xywh_to_xyxy(np.array([one["bbox"] for one in objects], np.float64).reshape(-1, 4)),
+        np.asarray(image_ids, np.int64),
+        np.asarray(boxes_xyxy, np.float64).reshape(-1, 4),
+        iou,
+    )
+    letters = {one["id"]: one.get("frequency") for one in known["categories"]}
+    of_object = np.array([letters[one["category_id"]] for one in objects], dtype=object)
+    groups = by_size(np.array([one["area"] for one in objects], np.float64))
+    groups |= {name: of_object == letter for name, letter in FREQUENCIES.items()}
+    values = _share("proposal_recall", hit)
+    for name, members in groups.items():
+        values |= _share(f"proposal_recall_{name}", hit[members])
+    return values
+
+
+def _overlapped(
+    object_images: np.ndarray, objects_xyxy: np.ndarray, box_images: np.ndarray, boxes_xyxy: np.ndarray, iou: float
+) -> np.ndarray:
+    """(G,) bool: whether any box of the same image has at least this intersection over union with each of G objects."""
+    hit = np.zeros(len(object_images), bool)
+    boxes_of, objects_of = _rows_of(box_images), _rows_of(object_images)
+    for image in objects_of.keys() & boxes_of.keys():
+        rows = objects_of[image]
+        hit[rows] = (box_iou(objects_xyxy[rows], boxes_xyxy[boxes_of[image]]) >= iou).any(axis=1)
+    return hit
+
+
+def _rows_of(images: np.ndarray) -> dict[int, np.ndarray]:
+    """{image id: its rows}"""
+    ids, starts = np.unique(np.sort(images), return_index=True)
+    return dict(zip(ids.tolist(), np.split(np.argsort(images, kind="stable"), starts[1:]), strict=False))
+
+
+def _share(name: str, hits: np.ndarray) -> dict[str, float]:
+    if not len(hits):
+        return {}
+    low, high = wilson(int(hits.sum()), len(hits))
+    return {name: float(hits.mean()), f"{name}.ci_low": low, f"{name}.ci_high": high}

@@ -1,0 +1,273 @@
+"""The gateway on Ray Serve: the HTTP API in front of a memory, a retriever and the ranker; and starting all of it.
+
+A request goes through Serve's proxy to a gateway, where images that wait together are embedded and looked up together, and then
+to a ranker replica, one message an image, where they are batched again. The memory is opened, the encoders are loaded and the
+calibration is fitted by the process that starts the server (`rar serve`), with the functions of the batch jobs; gateways get
+the result. Ranking is pure, so a request whose ranker replica dies is asked again; a gateway that dies takes its own requests
+with it (500), so clients of a cluster should try again once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import os
+import socket
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from fastapi import FastAPI
+from ray import serve as ray_serve
+from ray.serve.exceptions import BackPressureError
+
+from rar import fusion
+from rar.config import Config
+from rar.engine import application, pipeline, stages
+from rar.engine.batching import Batcher
+from rar.gateway import api
+from rar.run import recognise
+from rar.runfolder import RunFolder
+from rar.schema import Candidate, Ranking, RankStatus, RowError, Unavailable, UserError
+
+APP = "gateway"
+TOKEN = "RAR_API_TOKEN"
+READY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What /recognize needs, found out once at the start."""
+
+    vocabulary: recognise.Vocabulary
+    calibration: fusion.Calibration
+    encoders: Sequence[Any]
+
+
+class Cluster:
+    """api.Backend over the applications of a cluster."""
+
+    def __init__(self, settings: Config, known: Known | None) -> None:
+        self.settings, self.known = settings, known
+        asked = self.settings.ranker.method != "none"
+        self.app = application.app_name(self.settings.ranker, self.settings.serve) if asked else None
+        self.ask = application.AskOne(self.app) if self.app else None
+        self.turn = 0
+        self.worker = ThreadPoolExecutor(1)
+        self.propose = Batcher(self._propose, self._fits, self.settings.serve.batch_wait_s)
+
+    async def rank(self, image: bytes, names: list[str], adapter: str) -> Ranking:
+        async with self._patience():
+            return await self._rank(image, names, adapter)
+
+    async def recognize(self, image: bytes, adapter: str) -> api.Recognised:
+        assert self.known is not None
+        calibration = self.known.calibration
+        async with self._patience():
+            candidates = await self.propose(image)
+            shown = fusion.n_shown(candidates, calibration)
+            ranking = Ranking(tuple(range(len(candidates))), RankStatus.SKIPPED)
+            if shown:
+                answer = await self._rank(image, [candidate.class_name for candidate in candidates[:shown]], adapter)
+                ranking = fusion.among(answer, len(candidates))
+            order, chances = fusion.fuse(candidates, ranking, calibration)
+            return api.Recognised(candidates, ranking, order, chances)
+
+    async def health(self) -> dict[str, Any]:
+        """The ranker's name and classes. Raises Unavailable where the ranker's application is not running."""
+        facts = {"ranker": self.settings.ranker.model, "method": self.settings.ranker.method}
+        if self.app is not None:
+            status = await asyncio.get_running_loop().run_in_executor(None, ray_serve.status)
+            found = status.applications.get(self.app)
+            if found is None or found.status != "RUNNING":
+                raise Unavailable(f"the ranker is {found.status.lower() if found else 'not deployed'}")
+        return facts | ({"classes": len(self.known.vocabulary.names)} if self.known else {})
+
+    async def _rank(self, image: bytes, names: list[str], adapter: str) -> Ranking:
+        if self.ask is None:
+            return Ranking(tuple(range(len(names))), RankStatus.SKIPPED)
+        return await self.ask(image, names, adapter)
+
+    @asynccontextmanager
+    async def _patience(self) -> AsyncIterator[None]:
+        """Time limit, and Serve's errors in the API's words."""
+        try:
+            async with asyncio.timeout(self.settings.serve.timeout_s):
+                yield
+        except TimeoutError:
+            raise Unavailable(f"no answer within {self.settings.serve.timeout_s:g} s") from None
+        except BackPressureError:
+            raise api.Busy from None
+        except application.GONE:
+            raise Unavailable("the ranker is not there") from None
+
+    def _fits(self, images: list[bytes]) -> bool:
+        return len(images) <= self.settings.encoder.batch_size
+
+    async def _propose(self, images: list[bytes]) -> list[list[Candidate] | Exception]:
+        """The pipeline's own stages on a table of the images that wait."""
+        assert self.known is not None
+        loop, known = asyncio.get_running_loop(), self.known
+        mode = self.settings.retriever.mode
+        facts = known.vocabulary.facts
+        table = await loop.run_in_executor(self.worker, stages.Decode(facts.fit, facts.side), arrived(images))
+        if mode != "all":
+            self.turn += 1
+            table = await known.encoders[self.turn % len(known.encoders)].run.remote(table)
+        table = await loop.run_in_executor(self.worker, known.vocabulary.retrieve, table)
+        faults = table["error"].to_pylist()
+        return [RowError(fault) if fault else found for fault, found in zip(faults, stages.candidates_of(table), strict=True)]
+
+
+class Gateway:
+    """The Serve class: an app in every replica. What it holds is kept apart, as Serve adds attributes of its own."""
+
+    def __init__(self, settings: dict[str, Any], known: Known | None, token_digest: bytes | None) -> None:
+        parsed = Config(**settings)
+        self.arguments = (Cluster(parsed, known), parsed.serve, token_digest)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return api.create_app(*self.arguments)
+
+
+def arrived(images: list[bytes]) -> pa.Table:
+    """Images as the pipeline's decode stage takes them."""
+    none = pa.nulls(len(images), pa.string())
+    return pa.table({"bytes": pa.array(images, pa.large_binary()), "stage": none, "error": none})
+
+
+@contextmanager
+def serving(settings: Config, address: str | None, folder: RunFolder) -> Iterator[str]:
+    """The whole service in an open session (`recognise.session`, or `pipeline.local_ray` without a memory); yields its URL.
+
+    On leaving, the gateways finish what they have, then the rankers. address: of the memory; None: /rank alone. folder keeps
+    the calibration. Raises UserError for what the user must mend.
+    """
+    online = settings.serve
+    digest = check(settings)
+    start_proxy(settings)
+    known = learn(settings, address, folder) if address is not None else None
+    ranker = application.app_name(settings.ranker, online) if settings.ranker.method != "none" else None
+    try:
+        if ranker is not None:
+            application.deploy_online(settings.ranker, online)
+        run_gateway(settings, known, digest)
+        yield f"http://{online.host}:{online.port}"
+    finally:
+        for name in (APP, ranker):
+            if name is not None:
+                ray_serve.delete(name)
+
+
+def check(settings: Config) -> bytes | None:
+    """The token's digest, None where none is set. Raises UserError for what cannot be served, or not so, or not there."""
+    online, ranker = settings.serve, settings.ranker
+    if ranker.debias == "prior" or ranker.exemplars:
+        raise UserError("serving knows neither ranker.debias prior nor ranker.exemplars; use ranker.permutations instead")
+    if settings.encoder.model == "precomputed" and "recognize" in online.endpoints:
+        raise UserError("encoder.model precomputed cannot embed a new picture; set serve.endpoints: [rank]")
+    for name, folder in online.adapters.items():
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise UserError(f"serve.adapters.{name}: {folder} holds no LoRA adapter (adapter_config.json)")
+    token = os.environ.get(TOKEN, "").strip()
+    if not token and not _loopback(online.host):
+        raise UserError(f"serve.host {online.host} can be reached by others: set {TOKEN}, or use 127.0.0.1")
+    try:
+        with socket.create_server((online.host, online.port)):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"serve.host {online.host}, serve.port {online.port}: {error.strerror or error}; choose others"
+        ) from None
+    return hashlib.sha256(token.encode()).digest() if token else None
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def start_proxy(settings: Config) -> None:
+    """Serve with an HTTP proxy on every node. It must come before any application: Serve reads these options once."""
+    ray_serve.start(
+        proxy_location="EveryNode",
+        http_options={"host": settings.serve.host, "port": settings.serve.port},
+        logging_config=application.QUIET,
+    )
+
+
+def learn(settings: Config, address: str, folder: RunFolder) -> Known:
+    """Open the memory and calibrate on it, with a batch ranker that goes again; not where the folder has it already."""
+    fitting = settings.route.mode == "calibrated" and not (folder.path / "calibration.json").exists()
+    fitting = fitting and settings.ranker.method != "none" and settings.memory.support is not None
+    vocabulary = recognise.prepare(settings, address) if fitting else recognise.open_memory(settings, address)
+    calibration = recognise.calibrate(settings, address, vocabulary, folder)
+    if fitting:
+        ray_serve.delete(application.app_name(settings.ranker))
+    return Known(vocabulary, calibration, pipeline.encoders(settings.encoder.model_dump_json()))
+
+
+def run_gateway(settings: Config, known: Known | None, digest: bytes | None) -> None:
+    """Deploy the gateways and wait until one answers over HTTP."""
+    online, ranker = settings.serve, settings.ranker
+    room = 2 * ranker.batch_size * ranker.max_replicas + online.max_queued
+    deployment = ray_serve.deployment(
+        name=APP,
+        ray_actor_options={"num_cpus": stages.model_cpus()},
+        autoscaling_config={
+            "min_replicas": online.min_gateways,
+            "max_replicas": online.max_gateways,
+            "target_ongoing_requests": room / 2,
+            "upscale_delay_s": online.upscale_delay_s,
+            "downscale_delay_s": online.downscale_delay_s,
+        },
+        max_ongoing_requests=2 * room,  # more than the ranker takes: it is the gateway that says 429, in JSON
+        max_queued_requests=8 * room,  # in the proxy, which says 429 in plain text: a last resort
+        backpressure_config={"status_code": 429, "retry_after_s": api.RETRY_AFTER_S},
+        graceful_shutdown_timeout_s=application.DRAIN_S,
+        logging_config=application.QUIET,
+    )(ray_serve.ingress()(Gateway))
+    ray_serve.run(deployment.bind(settings.model_dump(mode="json"), known, digest), name=APP, route_prefix="/")
+    url = f"http://{online.host}:{online.port}/health"
+    for _ in range(int(READY_S / 0.2)):
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise UserError(
+        f"nothing answers at {url}: Serve runs on this cluster already, with other HTTP options; use its host and port"
+    )
+
+
+def dry_run(settings: Config) -> str:
+    """What would be started, from the config alone."""
+    online, ranker = settings.serve, settings.ranker
+    token = "asked for" if os.environ.get(TOKEN, "").strip() else f"none ({TOKEN} is not set)"
+    memory = f"memory {settings.memory.name!r} at {settings.memory.uri}" if "recognize" in online.endpoints else "no memory"
+    paths, adapters = ", ".join("/" + name for name in online.endpoints), ", ".join(sorted(online.adapters))
+    return "\n".join(
+        [
+            f"would serve {paths} at http://{online.host}:{online.port}; token: {token}",
+            f"  {memory}; retriever {settings.retriever.mode}, encoder {settings.encoder.model}",
+            f"  ranker {ranker.model} ({ranker.method}): {ranker.min_replicas} to {ranker.max_replicas} replica(s), batches of "
+            f"at most {ranker.batch_size} images and {online.batch_tokens:,} tokens; {online.max_queued} requests may wait",
+            f"  {online.min_gateways} to {online.max_gateways} gateway(s); adapters: {adapters or 'none'}",
+        ]
+    )
+
+
+def metrics_address() -> str:
+    """Where Ray's agent of this node tells its numbers."""
+    node = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

@@ -1,0 +1,134 @@
+"""Answers of the ranker by content: what was asked once, in whatever run, is not asked again.
+
+One small file an answer, in 256 folders, written under a name of its own and moved into place. So any number of processes may
+read and write at once, on NFS too, where SQLite's locks cannot be relied on, and nothing has to be opened, locked or compacted.
+It costs an inode and a disk block an answer; delete the folder to be rid of it. Every file carries a checksum: one that is torn
+or damaged is a miss, and is written anew.
+
+Only for deterministic requests: all methods decode greedily. What cost no call is not kept: a list of one, and a FALLBACK
+because the request failed, which may succeed the next time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from rar import config
+from rar.ranker import wording
+from rar.schema import Ranking, RankStatus, Unavailable, UserError
+
+FORMAT = 1  # of the files and of the key
+SAMPLE_BYTES = 1 << 16
+
+
+def fingerprint(settings: config.Ranker, model_path: str, *extras: str) -> str:
+    """32 hex digits of what decides an answer besides the picture and the names.
+
+    That is: the settings without those of speed, the words of the prompts, and, where they are local folders, the contents of
+    the model (model_path: `settings.model` resolved) and of the adapter, so that trained weights of the same name are others.
+    extras: what else the caller shows or does, such as the label prior, or the memory that exemplar pictures come from.
+    """
+    speed_only = {key.removeprefix("ranker.") for key in config.SPEED_ONLY if key.startswith("ranker.")}
+    decisive = settings.model_dump(mode="json", exclude={*speed_only, "prompts", "adapter"})
+    folders = [_folder_digest(path) for path in (model_path, settings.adapter) if path is not None]
+    parts = [FORMAT, decisive, wording.load_wording(settings.prompts).fingerprint(), folders, extras]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class AnswerCache:
+    """Answers under one fingerprint, in a folder that many runs and processes share. hits and misses count this object's."""
+
+    def __init__(self, folder: str | Path, fingerprint: str) -> None:
+        """Raises UserError for a folder that cannot be made or written."""
+        self.folder, self.fingerprint = Path(folder), fingerprint
+        self.hits = self.misses = 0
+        if "://" in str(folder):
+            raise UserError(f"ranker.cache must be a local or mounted folder, not {folder}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"ranker.cache {folder} cannot be made: {error.strerror}") from None
+        if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
+            raise UserError(f"ranker.cache {folder} cannot be read and written")
+
+    def get(self, images: Sequence[bytes], names: Sequence[Sequence[str]]) -> list[Ranking | None]:
+        """What was answered for each image (encoded bytes) and its candidates in this order; None for a miss.
+
+        A Ranking comes back as it was but for calls and tokens, which are 0: this time nothing was asked.
+        """
+        found = [self._read(image, listed) for image, listed in zip(images, names, strict=True)]
+        hits = sum(ranking is not None for ranking in found)
+        self.hits += hits
+        self.misses += len(found) - hits
+        return found
+
+    def put(self, images: Sequence[bytes], names: Sequence[Sequence[str]], rankings: Sequence[Ranking]) -> None:
+        """Keep the answers that cost a call. Raises Unavailable where the folder takes no more."""
+        for image, listed, ranking in zip(images, names, rankings, strict=True):
+            if ranking.calls:
+                self._write(self._path(image, listed), _packed(ranking))
+
+    def _read(self, image: bytes, names: Sequence[str]) -> Ranking | None:
+        try:
+            return _unpacked(self._path(image, names).read_bytes(), len(names))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _write(self, path: Path, data: bytes) -> None:
+        draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            draft.write_bytes(data)
+            draft.replace(path)
+        except OSError as error:
+            raise Unavailable(f"ranker.cache {self.folder} cannot be written: {error.strerror}") from None
+
+    def _path(self, image: bytes, names: Sequence[str]) -> Path:
+        digest = hashlib.blake2b(self.fingerprint.encode(), digest_size=16)
+        digest.update(hashlib.blake2b(image, digest_size=16).digest())
+        digest.update(json.dumps(list(names)).encode())
+        key = digest.hexdigest()
+        return self.folder / key[:2] / key[2:]
+
+
+def _packed(ranking: Ranking) -> bytes:
+    fields = {"order": ranking.order, "status": ranking.status, "scores": ranking.scores, "response": ranking.response}
+    text = json.dumps(fields).encode()
+    return _checksum(text) + b"\n" + text
+
+
+def _unpacked(data: bytes, count: int) -> Ranking:
+    """Raises ValueError, KeyError or TypeError for anything but a whole entry about `count` candidates."""
+    checksum, _, text = data.partition(b"\n")
+    if checksum != _checksum(text):
+        raise ValueError("damaged")
+    fields = json.loads(text)
+    ranking = Ranking(tuple(fields["order"]), RankStatus(fields["status"]), tuple(fields["scores"]), fields["response"])
+    if len(ranking.order) != count:
+        raise ValueError("of another list")
+    return ranking
+
+
+def _checksum(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=8).hexdigest().encode()
+
+
+def _folder_digest(path: str) -> str:
+    """Names, sizes, beginnings and ends of a folder's files: trained weights differ at their ends. "" for a hub name.
+
+    So it is short for models of any size, and equal for all copies.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(SAMPLE_BYTES)
+            stream.seek(max(size - SAMPLE_BYTES, 0))
+            digest.update(json.dumps([str(file.relative_to(path)), size]).encode() + start + stream.read())
+    return digest.hexdigest() if files else ""

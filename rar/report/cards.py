@@ -1,0 +1,269 @@
+"""The pictures of the report: cards of predictions won, lost and failed; whole scenes with their boxes; every way to crop.
+
+A run's pictures are read one at a time, and only those that are shown, so that neither their number nor their size matters. A
+box's crop is computed again from the picture by the code that made it for the ranker (`windows.crops` with the run's own
+settings), instead of being kept by every run: a report costs a few milliseconds more, and shows other pixels if the picture
+has changed since. Boxes are drawn by the page over the picture and not into it: lines and numbers keep their size on a phone.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from rar import boxes
+from rar.corpus.decode import decode
+from rar.corpus.listing import read_many
+from rar.crops import windows
+from rar.fusion import Calibration, n_shown
+from rar.report.view import BoxView, RunView
+from rar.schema import Candidate, RankStatus, RowError
+
+THUMBNAIL = 144  # longest side of a picture and of a crop, pixels: sharp at 96 CSS pixels on a phone's dense screen
+CARD_SCENE, SCENE = 320, 640  # longest side of a whole picture on a card, and on its own
+PICTURES = 12  # a gallery shows at most this many
+SCENES = 6
+DRAWN = 40  # boxes drawn into a picture at most
+SHOWN_CANDIDATES = 6
+OPTION_SIZE = 88  # side of the crops of the options' sheet, so that it fits the page; the blur is relative to it
+OPTION_SIZES = (0.05, 0.35, 0.65, 0.95)  # boxes of the options' sheet, as quantiles of the run's by area
+
+
+def sections(run: RunView) -> list[dict[str, Any]]:
+    """The galleries of one run. Without labels nothing is won or lost: a look at some predictions instead."""
+    found = run.found
+    kinds = [
+        ("won", "Won", "The retriever's first candidate was wrong, the final prediction is right.", run.won),
+        ("lost", "Lost", "The retriever's first candidate was right, the final prediction is wrong.", run.lost),
+        ("failed", "Failed", "Wrong before and after ranking.", found.labelled & ~found.correct & ~found.retriever_correct),
+    ]
+    if not found.labelled.any():
+        kinds = [("predicted", "Predictions", "No labels to judge by.", np.ones(len(run.truth), dtype=bool))]
+    shown = []
+    for kind, title, meaning, chosen in kinds:
+        rows = np.flatnonzero(chosen)
+        shown.append({"kind": kind, "title": title, "meaning": meaning, "total": len(rows), "cards": cards(run, _spread(rows))})
+    return shown
+
+
+def _spread(rows: np.ndarray) -> np.ndarray:
+    """At most PICTURES of some rows, evenly spread."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(PICTURES, len(rows))).round().astype(int))]
+
+
+def cards(run: RunView, rows: np.ndarray) -> list[dict[str, Any]]:
+    """What a card shows of each of some predictions."""
+    records = run.predictions.take(pa.array(rows, pa.int64())).to_pylist()
+    return [_card(run, row, record) for row, record in zip(rows.tolist(), records, strict=True)]
+
+
+def _card(run: RunView, row: int, record: dict[str, Any]) -> dict[str, Any]:
+    candidates = candidates_of(record, run.truth[row], run.calibration)
+    card = {
+        "truth": run.truth[row],
+        "predicted": record["class_name"],
+        "proposed": bool(run.found.proposed[row]),
+        "status": record["rank_status"],
+        "response": record["response"],
+        "score": record["score"],
+        "proposal": run.boxes.scores[row] if run.boxes else None,
+        "uri": record["uri"],
+        "file": str(record["uri"]).rsplit("/", 1)[-1],
+        "pictures": [],
+        "scene": None,
+        "unreadable": None,
+        "candidates": candidates[:SHOWN_CANDIDATES],
+        "more": max(0, len(candidates) - SHOWN_CANDIDATES),
+    }
+    try:
+        return card | _pictures(run, row)
+    except RowError as reason:
+        return card | {"unreadable": str(reason)}
+
+
+def _pictures(run: RunView, row: int) -> dict[str, Any]:
+    """The picture; for a box its crop, and the picture with all boxes drawn in. Raises RowError where there is none."""
+    image = picture(run, int(run.places[row]))
+    if run.boxes is None:
+        return {"pictures": [{"what": "picture", "src": data_uri(image, THUMBNAIL)}]}
+    around = drawing(run, _of_picture(run, int(run.places[row])), image, CARD_SCENE)
+    return {
+        "pictures": [{"what": "crop as the ranker sees it", "src": data_uri(seen_crop(run.boxes, row, image), THUMBNAIL)}],
+        "scene": around | {"mark": _mark(run, row, image)},
+    }
+
+
+def picture(run: RunView, place: int) -> np.ndarray:
+    """(H, W, 3) uint8: the picture in a row of the index. Raises RowError where there is none any more."""
+    if place < 0:
+        raise RowError("not in the run's index")
+    (data,) = read_many(*([run.index[column][place].as_py()] for column in ("uri", "offset", "size")))
+    if isinstance(data, RowError):
+        raise data
+    return decode(data)
+
+
+def seen_crop(seen: BoxView, row: int, image: np.ndarray) -> np.ndarray:
+    """(S, S, 3) uint8: a box as the ranker sees it. Raises RowError for a box that is not in this picture."""
+    height, width = image.shape[:2]
+    if fault := boxes.check_boxes(seen.xyxy[[row]], width, height)[0]:
+        raise RowError(fault)
+    return windows.crops(image, seen.xyxy[[row]], seen.crop, seen.crop.views[0])[0]
+
+
+def data_uri(image: np.ndarray, side: int) -> str:
+    """(H, W, 3) uint8 as a JPEG of at most `side` pixels a side, for an <img>'s src."""
+    small = Image.fromarray(image)
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=82, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _of_picture(run: RunView, place: int) -> np.ndarray:
+    """The predictions drawn of a picture: at most DRAWN, first those that ranking changed, then wrong, right, unjudged ones.
+
+    Within each the best proposals come first. Returned in the run's order.
+    """
+    rows = np.flatnonzero(run.places == place)
+    assert run.boxes is not None
+    labelled, correct = run.found.labelled[rows], run.found.correct[rows]
+    changed = (run.won | run.lost)[rows]
+    order = np.lexsort((rows, -run.boxes.scores[rows], np.select([changed, labelled & ~correct, labelled], [0, 1, 2], 3)))
+    return np.sort(rows[order[:DRAWN]])
+
+
+def drawing(run: RunView, rows: np.ndarray, image: np.ndarray, side: int) -> dict[str, Any]:
+    """A picture and the boxes to draw over it: one SVG path for the boxes of each kind, in the picture's own pixels."""
+    assert run.boxes is not None
+    height, width = image.shape[:2]
+    paths: dict[str, str] = {}
+    for row, (x0, y0, x1, y1) in zip(rows.tolist(), boxes.clip_xyxy(run.boxes.xyxy[rows], width, height).tolist(), strict=True):
+        line = f"M{x0:.5g} {y0:.5g}H{x1:.5g}V{y1:.5g}H{x0:.5g}z"
+        paths[_kind(run, row)] = paths.get(_kind(run, row), "") + line
+    left_out = int((run.places == run.places[rows[0]]).sum()) - len(rows)
+    return {"src": data_uri(image, side), "width": width, "height": height, "paths": paths, "left_out": left_out}
+
+
+def _kind(run: RunView, row: int) -> str:
+    return "right" if run.found.correct[row] else "wrong" if run.found.labelled[row] else "unjudged"
+
+
+def _mark(run: RunView, row: int, image: np.ndarray) -> dict[str, Any]:
+    """Where a box lies in a picture, in percent of its sides, and the name predicted for it."""
+    assert run.boxes is not None
+    height, width = image.shape[:2]
+    x0, y0, x1, y1 = boxes.clip_xyxy(run.boxes.xyxy[row], width, height).tolist()
+    left, top = 100 * x0 / width, 100 * y0 / height
+    return {
+        "name": run.predictions["class_name"][row].as_py(),
+        "kind": _kind(run, row),
+        "left": left,
+        "top": top,
+        "width": 100 * x1 / width - left,
+        "height": 100 * y1 / height - top,
+    }
+
+
+def candidates_of(record: Mapping[str, Any], truth: str | None, calibration: Calibration | None) -> list[dict[str, Any]]:
+    """Candidates in ranked order. Bars are fractions of the row's widest; `chance` is the ranker's, among those it saw.
+
+    What it did not see has none: all candidates where it was not asked or said nothing, and those beyond the number that the
+    calibration lets it see. The scores stored for these only repeat the retriever's order.
+    """
+    proposed = [Candidate(**candidate) for candidate in record["candidates"]]
+    values = np.array([candidate.score for candidate in proposed], dtype=np.float64)
+    spread = values.max() - values.min() if len(values) else 0.0
+    bars = 0.1 + 0.9 * (values - values.min()) / spread if spread > 0 else np.ones(len(values))
+    asked = record["rank_status"] not in (RankStatus.SKIPPED, RankStatus.FALLBACK)
+    shown = len(proposed) if calibration is None else n_shown(proposed, calibration)
+    seen = np.array(record["scores"][: shown * asked], dtype=np.float64)
+    chances = np.exp(seen - seen.max(initial=-math.inf))
+    return [
+        {
+            "name": proposed[position].class_name,
+            "score": values[position],
+            "bar": bars[position],
+            "chance": chances[position] / chances.sum() if position < len(chances) else None,
+            "unseen": asked and position >= shown,
+            "was": position + 1,
+            "true": proposed[position].class_name == truth,
+            "predicted": proposed[position].class_name == record["class_name"],
+        }
+        for position in record["ranking"]
+    ]
+
+
+def scenes(run: RunView) -> list[dict[str, Any]]:
+    """Whole pictures of a detection run: those with most boxes that ranking set right or wrong, then with most wrong ones.
+
+    Without labels: those with most predictions that are not the retriever's first candidate.
+    """
+    if run.boxes is None:
+        return []
+    found = run.found
+    telling = run.won | run.lost if found.labelled.any() else run.flipped
+    known = np.flatnonzero(run.places >= 0)
+    total, changed, wrong = (
+        np.bincount(run.places[known], weights[known], run.index.num_rows)
+        for weights in (np.ones(len(telling)), telling, found.labelled & ~found.correct)
+    )
+    order = np.lexsort((-wrong, -changed))  # stable: ties in the index's order
+    return [_scene(run, place) for place in order[total[order] > 0][:SCENES].tolist()]
+
+
+def _scene(run: RunView, place: int) -> dict[str, Any]:
+    rows = _of_picture(run, place)
+    uri = run.index["uri"][place].as_py()
+    scene = {"uri": uri, "file": uri.rsplit("/", 1)[-1], "drawing": None, "unreadable": None, "entries": []}
+    try:
+        image = picture(run, place)
+    except RowError as reason:
+        return scene | {"unreadable": str(reason)}
+    entries = [_mark(run, row, image) | _verdict(run, row) for row in rows.tolist()]
+    return scene | {"drawing": drawing(run, rows, image, SCENE), "entries": entries}
+
+
+def _verdict(run: RunView, row: int) -> dict[str, Any]:
+    """What is to be said of a box beside its name."""
+    return {
+        "truth": run.truth[row],
+        "change": "won" if run.won[row] else "lost" if run.lost[row] else None,
+        "score": run.predictions["score"][row].as_py(),
+    }
+
+
+def options(run: RunView) -> dict[str, Any] | None:
+    """Every way to crop (`windows.options_sheet`) for boxes of different sizes; None where no picture can be read."""
+    if run.boxes is None:
+        return None
+    by_area = np.argsort(boxes.area(run.boxes.xyxy), kind="stable")
+    chosen = by_area[(np.array(OPTION_SIZES) * (len(by_area) - 1)).round().astype(int)] if len(by_area) else by_area
+    sheets: list[np.ndarray] = []
+    rows = []
+    for row in dict.fromkeys(chosen.tolist()):
+        try:
+            sheets.append(_sheet(run.boxes, row, picture(run, int(run.places[row])), bool(sheets)))
+        except RowError:
+            continue  # a card or a scene says so
+        x0, y0, x1, y1 = run.boxes.xyxy[row].tolist()
+        rows.append({"name": run.predictions["class_name"][row].as_py(), "width": x1 - x0, "height": y1 - y0})
+    if not sheets:
+        return None
+    sheet = np.concatenate(sheets)
+    crop = run.boxes.crop
+    return {"src": data_uri(sheet, sheet.shape[1]), "width": sheet.shape[1], "rows": rows, "crop": crop.model_dump()}
+
+
+def _sheet(seen: BoxView, row: int, image: np.ndarray, headless: bool) -> np.ndarray:
+    """One row of the sheet, under its headings or not."""
+    seen_crop(seen, row, image)  # raises RowError for a box outside
+    sheet = windows.options_sheet(image, seen.xyxy[[row]], seen.crop.model_copy(update={"size": OPTION_SIZE}))
+    return sheet[-(OPTION_SIZE + 2) :] if headless else sheet

@@ -1,0 +1,207 @@
+"""One run as its folder tells it: config, numbers, predictions, and what is known to be true of each.
+
+A picture's true class is in the index. A given box's is, too. A proposal has none of its own: it takes the label of the object
+that it overlaps most, by an IoU of at least BOX_OVERLAP, as the evaluators match at their lowest threshold. That is read from
+the corpus' JSON where that can still be read; where not, the run is shown unjudged and says why. AP matches otherwise (one to
+one, class by class), so counts over proposals explain a run's AP and do not add up to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
+
+from rar import boxes, config, fusion
+from rar.corpus import coco
+from rar.evaluation import metrics
+from rar.runfolder import RunFolder
+from rar.schema import UserError
+
+BOX_OVERLAP = 0.5  # least IoU at which a proposal takes the label of an object
+GIVEN = "Boxes are the given ones, with their labels."
+JUDGED = (
+    "Boxes are proposals. One that overlaps an object by an IoU of 0.5 or more is judged by the object's class, others are not."
+)
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class BoxView:
+    """What a detection run has beyond others; arrays are aligned with the rows of its predictions."""
+
+    xyxy: np.ndarray  # (N, 4) float32 pixels
+    scores: np.ndarray  # (N,) float32: the proposal's score; NaN for a given box
+    crop: config.Crop  # how the ranker saw a box
+    note: str  # what the boxes are, and how they are judged
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run. `truth`, `found`, `places` and the arrays of `boxes` are aligned with the rows of `predictions`."""
+
+    name: str
+    group: str
+    info: dict[str, Any]  # run.json
+    values: dict[str, float | None]  # metrics.json
+    predictions: pa.Table
+    errors: pa.Table
+    index: pa.Table
+    places: np.ndarray  # (N,) int64 row of `index`, -1 where its uri is not there
+    truth: list[str | None]
+    found: metrics.Outcomes
+    boxes: BoxView | None  # of a detection run
+    calibration: fusion.Calibration | None  # decides how many candidates the ranker saw; None in folders that lack it
+
+    @property
+    def main(self) -> float:
+        """The number that runs are compared by: top1, else AP, else nothing."""
+        return number(self.values.get("top1", self.values.get("ap")))
+
+    @cached_property
+    def won(self) -> np.ndarray:
+        """(N,) bool: right, and the retriever's first candidate was not."""
+        return self.found.correct & ~self.found.retriever_correct
+
+    @cached_property
+    def lost(self) -> np.ndarray:
+        """(N,) bool: wrong, and the retriever's first candidate was right."""
+        return self.found.retriever_correct & ~self.found.correct
+
+    @cached_property
+    def flipped(self) -> np.ndarray:
+        """(N,) bool: the prediction is not the retriever's first candidate."""
+        return ~metrics.outcomes(self.predictions, self.predictions["class_name"].to_pylist()).retriever_correct
+
+
+def read_run(path: Path) -> RunView:
+    """Read a run folder (design 4.2). `metrics.json` may be missing: nothing was labelled.
+
+    Raises UserError for a folder that is no run, or whose run has not ended, or whose config is of another version.
+    """
+    if not (path / "run.json").is_file():
+        raise UserError(f"{path} is not a run folder: it holds no run.json")
+    info = json.loads((path / "run.json").read_text())
+    if "counts" not in info:
+        raise UserError(f"{path} holds a run that has not ended; resume it with the command that began it")
+    folder = RunFolder(path)
+    predictions, index = folder.predictions(), pq.read_table(path / "index.parquet", partitioning=None)
+    places = _places(predictions["uri"], index["uri"])
+    if info["verb"] == "detect":
+        seen, truth = _boxes(path, info["config"], predictions, index, places)
+    else:
+        labels = index["label"].to_pylist()
+        seen, truth = None, [labels[place] if place >= 0 else None for place in places]
+    found = metrics.outcomes(predictions, truth)
+    name, group = str(info.get("name", path.name)), str(info.get("group", info["verb"]))
+    values = _metrics(path / "metrics.json")
+    calibration = _calibration(path / "calibration.json")
+    return RunView(name, group, info, values, predictions, folder.errors(), index, places, truth, found, seen, calibration)
+
+
+def number(value: float | None) -> float:
+    """NaN for a number that is not there."""
+    return math.nan if value is None else float(value)
+
+
+def _metrics(file: Path) -> dict[str, float | None]:
+    """The numbers of a run. The evaluators' -1, an AP or AR over no ground truth, is as undefined as null."""
+    values = json.loads(file.read_text()) if file.is_file() else {}
+    return {key: None if key.startswith(("ap", "ar")) and value == -1 else value for key, value in values.items()}
+
+
+def _calibration(file: Path) -> fusion.Calibration | None:
+    if not file.is_file():
+        return None
+    try:
+        return fusion.Calibration.from_dict(json.loads(file.read_text()))
+    except TypeError as error:
+        raise UserError(f"{file} is of another version of rar: {error}") from None
+
+
+def _places(uris: pa.ChunkedArray, known: pa.ChunkedArray) -> np.ndarray:
+    """(N,) int64: the first row with each uri among the `known`, or -1."""
+    found = pc.index_in(uris, value_set=known.combine_chunks())
+    return np.asarray(pc.fill_null(found, -1).to_numpy(), dtype=np.int64)
+
+
+def _boxes(
+    path: Path, settings: dict[str, Any], predictions: pa.Table, index: pa.Table, places: np.ndarray
+) -> tuple[BoxView, list[str | None]]:
+    """A detection run's boxes and their true names."""
+    chosen = _section(config.Detect, settings["detect"], f"{path}/run.json: detect")
+    corpus = _section(config.Corpus, settings["corpus"], f"{path}/run.json: corpus")
+    xyxy = _corners(predictions["box_xyxy"])
+    own = _own(places, xyxy, index)
+    if chosen.proposals is None and chosen.detector is None:
+        labels = pc.list_flatten(index["box_labels"]).take(pa.array(own, mask=own < 0))
+        return BoxView(xyxy, np.full(len(own), np.nan, np.float32), chosen.crop, GIVEN), labels.to_pylist()
+    scores = np.append(pc.list_flatten(index["box_scores"]).to_numpy(), np.float32(np.nan))[own]
+    try:
+        known, _ = coco.read_boxes(corpus, config.Detect())
+    except UserError as error:
+        note = f"Boxes are proposals. There is nothing to judge them by: {error}"
+        return BoxView(xyxy, scores, chosen.crop, note), [None] * len(xyxy)
+    return BoxView(xyxy, scores, chosen.crop, JUDGED), overlapped(predictions["uri"], xyxy, known)
+
+
+def _section(model: type[Section], data: dict[str, Any], what: str) -> Section:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UserError(f"{what} is of another version of rar: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+
+
+def _own(places: np.ndarray, xyxy: np.ndarray, index: pa.Table) -> np.ndarray:
+    """(N,) int64: which of all boxes of the index, in its order, each prediction is of; -1 where none is.
+
+    Of boxes that are equal the last counts, as in the metrics. The key of a box is its 24 bytes: a Python object a box would
+    be a gigabyte where a detector wrote its millions.
+    """
+    known = _corners(pc.list_flatten(index["boxes_xyxy"]))
+    images = np.repeat(np.arange(index.num_rows), pc.list_value_length(index["boxes_xyxy"]).to_numpy())
+    found = pc.index_in(_keys(places, xyxy), value_set=_keys(images[::-1], known[::-1]))
+    backwards = np.asarray(pc.fill_null(found, len(known)).to_numpy(zero_copy_only=False), dtype=np.int64)
+    return len(known) - 1 - backwards
+
+
+def _keys(places: np.ndarray, xyxy: np.ndarray) -> pa.Array:
+    keys = np.empty(len(places), np.dtype([("place", np.int64), ("xyxy", np.float32, 4)]))
+    keys["place"], keys["xyxy"] = places, xyxy
+    return pa.Array.from_buffers(pa.binary(keys.dtype.itemsize), len(keys), [None, pa.py_buffer(keys.tobytes())])
+
+
+def _corners(lists: pa.ChunkedArray) -> np.ndarray:
+    """N lists of four numbers as (N, 4) float32."""
+    return pc.list_flatten(lists).to_numpy().astype(np.float32).reshape(-1, 4)
+
+
+def overlapped(uris: pa.ChunkedArray, xyxy: np.ndarray, known: pa.Table) -> list[str | None]:
+    """The label of the object that each of N boxes (N, 4) overlaps most, or None below an IoU of BOX_OVERLAP.
+
+    uris: the picture of each box. known: the objects, one row a picture (schema coco.BOXES).
+    """
+    labels: list[str | None] = [None] * len(xyxy)
+    places = _places(uris, known["uri"])
+    order = np.argsort(places, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(places[order])) + 1):
+        if not len(rows) or places[rows[0]] < 0:
+            continue
+        objects, names = (known[column][places[rows[0]]].as_py() for column in ("boxes_xyxy", "box_labels"))
+        if not objects:
+            continue
+        shared = boxes.iou(xyxy[rows], np.array(objects, np.float64))
+        for row, best, overlap in zip(rows.tolist(), shared.argmax(axis=1).tolist(), shared.max(axis=1).tolist(), strict=True):
+            labels[row] = names[best] if overlap >= BOX_OVERLAP else None
+    return labels

@@ -1,0 +1,314 @@
+"""The ranker replica in process, and the whole service on a real Ray over real HTTP. The API's own rules are in test_api.
+
+Not covered: GPUs, several nodes and gateways. The load test and the killed replicas are `slow` (rar/bench/load.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from ray import serve as ray_serve
+
+from rar import config
+from rar.bench import load
+from rar.engine import application
+from rar.gateway import app
+from rar.memory.collection import open_store
+from rar.run import build
+from rar.runfolder import RunFolder
+from rar.schema import Ranking, RankStatus, RowError, UserError
+from tests.conftest import ROOT
+
+TOKEN = "not a secret"
+
+
+@dataclass
+class Fussy:
+    """A ranker that cannot stand lists of four, and breaks on lists of five; remembers its batches."""
+
+    batches: list[int]
+
+    def rank(self, images: Sequence[np.ndarray], names: Sequence[Sequence[str]]) -> list[Ranking]:
+        self.batches.append(len(names))
+        if any(len(listed) == 4 for listed in names):
+            raise UserError("four is too many")
+        if any(len(listed) == 5 for listed in names):
+            raise RuntimeError("out of memory")
+        return [Ranking(tuple(range(len(listed))), RankStatus.RANKED, (), "", 1, 100 + len(listed), 1) for listed in names]
+
+
+@pytest.fixture(scope="module")
+def replica() -> application.RankerReplica:
+    return application.RankerReplica({"batch_size": 8}, {"batch_wait_s": 0.01})
+
+
+@pytest.fixture
+def fussy(replica: application.RankerReplica, monkeypatch: pytest.MonkeyPatch) -> Fussy:
+    ranker = Fussy([])
+    monkeypatch.setattr(replica, "base", replica._batcher(ranker))
+    monkeypatch.setattr(replica, "failures", 0)
+    return ranker
+
+
+def png(colour: str = "red") -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (16, 16), colour).save(data, "PNG")
+    return data.getvalue()
+
+
+def together(replica: application.RankerReplica, requests: list[tuple[bytes, list[str]]]) -> list[Any]:
+    async def run() -> list[Any]:
+        return await asyncio.gather(*(replica.rank_one(*request) for request in requests))
+
+    return asyncio.run(run())
+
+
+def test_a_batch_keeps_its_order_and_says_what_it_could_not_decode(replica: application.RankerReplica) -> None:
+    found = asyncio.run(replica.rank([png(), b"no picture", png("blue")], [["a", "b"], ["a", "b"], ["a", "b", "c"]]))
+    assert [ranking.status for ranking in found] == [RankStatus.RANKED, RankStatus.FALLBACK, RankStatus.RANKED]
+    assert "not a readable" in found[1].response and len(found[2].order) == 3
+
+
+def test_single_requests_share_batches_and_a_faulty_one_spoils_no_other(
+    replica: application.RankerReplica, fussy: Fussy
+) -> None:
+    requests = [(png(), ["a", "b"])] * 3 + [(png(), list("abcd")), (b"no picture", ["a"]), (png(), ["a", "b", "c"])]
+    found = together(replica, requests)
+    assert [type(answer) for answer in found] == [Ranking, Ranking, Ranking, UserError, RowError, Ranking]
+    assert fussy.batches == [5, 1, 1, 1, 1, 1]
+    assert replica.failures == 0, "a user's mistake is no illness"
+
+
+def test_no_batch_is_larger_than_batch_size(replica: application.RankerReplica, fussy: Fussy) -> None:
+    assert len(together(replica, [(png(), ["a", "b"])] * 20)) == 20
+    assert fussy.batches == [8, 8, 4]
+
+
+def test_a_model_that_keeps_failing_makes_the_replica_ask_for_its_end(replica: application.RankerReplica, fussy: Fussy) -> None:
+    replica.check_health()
+    for _ in range(application.SICK):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            together(replica, [(png(), list("abcde"))])
+    with pytest.raises(RuntimeError, match="in a row"):
+        replica.check_health()
+    together(replica, [(png(), ["a", "b"])])
+    replica.check_health()
+
+
+def test_a_batch_is_limited_by_padded_tokens_which_are_learned() -> None:
+    fits = application.Fits(images=100, tokens=2000)
+    short: application.One = (b"", ["abc"])  # 1 token
+    long: application.One = (b"", ["abc" * 488])
+    assert fits([short] * 3) and not fits([short] * 4)  # 512 guessed for the picture
+    assert fits([long, short]) and not fits([long, short, short])  # all padded to the longest: 1000
+    for _ in range(100):
+        fits.learn([["abc"]], [Ranking((0,), RankStatus.RANKED, (), "", 1, 100, 1)])
+    assert fits([short] * 19) and not fits([short] * 21)
+
+
+def test_a_model_that_cannot_be_loaded_is_told_and_not_tried_again() -> None:
+    broken = application.RankerReplica({"model": "/nowhere"})
+    assert "/nowhere" in str(asyncio.run(broken.fault()))
+
+
+# what is refused before anything starts
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"serve": {"host": "0.0.0.0"}}, "RAR_API_TOKEN"),
+        ({"serve": {"host": "203.0.113.9"}}, "RAR_API_TOKEN"),
+        ({"serve": {"adapters": {"birds": "/nowhere"}}}, "serve.adapters.birds"),
+        ({"ranker": {"debias": "prior"}}, "debias"),
+        ({"encoder": {"model": "precomputed"}, "ranker": {"method": "none"}}, "precomputed"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(sections: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(app.TOKEN, raising=False)
+    with pytest.raises(UserError, match=told):
+        app.check(config.build(sections))
+
+
+def test_a_taken_port_is_told() -> None:
+    with load.socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="choose others"):
+        app.check(config.build({"serve": {"port": taken.getsockname()[1]}}))
+
+
+# the whole service
+
+
+@dataclass
+class Service:
+    url: str
+    world: Path
+    settings: config.Config
+
+    def post(self, path: str, query: dict[str, Any], token: str = TOKEN) -> tuple[int, Any]:
+        body = json.dumps(query).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers), timeout=60) as reply:
+                return reply.status, json.load(reply)
+        except urllib.error.HTTPError as refusal:
+            return refusal.code, json.load(refusal)
+
+
+def encoded(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of the miniature MLLM with random weights: its scores differ from the model's."""
+    import peft
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from rar import miniature
+
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.get_peft_model(AutoModelForImageTextToText.from_pretrained(miniature.MLLM), settings).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(world: Path, adapter: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Memory, encoder, retriever, ranker, gateway and proxy, as `rar serve` starts them."""
+    folder = tmp_path_factory.mktemp("service")
+    settings = config.build(
+        {
+            "memory": {
+                "name": "novel",
+                "uri": str(folder / "memory.milvus"),
+                "support": {"uri": str(world / "novel" / "support")},
+            },
+            "route": {"mode": "always"},
+            "serve": {"port": load.free_port(), "max_body_bytes": 100_000, "adapters": {"odd": str(adapter)}},
+        }
+    )
+    ray_serve.shutdown()  # another module's has no HTTP proxy
+    os.environ[app.TOKEN] = TOKEN
+    with open_store(settings.memory.uri) as address:
+        build.build(settings, address, fresh=False)
+        opened = RunFolder.open(folder / "run", "serve", settings, fresh=False, name="test", group="serve")
+        with app.serving(settings, address, opened) as url:
+            yield Service(url, world, settings)
+    del os.environ[app.TOKEN]
+    ray_serve.shutdown()
+
+
+def test_ranking_over_http_is_the_bare_rankers(service: Service) -> None:
+    questions = load.draw()[:24]
+    truth, _ = load.bare_ranker(service.settings.ranker, questions)
+    with ThreadPoolExecutor(24) as pool:
+        found = list(pool.map(lambda one: service.post("/rank", json.loads(one.body)), questions))
+    assert [status for status, _ in found] == [200] * 24
+    assert all(load.agrees(answer, right) for (_, answer), right in zip(found, truth, strict=True))
+    assert found[0][1]["usage"] == {"calls": 1, "prompt_tokens": truth[0].prompt_tokens, "output_tokens": 1}
+
+
+def test_photos_of_the_world_are_recognized(service: Service) -> None:
+    photos = sorted((service.world / "novel" / "test").glob("*/*.png"))[::5]
+    right = 0
+    for photo in photos:
+        status, found = service.post("/recognize", {"image": encoded(photo.read_bytes())})
+        assert status == 200, found
+        assert sorted(found["ranking"]) == list(range(5)) and found["status"] in ("ranked", "skipped"), found
+        assert found["class_name"] == found["candidates"][found["ranking"][0]]["class_name"]
+        assert abs(sum(candidate["probability"] for candidate in found["candidates"]) - 1) < 1e-6
+        right += found["class_name"] == photo.parent.name
+    assert right >= 0.7 * len(photos)
+
+
+def test_an_adapter_answers_under_its_name(service: Service) -> None:
+    query = json.loads(load.draw()[0].body)
+    plain, odd, again = (service.post("/rank", {**query, "adapter": name})[1]["scores"] for name in ("", "odd", ""))
+    assert plain == pytest.approx(again, abs=load.NEAR) and plain != pytest.approx(odd, abs=load.NEAR)
+
+
+def test_mistakes_come_back_as_one_line_and_without_the_inside(service: Service) -> None:
+    whole = {"image": encoded(png()), "candidates": ["a", "b"]}
+    cut = encoded((service.world / "scenes").glob("*.jpg").__next__().read_bytes()[:2000])
+    wrong: list[tuple[str, dict[str, Any], int]] = [
+        ("/rank", {**whole, "image": cut}, 422),
+        ("/recognize", {"image": cut}, 422),
+        ("/rank", {**whole, "candidates": [f"name {number}" for number in range(60)]}, 422),
+        ("/rank", {**whole, "image": "A" * 200_000}, 413),
+        ("/rank", {**whole, "adapter": "unknown"}, 422),
+    ]
+    for path, query, expected in wrong:
+        status, answer = service.post(path, query)
+        assert status == expected and list(answer) == ["error"], answer
+        assert "Traceback" not in answer["error"] and "ray" not in answer["error"] and len(answer["error"]) < 300
+    assert service.post("/rank", whole, token="wrong")[0] == 401
+
+
+def test_health_and_page(service: Service) -> None:
+    with urllib.request.urlopen(service.url + "/health", timeout=30) as reply:
+        facts = json.load(reply)
+    assert facts["classes"] == 120 and facts["method"] == "letters" and facts["adapters"] == ["odd"] and facts["token"] is True
+    with urllib.request.urlopen(service.url + "/", timeout=30) as reply:
+        assert b"<textarea" in reply.read()
+
+
+@pytest.mark.slow
+def test_batch_jobs_are_served_beside_it(service: Service) -> None:
+    application.deploy(service.settings.ranker)
+    ask = application.ask(service.settings.ranker)
+    assert ask is not None
+    ((ranking,),) = ask([([png()], [["a", "b", "c"]])])
+    assert sorted(ranking.order) == [0, 1, 2]
+    ray_serve.delete(application.app_name(service.settings.ranker))
+
+
+@pytest.mark.slow
+def test_under_load_nothing_is_lost_and_replicas_come_and_go(ray_session: None) -> None:
+    ray_serve.shutdown()
+    found = load.run(seconds=60, clients=200)
+    ray_serve.shutdown()
+    assert found["lost"] == found["wrong"] == found["refused_without_retry_after"] == 0, found
+    assert found["killed"] == 1 and found["refused"] > 0 and found["answered"] > 0
+    assert max(found["replicas"]) == 2 and found["seconds_until_one_replica"] is not None
+    assert all(growth < 30 for growth in found["growth_mb"].values()), found["growth_mb"]
+
+
+@pytest.mark.slow
+def test_a_terminated_server_finishes_what_it_has(tmp_path: Path) -> None:
+    port = load.free_port()
+    (tmp_path / "rank.yaml").write_text(f"serve: {{endpoints: [rank], port: {port}}}\n")
+    command = [sys.executable, "-m", "jobs.serve", str(tmp_path / "rank.yaml"), "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stderr is not None
+        for line in server.stderr:
+            if "the page is" in line:
+                break
+        service = Service(f"http://127.0.0.1:{port}", tmp_path, config.build({}))
+        with ThreadPoolExecutor(16) as pool:
+            asked = [pool.submit(service.post, "/rank", json.loads(one.body)) for one in load.draw()[:16]]
+            asked[0].result()
+            server.send_signal(signal.SIGTERM)
+            assert [future.result()[0] for future in asked] == [200] * 16
+        assert server.wait(60) == 0
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)

@@ -1,0 +1,165 @@
+"""Building, extending, thinning and freezing a memory, on embeddings that need no model; and what a run makes of it.
+
+With real Ray and Milvus Lite. Not covered: pictures (tests/test_pipeline.py), a Milvus server (tests/test_memory.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rar import config
+from rar.memory import catalog
+from rar.memory.collection import open_store
+from rar.run import build, recognise
+from rar.runfolder import RunFolder
+from rar.schema import UserError
+
+DIM, CLASSES = 16, ["ant", "bee", "cat", "dog", "eel", "fly"]
+
+
+def around(names: list[str], each: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Vectors near a direction of their class's own."""
+    centres = np.random.default_rng(0).normal(size=(len(CLASSES), DIM))
+    labels = [name for name in names for _ in range(each)]
+    noise = np.random.default_rng(seed).normal(size=(len(labels), DIM))
+    return (centres[[CLASSES.index(label) for label in labels]] + 0.4 * noise).astype(np.float32), labels
+
+
+def write(file: Path, names: list[str], each: int, seed: int) -> str:
+    found, labels = around(names, each, seed)
+    np.savez(file, embeddings=found, labels=np.array(labels))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def address(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with open_store(str(tmp_path_factory.mktemp("build") / "store")) as address:
+        yield address
+
+
+def settings(name: str, support: str | None, **sections: Any) -> config.Config:
+    data: dict[str, Any] = {
+        "memory": {"name": name, "uri": "unused", "support": support and {"uri": support}},
+        "encoder": {"model": "precomputed"},
+        "ranker": {"method": "none"},
+    }
+    for key, section in sections.items():
+        data[key] = {**data.get(key, {}), **section}
+    return config.build(data)
+
+
+def run(given: config.Config, address: str, path: Path, *, fresh: bool = False) -> tuple[RunFolder, dict[str, float]]:
+    vocabulary = recognise.prepare(given, address)
+    folder = RunFolder.open(path, "classify", given, fresh=fresh, name="test", group="classify")
+    return folder, recognise.run(given, address, vocabulary, recognise.classify_work(given), folder)
+
+
+@pytest.mark.parametrize("mode", ["fused", "knn", "centroid", "lda", "tip", "text"])
+def test_every_mode_classifies_embeddings_of_ones_own(mode: str, address: str, tmp_path: Path) -> None:
+    support, queries = write(tmp_path / "support.npz", CLASSES, 4, 1), write(tmp_path / "queries.npz", CLASSES, 5, 2)
+    centres, _ = around(CLASSES, 1, 3)
+    np.save(tmp_path / "names.npy", centres)
+    memory = {"classes": CLASSES, "class_embeddings": str(tmp_path / "names.npy")}
+    given = settings("modes", support, memory=memory, corpus={"uri": queries}, retriever={"mode": mode, "top_k": 3})
+    build.build(given, address, fresh=False)
+    folder, metrics = run(given, address, tmp_path / "run")
+    assert metrics["top1"] > 0.8 and metrics["images"] == 30
+    for row in folder.predictions().to_pylist():
+        scores = [candidate["score"] for candidate in row["candidates"]]
+        assert len(scores) == 3 and scores == sorted(scores, reverse=True) and np.exp(scores).sum() <= 1 + 1e-4
+        assert row["uri"].startswith(queries + "#")
+
+
+def test_a_memory_grows_shrinks_and_keeps_its_ids(address: str, tmp_path: Path) -> None:
+    first = settings("grows", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1))
+    assert build.build(first, address, fresh=False).metrics["embedded"] == 6
+    ids = {name: number for number, name in enumerate(build.class_names(first, address))}
+    assert build.build(first, address, fresh=False).metrics["embedded"] == 0
+    more = settings("grows", write(tmp_path / "b.npz", ["ant", "bee"], 2, 2))
+    built = build.build(more, address, fresh=False)
+    assert (built.metrics["embedded"], built.metrics["entries.images"], built.metrics["classes"]) == (4, 10, 3)
+    assert build.class_names(more, address) == ["bee", "dog", "ant"] and ids == {"bee": 0, "dog": 1}
+    before = catalog.digest(address, "grows")
+    assert build.remove(more, address, ["dog"])["removed.images"] == 3
+    assert build.class_names(more, address) == ["bee", "ant"]
+    assert catalog.find(address, "grows").counts["images"] == 7 and catalog.digest(address, "grows") != before
+    with pytest.raises(UserError, match="no class 'dog'"):
+        build.remove(more, address, ["dog"])
+    found = build.entries_of(build.collection(more, address, "images"))
+    assert found is not None and set(found.class_names) == {"bee", "ant"}
+
+
+def test_a_snapshot_stays_as_it_was(address: str, tmp_path: Path) -> None:
+    live = settings(
+        "frozen", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1), corpus={"uri": write(tmp_path / "q.npz", ["dog"], 4, 9)}
+    )
+    build.build(live, address, fresh=False)
+    version = catalog.snapshot(address, "frozen")
+    build.remove(live, address, ["dog"])
+    frozen = live.model_copy(update={"memory": live.memory.model_copy(update={"version": version})})
+    _, metrics = run(frozen, address, tmp_path / "old")
+    assert metrics["top1"] == 1.0
+    assert run(live, address, tmp_path / "new")[1]["top1"] == 0.0
+    with pytest.raises(UserError, match="snapshot"):
+        build.build(frozen, address, fresh=False)
+    with pytest.raises(UserError, match="no version 7"):
+        recognise.open_memory(live.model_copy(update={"memory": live.memory.model_copy(update={"version": 7})}), address)
+
+
+def test_a_run_is_not_resumed_on_a_memory_that_changed(address: str, tmp_path: Path) -> None:
+    given = settings(
+        "moved", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1), corpus={"uri": write(tmp_path / "q.npz", ["dog"], 4, 9)}
+    )
+    build.build(given, address, fresh=False)
+    run(given, address, tmp_path / "run")
+    build.build(settings("moved", write(tmp_path / "b.npz", ["ant"], 3, 1)), address, fresh=False)
+    with pytest.raises(UserError, match=r"memory has changed since .* use --fresh"):
+        run(given, address, tmp_path / "run")
+    run(given, address, tmp_path / "run", fresh=True)
+
+
+def test_bad_vectors_are_rows_of_errors(address: str, tmp_path: Path) -> None:
+    found, labels = around(["bee", "dog"], 3, 1)
+    found[1, 3], found[4] = np.nan, 0
+    np.savez(tmp_path / "bad.npz", embeddings=found, labels=np.array(labels))
+    built = build.build(settings("bad", str(tmp_path / "bad.npz")), address, fresh=False)
+    assert built.rows == 6 and built.metrics["entries.images"] == 4
+    assert [row["uri"] for row in built.failed.to_pylist()] == [f"{tmp_path}/bad.npz#{row}" for row in (1, 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", ["HNSW", "REDUCED"])
+def test_any_index_finds_the_same_neighbors(index: str, address: str, tmp_path: Path) -> None:
+    support, queries = write(tmp_path / "s.npz", CLASSES, 9, 1), write(tmp_path / "q.npz", CLASSES, 5, 2)
+    found = []
+    for kind in ("FLAT", index):
+        memory = {"index": {"kind": kind, "reduction": 2}}
+        sections = {"memory": memory, "corpus": {"uri": queries}, "retriever": {"mode": "knn", "top_k": 3}}
+        given = settings(f"by_{kind}", support, **sections)
+        build.build(given, address, fresh=False)
+        found.append(run(given, address, tmp_path / kind)[0].predictions()["class_id"].to_pylist())
+    assert found[0] == found[1] and len(found[0]) == 30
+
+
+@pytest.mark.parametrize(
+    ("sections", "wanted"),
+    [
+        ({"encoder": {"model": "miniature"}}, "encoder.model: precomputed"),
+        ({"memory": {"class_embeddings": "x.npy"}}, "needs memory.classes"),
+        ({"retriever": {"mode": "tip"}}, "which needs class names and support images"),
+        ({"encoder": {"source": "another"}}, "made by another encoder"),
+    ],
+)
+def test_mistakes_are_one_line(sections: dict[str, Any], wanted: str, address: str, tmp_path: Path) -> None:
+    support = write(tmp_path / "a.npz", ["bee", "dog"], 3, 1)
+    build.build(settings("plain", support), address, fresh=False)
+    given = settings("plain" if "memory" not in sections else "other", support, corpus={"uri": support}, **sections)
+    with pytest.raises(UserError, match=wanted) as caught:
+        build.build(given, address, fresh=False)
+        recognise.open_memory(given, address)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,241 @@
+"""The chain in one process with real Ray, Milvus Lite and Serve: memory, classify, detect, resume.
+
+Not covered: several nodes, GPUs, a killed driver (tests/test_jobs.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from rar import config
+from rar.engine import pipeline, stages
+from rar.memory.collection import open_store
+from rar.run import build, recognise
+from rar.runfolder import RunFolder
+from rar.schema import PREDICTIONS, UserError
+from tests.test_propose import save_owlv2
+
+
+@dataclass
+class Lab:
+    """A drawn world, an open store and what a run needs."""
+
+    world: Path
+    store: Path
+    address: str
+
+    def settings(self, **sections: Any) -> config.Config:
+        data: dict[str, Any] = {
+            "corpus": {"uri": str(self.world / "novel" / "test")},
+            "memory": {"name": "novel", "uri": str(self.store), "support": {"uri": str(self.world / "novel" / "support")}},
+            "ranker": {"batch_size": 16},
+            "run": {"shard_size": 25},
+        }
+        for name, section in sections.items():
+            data[name] = {**data.get(name, {}), **section}
+        return config.build(data)
+
+    def run(self, settings: config.Config, path: Path, verb: str = "classify") -> tuple[RunFolder, dict[str, float]]:
+        work = recognise.detect_work(settings) if verb == "detect" else recognise.classify_work(settings)
+        vocabulary = recognise.prepare(settings, self.address)
+        folder = RunFolder.open(path, verb, settings, fresh=False, name="test", group=verb)
+        return folder, recognise.run(settings, self.address, vocabulary, work, folder)
+
+
+@pytest.fixture(scope="module")
+def lab(world: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    store = tmp_path_factory.mktemp("store") / "memory.milvus"
+    with open_store(str(store)) as address:
+        lab = Lab(world, store, address)
+        built = build.build(lab.settings(), address, fresh=False)
+        metrics = built.metrics
+        assert built.failed.num_rows == 0 and built.rows == 360
+        assert (metrics["classes"], metrics["entries.images"], metrics["entries.texts"]) == (120, 240, 120)
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def classified(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, float]]:
+    return lab.run(lab.settings(), tmp_path_factory.mktemp("runs") / "plain")
+
+
+def rows(folder: RunFolder) -> list[dict[str, Any]]:
+    return sorted(folder.predictions().to_pylist(), key=lambda row: row["uri"])
+
+
+def test_every_image_is_predicted_and_rankings_are_permutations(classified: tuple[RunFolder, dict[str, float]]) -> None:
+    folder, metrics = classified
+    found = rows(folder)
+    assert len(found) == 120 and folder.predictions().schema.equals(PREDICTIONS)
+    assert len({row["image_id"] for row in found}) == 120
+    for row in found:
+        assert sorted(row["ranking"]) == list(range(5))
+        assert len({candidate["class_id"] for candidate in row["candidates"]}) == 5
+        assert row["class_name"] == row["candidates"][row["ranking"][0]]["class_name"]
+    counts = folder.read("run.json")["counts"]
+    assert counts == {"input": 120, "ok": 120, "failed": 0, "skipped": 0}
+    right = np.mean([Path(row["uri"]).parent.name == row["class_name"] for row in found])
+    assert metrics["top1"] == pytest.approx(right)
+    assert metrics["top1"] > 0.3  # 120 classes: chance is 0.008
+
+
+def test_candidates_are_the_exact_head_scores(lab: Lab, classified: tuple[RunFolder, dict[str, float]]) -> None:
+    from rar.corpus.decode import decode, fit_square
+    from rar.encoder.towers import ClipEncoder
+    from rar.retriever.modes import Head
+
+    encoder = ClipEncoder(config.Encoder())
+    one = build.collection(lab.settings(), lab.address, "head_fused")
+    head = Head.from_entries(one.fetch(), {})
+    row = rows(classified[0])[7]
+    pixels = fit_square(decode(Path(row["uri"]).read_bytes()), encoder.side, encoder.resize_mode, encoder.interpolation)
+    scores = head.scores(encoder.embed_images(pixels[None]))[0]
+    best = np.argsort(-scores, kind="stable")[:5]
+    assert [candidate["class_id"] for candidate in row["candidates"]] == head.class_ids[best].tolist()
+    shares = scores[best] - np.logaddexp.reduce(np.sort(scores)[-stages.SHARE_DEPTH :])
+    assert [candidate["score"] for candidate in row["candidates"]] == pytest.approx(shares.tolist(), abs=1e-3)
+
+
+def test_a_second_run_changes_nothing(lab: Lab, classified: tuple[RunFolder, dict[str, float]]) -> None:
+    folder, _ = classified
+    before = {file: file.stat().st_mtime_ns for file in folder.path.glob("predictions/*")}
+    lab.run(lab.settings(), folder.path)
+    assert {file: file.stat().st_mtime_ns for file in folder.path.glob("predictions/*")} == before
+
+
+def test_a_resumed_run_gives_the_same_predictions(
+    lab: Lab, classified: tuple[RunFolder, dict[str, float]], tmp_path: Path
+) -> None:
+    folder, _ = lab.run(lab.settings(), tmp_path / "resumed")
+    kept = folder.part("predictions", 0)
+    lost = [folder.part("predictions", shard) for shard in (1, 3, 4)]
+    stamp = kept.stat().st_mtime_ns
+    for file in lost:
+        file.unlink()
+    lab.run(lab.settings(), folder.path)
+    assert kept.stat().st_mtime_ns == stamp and all(file.exists() for file in lost)
+    assert rows(folder) == rows(classified[0])
+
+
+def test_bad_files_become_errors_and_counts_add_up(lab: Lab, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 30), (number * 80, 90, 20)).save(photos / f"good{number}.png")
+    (photos / "empty.jpg").touch()
+    (photos / "text.png").write_text("not a picture")
+    (photos / "cut.png").write_bytes((photos / "good0.png").read_bytes()[:60])
+    folder, _ = lab.run(lab.settings(corpus={"uri": str(photos)}, ranker={"method": "none"}), tmp_path / "run")
+    errors = folder.errors().to_pylist()
+    assert {Path(row["uri"]).name for row in errors} == {"empty.jpg", "text.png", "cut.png"}
+    assert all(row["stage"] == "decode" and row["error"] for row in errors)
+    assert folder.read("run.json")["counts"] == {"input": 6, "ok": 3, "failed": 3, "skipped": 0}
+
+
+def test_every_box_is_accounted_for(lab: Lab, tmp_path: Path) -> None:
+    classes = str(lab.world / "scenes.json")
+    settings = lab.settings(
+        corpus={"uri": classes},
+        memory={"name": "scenes", "support": None, "classes": classes},
+        retriever={"mode": "text"},
+        ranker={"method": "none"},
+    )
+    build.build(settings, lab.address, fresh=False)
+    folder, metrics = lab.run(settings, tmp_path / "detect", "detect")
+    counts = folder.read("run.json")["counts"]
+    assert counts["input"] == counts["ok"] > 10 and counts["failed"] == 0
+    assert 0 < metrics["ap"] <= 1 and metrics["top1"] > 0.2
+    detections = pa.array(folder.read("detections.json"))
+    assert len(detections) == 5 * counts["ok"]
+
+
+def test_a_detector_proposes_and_a_killed_run_keeps_its_boxes(lab: Lab, tmp_path: Path) -> None:
+    """A folder of pictures, one of them broken, through a detector of random weights: no truth, so counts and boxes alone."""
+    shutil.copytree(lab.world / "scenes", tmp_path / "pictures")
+    (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
+    detector = {"model": str(save_owlv2(tmp_path / "owlv2")), "threshold": 0.0}
+    settings = lab.settings(
+        corpus={"uri": str(tmp_path / "pictures")},
+        detect={"detector": detector, "max_boxes": 3},
+        route={"mode": "always"},
+        ranker={"method": "none"},
+        run={"shard_size": 2},
+    )
+    folder, metrics = lab.run(settings, tmp_path / "run", "detect")
+    counts = folder.read("run.json")["counts"]
+    assert counts == {"input": 13, "ok": 12, "failed": 1, "skipped": 0}
+    assert folder.errors()["uri"].to_pylist() == [str(tmp_path / "pictures" / "broken.jpg")]
+    assert metrics.keys() == {"mean_k"}
+    first, kept = rows(folder), {path: path.stat().st_mtime_ns for path in (folder.path / "proposals").iterdir()}
+    folder.part("predictions", 0).unlink()
+    folder, _ = lab.run(settings, tmp_path / "run", "detect")
+    assert rows(folder) == first
+    assert {path: path.stat().st_mtime_ns for path in (folder.path / "proposals").iterdir()} == kept
+
+
+def test_building_twice_changes_nothing(lab: Lab) -> None:
+    entries = build.collection(lab.settings(), lab.address, "images").fetch()
+    build.build(lab.settings(), lab.address, fresh=False)
+    again = build.collection(lab.settings(), lab.address, "images").fetch()
+    assert again.entry_ids == entries.entry_ids
+    np.testing.assert_array_equal(again.vectors, entries.vectors)
+
+
+def test_a_memory_of_other_templates_is_refused(lab: Lab) -> None:
+    settings = lab.settings(encoder={"templates": ["{}"]})
+    with pytest.raises(UserError, match="rebuild it"):
+        recognise.open_memory(settings, lab.address)
+
+
+def test_a_memory_that_was_never_built_is_refused(lab: Lab) -> None:
+    with pytest.raises(UserError, match="rar memory"):
+        recognise.open_memory(lab.settings(memory={"name": "other"}), lab.address)
+
+
+def test_an_unknown_ranker_is_one_line(lab: Lab) -> None:
+    with pytest.raises(UserError, match="no_such_folder") as caught:
+        recognise.prepare(lab.settings(ranker={"model": "./no_such_folder"}), lab.address)
+    assert "\n" not in str(caught.value)
+
+
+def test_shots_are_nested_and_seeded(lab: Lab) -> None:
+    def drawn(shots: int, seed: int) -> set[str]:
+        return set(build.plan(lab.settings(memory={"shots": shots}, run={"seed": seed})).support["uri"].to_pylist())
+
+    assert len(drawn(1, 0)) == 120 and drawn(1, 0) < drawn(2, 0)
+    assert drawn(1, 0) != drawn(1, 1)
+
+
+def test_a_stage_failure_is_not_swallowed(ray_session: None) -> None:
+    def broken(table: pa.Table) -> pa.Table:
+        raise ZeroDivisionError("stage")
+
+    shards = pipeline.shards_of(pa.table({"row": [1, 2]}), np.array([0, 1, 2]))
+    with pytest.raises(Exception, match="stage"):
+        pipeline.collect(pipeline.through(shards, "broken", broken))
+
+
+@given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 6))
+def test_shards_hold_every_item_once_and_no_more_rows_than_they_may(weights: list[int], size: int) -> None:
+    bounds = pipeline.cut(np.array(weights, np.int64), size).tolist()
+    parts = [weights[a:b] for a, b in itertools.pairwise(bounds)]
+    assert [weight for part in parts for weight in part] == weights and all(parts)
+    for part in parts:
+        assert len(part) == 1 or sum(max(weight, 1) for weight in part) <= size
+
+
+def test_items_of_one_row_are_cut_evenly() -> None:
+    assert pipeline.evenly(pa.table({"row": range(7)}), 3).tolist() == [0, 3, 6, 7]
+    assert pipeline.evenly(pa.table({"row": []}), 3).tolist() == [0]
