@@ -19,7 +19,7 @@ import uvicorn
 from PIL import Image
 
 from rar.miniature.world import render, rng_of, vocabulary
-from tests.test_api import NAMES, TOKEN, app_of
+from tests.gateway.test_api import NAMES, TOKEN, app_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")

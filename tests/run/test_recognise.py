@@ -25,7 +25,7 @@ from rar.memory.collection import open_store
 from rar.run import build, recognise
 from rar.runfolder import RunFolder
 from rar.schema import PREDICTIONS, UserError
-from tests.test_propose import save_owlv2
+from tests.crops.test_detector import save_owlv2
 
 
 @dataclass
