@@ -22,6 +22,7 @@ def run(verb: str, config_file: Path, out: Path | None, sets: list[str], dry_run
     """`rar classify` and `rar detect`, which differ in their work alone."""
     quiet()
     settings = config.load(config_file, sets)
+    from rar.corpus.support import strangers
     from rar.report.page import write_report
     from rar.run import recognise
     from rar.runfolder import RunFolder
@@ -35,14 +36,14 @@ def run(verb: str, config_file: Path, out: Path | None, sets: list[str], dry_run
     with recognise.session(settings) as address:
         vocabulary = recognise.prepare(settings, address)
         folder = RunFolder.open(path, verb, settings, fresh=fresh, name=config_file.stem, group=verb)
-        say(f"{verb}: {work.index.num_rows:,} images, {len(vocabulary.names):,} classes -> {path}")
+        strange = strangers(work.labels, list(vocabulary.names.values()))
+        counted = f"{work.index.num_rows:,} images, {len(vocabulary.names):,} classes"
+        say(f"{verb}: {counted} -> {path}" + (f"; {strange}, and count as wrong" if strange else ""))
         metrics = recognise.run(settings, address, vocabulary, work, folder)
     write_report([path], path, title=f"rar {verb}: {config_file.stem}")
     for key in ("top1", "top5", "candidate_recall", "ranked_fraction", "ap", "ap_rare"):
         if metrics.get(key) is not None:
             say(f"  {key} {metrics[key]:.4f}")
-    if strange := metrics.get("out_of_vocabulary"):
-        say(f"  {strange:,.0f} labels of the corpus are no class of the memory and count as wrong")
     return verdict(folder, settings)
 
 

@@ -57,7 +57,9 @@ def build_memory(config_file: Path, out: Path | None, sets: list[str], dry_run: 
 
     planned = build.plan(settings)
     path = run_folder_path(out, "memory", config_file)
-    say(f"memory {settings.memory.name!r}: {len(planned.classes):,} classes, {planned.support.num_rows:,} support images")
+    strange = f"; {planned.strangers}" if planned.strangers else ""
+    counted = f"{len(planned.classes):,} classes, {planned.support.num_rows:,} support images{strange}"
+    say("\n  ".join([f"memory {settings.memory.name!r}: {counted}", *planned.remarks]))
     if planned.undescribed:
         say(f"  {planned.undescribed:,} names of encoder.descriptions are no class and are ignored")
     if dry_run:

@@ -116,7 +116,7 @@ def class_names(spec: str | list[str]) -> list[str]:
     JSON: a list of names, a list of categories, or a COCO/LVIS file with `categories`; categories are sorted by id.
     Raises UserError for a missing file, another layout, no name, an empty name, or duplicates (naming them).
     """
-    names = [name.strip() for name in (_read_names(spec) if isinstance(spec, str) else spec)]
+    names = [tables.label(name) or "" for name in (_read_names(spec) if isinstance(spec, str) else spec)]
     where = f"classes in {spec}" if isinstance(spec, str) else "classes"
     if not names:
         raise UserError(f"{where}: there are none; give at least one name")
@@ -235,7 +235,7 @@ def _table(entries: Iterator[Entry]) -> pa.Table:
     while chunk := list(islice(entries, INDEX_BATCH)):
         uris, offsets, sizes, labels = zip(*chunk, strict=True)
         rows = range(start, start + len(chunk))
-        columns = [rows, map(_text, uris), offsets, sizes, map(_text, labels)]
+        columns = [rows, map(_text, uris), offsets, sizes, map(tables.label, map(_text, labels))]
         arrays = [pa.array(list(column), field.type) for column, field in zip(columns, INDEX, strict=True)]
         batches.append(pa.record_batch(arrays, schema=INDEX))
         start += len(chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,5 +56,5 @@ def label_column(corpus: Corpus, columns: Sequence[str], file: str) -> str | Non
 
 
 def label(value: Any) -> str | None:
-    """Any cell as a label; empty cells and NaN (a missing value among numbers) are none."""
-    return None if value is None or value == "" or value != value else str(value)
+    """Any cell as a label: stripped and in NFC, to be compared. Empty cells and NaN (a missing number) are none."""
+    return None if value is None or value != value else unicodedata.normalize("NFC", str(value)).strip() or None

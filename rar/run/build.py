@@ -12,7 +12,7 @@ driver's memory at once, which is what bounds the size of an image memory (a mil
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import itemgetter
 
@@ -22,51 +22,28 @@ import pyarrow.compute as pc
 
 from rar import config
 from rar.config import Config
-from rar.corpus import listing, vectors
+from rar.corpus import listing, support, vectors
+from rar.corpus.support import Plan
 from rar.encoder import templates
 from rar.engine import pipeline, stages
 from rar.engine.sinks import MilvusSink
 from rar.memory import catalog
 from rar.memory.collection import Collection, Entries
 from rar.retriever import modes
-from rar.schema import ERRORS, INDEX, UserError, content_id, entry_id
+from rar.schema import ERRORS, UserError, content_id, entry_id
 
 PARTS = ("images", "texts")
 ENTRY_COLUMNS = ["entry_id", "class_id", "class_name", "vector"]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a memory will hold. classes: the names to embed. support: INDEX rows, `shots` a class. ignored: other rows.
-
-    undescribed: how many names of encoder.descriptions are no class.
-    """
-
-    classes: list[str]
-    support: pa.Table
-    ignored: int
-    undescribed: int = 0
-
-
 def plan(settings: Config) -> Plan:
     """Read the class names and draw the support set. Raises UserError for a memory of nothing."""
-    memory = settings.memory
-    if memory.support is None and memory.classes is None:
-        raise UserError("memory needs `classes` (names), `support` (labelled images), or both")
-    check_kind(settings, memory.support)
-    listed = listing.list_images(memory.support) if memory.support else INDEX.empty_table()
-    labelled = listed.filter(pc.is_valid(listed["label"]))
-    if memory.support and not labelled.num_rows:
-        raise UserError(f"memory.support {memory.support.uri} has no labels; use one sub-folder a class, or a label column")
-    names = memory.classes if memory.classes is not None else sorted(set(labelled["label"].to_pylist()))
-    classes = listing.class_names(names)
-    known = labelled.filter(pc.is_in(labelled["label"], pa.array(classes)))
-    if memory.support and not known.num_rows:
-        raise UserError(f"no label of memory.support is among the {len(classes)} classes; first label: {labelled['label'][0]}")
-    support = _draw(known, memory.shots, settings.run.seed)
+    check_kind(settings, settings.memory.support)
+    planned = support.plan(settings.memory, settings.run.seed)
     file = settings.encoder.descriptions
-    strange = templates.unused_descriptions(templates.read_descriptions(file), classes, file) if file else 0
-    return Plan(classes, support, listed.num_rows - known.num_rows, strange)
+    if file is None:
+        return planned
+    return replace(planned, undescribed=templates.unused_descriptions(templates.read_descriptions(file), planned.classes, file))
 
 
 def check_kind(settings: Config, images: config.Corpus | None) -> None:
@@ -80,18 +57,6 @@ def check_kind(settings: Config, images: config.Corpus | None) -> None:
         raise UserError(
             f"encoder.model is precomputed, but {images.uri} holds no embeddings; give an .npz, .npy or parquet of them"
         )
-
-
-def _draw(labelled: pa.Table, shots: int | None, seed: int) -> pa.Table:
-    """The first `shots` of a seeded permutation of each class: the 2-shot set is part of the 4-shot set of the same seed."""
-    if shots is None:
-        return labelled
-    labels = np.array(labelled["label"].to_pylist())
-    chosen: list[int] = []
-    for number, label in enumerate(sorted(set(labels.tolist()))):
-        rows = np.flatnonzero(labels == label)
-        chosen += np.random.default_rng([seed, number]).permutation(rows)[:shots].tolist()
-    return labelled.take(sorted(chosen))
 
 
 def facts_of(settings: Config, images: config.Corpus | None) -> stages.EncoderFacts:
@@ -226,17 +191,17 @@ def _embed(settings: Config, planned: Plan, facts: stages.EncoderFacts, had: Map
     size = settings.run.shard_size
     written = set(had["texts"].class_names) if had["texts"] is not None else set()
     names = [name for name in planned.classes if name not in written]
-    support = pipeline.shards_of(planned.support, pipeline.evenly(planned.support, size))
+    pictures = pipeline.shards_of(planned.support, pipeline.evenly(planned.support, size))
     if settings.encoder.model == "precomputed":
         assert settings.memory.support is not None
-        read = pipeline.through(support, "read", stages.LoadVectors(settings.memory.support))
+        read = pipeline.through(pictures, "read", stages.LoadVectors(settings.memory.support))
         new = pipeline.through(read, "skip", stages.Lacking(had["images"], facts.fingerprint))
         brought = pipeline.collect(pipeline.plainly(new, _brought_columns))
         texts = _brought_texts(settings, planned, names, facts.dim)
         return pa.concat_tables([brought, texts]) if brought.num_rows else texts
     datasets = []
     if planned.support.num_rows:
-        read = pipeline.through(support, "read", stages.load)
+        read = pipeline.through(pictures, "read", stages.load)
         new = pipeline.through(read, "skip", stages.Lacking(had["images"], facts.fingerprint))
         datasets.append(pipeline.plainly(pipeline.with_pixels(new, facts), _as_columns))
     if facts.embeds_texts and names:

@@ -53,6 +53,11 @@ class Work:
         return pc.list_value_length(self.index["boxes_xyxy"]).to_numpy()
 
     @property
+    def labels(self) -> pa.ChunkedArray:
+        """Of the images, or of all their boxes; null where a row has none."""
+        return pc.list_flatten(self.index["box_labels"]) if self.boxed else self.index["label"]
+
+    @property
     def empty_images(self) -> int:
         return int((self.rows_of_images == 0).sum())
 

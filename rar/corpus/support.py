@@ -1,0 +1,142 @@
+"""The support set: which labelled pictures a memory is made of, and what is odd about them.
+
+Rules, each counted and told, none applied in silence:
+- Labels and class names are compared stripped and in Unicode's NFC (`tables.label`): folders of macOS are decomposed.
+- `shots` are drawn from a seeded permutation of each class, so that the 2-shot set is part of the 4-shot set of a seed.
+- One picture is one entry of the memory, however many copies of it the support set holds. Where its copies disagree, it keeps
+  the label that most of them carry; between equals, the first by name. The order of rows, files or workers plays no part, so
+  building again changes nothing. It costs the other class that picture: an entry has one class.
+- A picture that is in the memory and among those to classify is a leak: counted by content, never removed, because leaving
+  pictures out of a test set changes what is measured.
+
+What cannot be seen here: near duplicates (another size, another JPEG quality) are other contents.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rar.config import Memory
+from rar.corpus import listing
+from rar.schema import INDEX, UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a memory will hold. classes: the names to embed. support: INDEX rows, `shots` a class. ignored: other rows.
+
+    strangers: of `strangers`, for the labels that are no class. remarks: lines on what is odd. undescribed: how many names of
+    encoder.descriptions are no class.
+    """
+
+    classes: list[str]
+    support: pa.Table
+    ignored: int
+    strangers: str = ""
+    remarks: tuple[str, ...] = ()
+    undescribed: int = 0
+
+
+def plan(memory: Memory, seed: int) -> Plan:
+    """Read the class names and draw the support set. Raises UserError for a memory of nothing."""
+    if memory.support is None and memory.classes is None:
+        raise UserError("memory needs `classes` (names), `support` (labelled images), or both")
+    listed = listing.list_images(memory.support) if memory.support else INDEX.empty_table()
+    labelled = listed.filter(pc.is_valid(listed["label"]))
+    if memory.support and not labelled.num_rows:
+        raise UserError(f"memory.support {memory.support.uri} has no labels; use one sub-folder a class, or a label column")
+    names = memory.classes if memory.classes is not None else sorted(pc.unique(labelled["label"]).to_pylist())
+    classes = listing.class_names(names)
+    known = labelled.filter(pc.is_in(labelled["label"], pa.array(classes, pa.string())))
+    if memory.support and not known.num_rows:
+        raise UserError(f"no label of memory.support is among the {len(classes)} classes; first label: {labelled['label'][0]}")
+    chosen = draw(known, memory.shots, seed)
+    remarks = thin_classes(chosen["label"], classes) if memory.support else []
+    return Plan(classes, chosen, listed.num_rows - known.num_rows, strangers(listed["label"], classes), tuple(remarks))
+
+
+def draw(labelled: pa.Table, shots: int | None, seed: int) -> pa.Table:
+    """At most `shots` rows of each label, in the order of the table. labelled: no label is null."""
+    if shots is None or not labelled.num_rows:
+        return labelled
+    names, numbers = np.unique(np.array(labelled["label"].to_pylist()), return_inverse=True)
+    rows_of = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers, minlength=len(names)))[:-1])
+    drawn = [np.random.default_rng([seed, number]).permutation(rows)[:shots] for number, rows in enumerate(rows_of)]
+    return labelled.take(np.sort(np.concatenate(drawn)))
+
+
+def strangers(labels: pa.ChunkedArray, classes: Collection[str]) -> str:
+    """The labels that are no class, in words, with the most frequent as an example; "" where there are none."""
+    labels = labels.drop_null()
+    strange = Counter(labels.filter(pc.invert(pc.is_in(labels, pa.array(list(classes), pa.string())))).to_pylist())
+    if not strange:
+        return ""
+    name, count = min(strange.items(), key=lambda item: (-item[1], item[0]))
+    what = "1 label is no class" if len(strange) == 1 else f"{len(strange):,} labels are no class"
+    return f"{what} ({strange.total():,} rows), e.g. {name!r} ({count:,})"
+
+
+def thin_classes(labels: pa.ChunkedArray, classes: Sequence[str]) -> list[str]:
+    """Lines on the classes with no picture or with one, which leaving one out cannot judge; [] where there are none."""
+    counts = Counter(labels.to_pylist())
+    lines = []
+    for pictures, words in ((0, "no support image"), (1, "one support image, so leaving it out leaves none to judge by")):
+        thin = [name for name in classes if counts[name] == pictures]
+        if thin:
+            what = "1 class has" if len(thin) == 1 else f"{len(thin):,} classes have"
+            lines.append(f"{what} {words}, e.g. {thin[0]!r}")
+    return lines
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What one entry a picture leaves. keep: (N,) bool, the rows that become entries.
+
+    copies: rows left out because an equal picture of the same class stays. conflicts: pictures under several labels;
+    overruled: their rows whose label lost.
+    """
+
+    keep: np.ndarray
+    copies: int
+    conflicts: int
+    overruled: int
+
+    def remarks(self) -> list[str]:
+        lines = [f"{self.copies:,} copies of a picture under the same label are one entry"] if self.copies else []
+        if self.conflicts:
+            lines.append(
+                f"{self.conflicts:,} pictures stand under several labels; the label of most copies (or first by name) counts, "
+                f"{self.overruled:,} rows are left out"
+            )
+        return lines
+
+
+def settle(image_ids: Sequence[str], labels: Sequence[str]) -> Settled:
+    """One row a picture, by the rule above. The ids and labels kept do not depend on the order of the rows."""
+    _, numbers, counts = np.unique(np.array(image_ids, dtype=np.str_), return_inverse=True, return_counts=True)
+    keep = np.ones(len(numbers), bool)
+    copies_of: dict[int, list[int]] = defaultdict(list)
+    for row in np.flatnonzero(counts[numbers] > 1).tolist():
+        copies_of[int(numbers[row])].append(row)
+    copies = conflicts = overruled = 0
+    for rows in copies_of.values():
+        votes = Counter(labels[row] for row in rows)
+        label = min(votes, key=lambda name: (-votes[name], name))
+        keep[rows] = False
+        keep[next(row for row in rows if labels[row] == label)] = True
+        copies += votes[label] - 1
+        conflicts += len(votes) > 1
+        overruled += len(rows) - votes[label]
+    return Settled(keep, copies, conflicts, overruled)
+
+
+def leaks(image_ids: Iterable[str | None], remembered: Collection[str]) -> int:
+    """How many of these pictures (rows, by content id) are in the memory. remembered: the content ids of its images."""
+    known = set(remembered)
+    return sum(image_id in known for image_id in image_ids)
