@@ -22,6 +22,7 @@ def run(verb: str, config_file: Path, out: Path | None, sets: list[str], dry_run
     """`rar classify` and `rar detect`, which differ in their work alone."""
     quiet()
     settings = config.load(config_file, sets)
+    from rar.corpus.listing import remarks
     from rar.corpus.support import strangers
     from rar.report.page import write_report
     from rar.run import recognise
@@ -38,7 +39,8 @@ def run(verb: str, config_file: Path, out: Path | None, sets: list[str], dry_run
         folder = RunFolder.open(path, verb, settings, fresh=fresh, name=config_file.stem, group=verb)
         strange = strangers(work.labels, list(vocabulary.names.values()))
         counted = f"{work.index.num_rows:,} images, {len(vocabulary.names):,} classes"
-        say(f"{verb}: {counted} -> {path}" + (f"; {strange}, and count as wrong" if strange else ""))
+        first = f"{verb}: {counted} -> {path}" + (f"; {strange}, and count as wrong" if strange else "")
+        say("\n  ".join([first, *remarks(work.index)]))
         metrics = recognise.run(settings, address, vocabulary, work, folder)
     write_report([path], path, title=f"rar {verb}: {config_file.stem}")
     for key in ("top1", "top5", "candidate_recall", "ranked_fraction", "ap", "ap_rare"):

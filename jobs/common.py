@@ -45,7 +45,7 @@ def say(text: str) -> None:
 
 
 def run_folder_path(out: Path | None, verb: str, config_file: Path) -> Path:
-    return out or Path("runs") / f"{verb}-{config_file.stem}"
+    return (out or Path("runs") / f"{verb}-{config_file.stem}").expanduser()
 
 
 def verdict(folder: RunFolder, settings: Config) -> int:

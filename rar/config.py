@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rar.ranker.wording import load_wording
 from rar.schema import UserError
@@ -22,6 +23,12 @@ from rar.schema import UserError
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        """`~/x` is the user's home wherever a path may stand: nothing else begins so."""
+        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 class Corpus(Strict):
@@ -39,6 +46,11 @@ class Corpus(Strict):
     )
     uri_column: str = "uri"
     label_column: str = "label"
+    label_key: str | None = Field(
+        None,
+        description="of WebDataset tars: the member (cls, txt) or field of the .json that holds the class; default: .cls, then "
+        "the .json's class_name, label, class or category, then a .txt that looks like a class",
+    )
     bytes_column: str = "bytes"
     vector_column: str = Field("vector", description="of a parquet file of embeddings")
     ids: str | None = Field(None, description="manifest (CSV or parquet) naming the rows of an .npy of embeddings, in order")

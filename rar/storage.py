@@ -1,7 +1,11 @@
 """Where files lie: names on any fsspec file system, listed in an order that does not depend on it.
 
 A name without `://` is local, and is made absolute, because workers may run in another folder. Files and folders whose name
-starts with a dot are not listed (`.ipynb_checkpoints`, macOS's `._photo.jpg`). Links are followed.
+starts with a dot are not listed (`.ipynb_checkpoints`, macOS's `._photo.jpg`). `~` is the user's home.
+
+Links are followed, and loops of links end: below each sub-folder of the folder listed (a class, most often) a folder is entered
+once, by the same one of its names every time. Two classes may link to one store, and no tangle takes longer than classes times
+folders.
 """
 
 from __future__ import annotations
@@ -17,11 +21,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rar.schema import Unavailable, UserError
 
+NUMBER = re.compile(r"([0-9]+)")
 NUMBER_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def files(uri: str, *suffixes: str) -> list[str]:
-    """A file, a glob, a `{000..123}` range or a folder (its files with these suffixes) -> full names, sorted.
+    """A file, a glob, a `{000..123}` range or a folder (its files with these suffixes) -> full names.
+
+    In natural order: `part_2` before `part_10`. A range is in its own.
 
     Raises UserError or FileNotFoundError where there is none.
     """
@@ -40,7 +47,12 @@ def files(uri: str, *suffixes: str) -> list[str]:
         raise UserError(f"corpus: no {' or '.join(suffixes)} file in folder {uri}; check corpus.uri, or set corpus.format")
     if not paths:
         raise FileNotFoundError(2, "no such file", uri)
-    return sorted(full_name(fs, path) for path in paths)
+    return sorted((full_name(fs, path) for path in paths), key=natural)
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """A key that orders numbers in names by their value."""
+    return [int(part) if place % 2 else part for place, part in enumerate(NUMBER.split(name))], name
 
 
 def walk(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[str]:
@@ -48,10 +60,35 @@ def walk(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[str]:
     if not isinstance(fs, LocalFileSystem):
         yield from (name for path in fs.find(root) if not hidden(name := path[len(root) :].lstrip("/")))
         return
-    for folder, subfolders, names in os.walk(root, onerror=_raise, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not hidden(name)]
-        prefix = folder[len(root) :].lstrip("/")
-        yield from (f"{prefix}/{name}" if prefix else name for name in names if not hidden(name))
+    pending: list[tuple[str, set[tuple[int, int]]]] = [("", {_identity(root)})]
+    while pending:
+        prefix, entered = pending.pop()
+        subfolders = []
+        with os.scandir(f"{root}/{prefix}") as found:
+            for entry in found:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    subfolders.append(entry.name)
+                else:
+                    yield prefix + entry.name
+        for name in sorted(subfolders):
+            known, own = (entered if prefix else set(entered)), _identity(f"{root}/{prefix}{name}")
+            if own not in known:
+                known.add(own)
+                pending.append((f"{prefix}{name}/", known))
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def locate(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -60,7 +97,8 @@ def locate(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ValueError("the name is empty")
     if "://" in uri:
         return fsspec.core.url_to_fs(uri)
-    return LocalFileSystem(), LocalFileSystem._strip_protocol(uri)
+    local = os.path.expanduser(uri)
+    return LocalFileSystem(), LocalFileSystem._strip_protocol(f"./{local}" if local.startswith("~") else local)
 
 
 def kind_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -80,10 +118,6 @@ def open_file(file: str) -> Any:
     """A seekable binary stream."""
     fs, path = locate(file)
     return fs.open(path, "rb")
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def hidden(name: str) -> bool:

@@ -14,7 +14,9 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+SHARED_CASES = ROOT.parent / "shared" / "cases"
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data")
+needs_shared_cases = pytest.mark.skipif(not SHARED_CASES.exists(), reason="needs ../shared/cases")
 
 
 @pytest.fixture(scope="session")

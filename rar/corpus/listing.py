@@ -3,10 +3,13 @@
 A sixth, `embeddings`, brings vectors instead (see vectors): its rows are listed here too, and read by `vectors.read_vectors`.
 
 `list_images` runs once, on the driver; `read_many` runs on the workers, many images at a time. Between the two travels only the
-INDEX table, so nothing but names is shipped.
+INDEX table, so nothing but names is shipped. Names are gathered, sorted and labelled as Arrow columns: of a million files, no
+more than a batch exists as Python objects. What was left out or decided on the way is told by `remarks`.
 
 Choices, and what they cost:
 - Every image gets a row, broken or not: a file that cannot be read or decoded becomes one row of errors/, never a missing one.
+- A suffix tells a picture; a file without one is opened for its first bytes, one request each. Other suffixes are left out,
+  and counted.
 - A tar is indexed by its headers and then read by byte range: any worker reads any member without the ones before it. Costs one
   pass over the headers first (on object stores, over most of the tar); compressed tars have no ranges and are refused.
 - A row of a parquet file is reached by decoding its row group up to that row: row groups of some hundred images are fast, a
@@ -17,7 +20,6 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -25,48 +27,67 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rar import storage
 from rar.config import Corpus
-from rar.corpus import tables, vectors
+from rar.corpus import decode, tables, tars, vectors
 from rar.schema import INDEX, RowError, UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 FORMAT_OF_SUFFIX = {
     ".csv": "manifest",
+    ".tsv": "manifest",
     ".json": "coco",
     ".tar": "webdataset",
     ".parquet": "parquet",
     ".npz": "embeddings",
     ".npy": "embeddings",
 }
-LABEL_SUFFIXES = (".cls", ".txt")  # a WebDataset sample's class, in order of preference
-DEFAULT_BYTES_COLUMN: str = Corpus.model_fields["bytes_column"].default
-INDEX_BATCH = 65_536  # index rows held as Python objects at a time
+BATCH = 65_536  # index rows held as Python objects at a time
+SNIFFED = 256  # files whose first bytes are asked for together
 PARQUET_BATCH = 64  # encoded images of a row group held at a time
 PARQUET_ROW = re.compile(r"(?P<file>.+)#(?P<row>\d+)(?::(?P<column>.+))?", re.DOTALL)
+REMARKS = b"rar.remarks"
+ROWS = pa.schema(list(INDEX)[1:])  # INDEX without `row`
 
-Entry = tuple[str, int | None, int | None, str | None]  # uri, offset, size, label
+Remarks = list[str]  # what a lister has to tell, a line each
 
 
 def list_images(corpus: Corpus) -> pa.Table:
     """Index every image of a corpus: schema.INDEX columns, row = 0..N-1, in an order that does not depend on the file system.
 
-    Folders are sorted by name; manifests, COCO files, parquet files and tars keep their own order, several of them sorted by
-    name. A tar member's uri is `path/to.tar#member`, with the byte range of its content; a parquet row's is `file.parquet#ROW`
-    (`file.parquet#ROW:column` where the bytes are in another column than `bytes`). A vector's is its id, or `file.npz#ROW`.
+    Folders are sorted by name; manifests, COCO files, parquet files and tars keep their own order, several of them in natural
+    order (`part_2` before `part_10`). A tar member's uri is `path/to.tar#member`, with the byte range of its content; a parquet
+    row's is `file.parquet#ROW` (`file.parquet#ROW:column` where the bytes are in another column than `bytes`). A vector's is
+    its id, or `file.npz#ROW`. Labels are stripped and in NFC.
     Raises UserError (nothing there, a missing column, an unreadable file), Unavailable (storage that does not answer).
     """
     listers = {"folder": _folder, "manifest": _manifest, "webdataset": _webdataset, "parquet": _parquet, "coco": _coco}
     listers["embeddings"] = _embeddings
     kind = format_of(corpus)
+    told: Remarks = []
+    parts = [ROWS.empty_table()]
     with storage.explained("corpus", corpus.uri):
-        table = _table(islice(listers[kind](corpus), corpus.limit))
+        for part in listers[kind](corpus, told):
+            parts.append(part)
+            if corpus.limit and sum(map(len, parts)) >= corpus.limit:
+                break
+    table = pa.concat_tables(parts).slice(0, corpus.limit)
     if not table.num_rows:
-        raise UserError(f"corpus: no images in {corpus.uri}, read as {kind}; check corpus.uri, or set corpus.format")
-    return table
+        more = f" ({told[0]})" if told else ""
+        raise UserError(f"corpus: no images in {corpus.uri}, read as {kind}{more}; check corpus.uri, or set corpus.format")
+    again = table.num_rows - pc.count_distinct(table["uri"], mode="all").as_py()
+    if again:
+        told.append(f"{again:,} rows name a picture that an earlier row names too; each keeps its own label")
+    table = table.add_column(0, INDEX.field("row"), pa.array(range(table.num_rows), pa.int64()))
+    return table.replace_schema_metadata({REMARKS: json.dumps(told)})
+
+
+def remarks(index: pa.Table) -> list[str]:
+    """What `list_images` has to tell of an index, a line each: files left out, labels not taken, names that repeat."""
+    return json.loads((index.schema.metadata or {}).get(REMARKS, b"[]"))
 
 
 def format_of(corpus: Corpus) -> str:
@@ -92,7 +113,7 @@ def read_many(uris: Sequence[str], offsets: Sequence[int | None], sizes: Sequenc
     for position, (uri, offset) in enumerate(zip(uris, offsets, strict=True)):
         found = PARQUET_ROW.fullmatch(uri) if offset is None and ".parquet#" in uri else None
         if found:
-            rows[found["file"], found["column"] or DEFAULT_BYTES_COLUMN][int(found["row"])].append(position)
+            rows[found["file"], found["column"] or tables.DEFAULT_BYTES_COLUMN][int(found["row"])].append(position)
             continue
         try:
             fs, path = storage.locate(uri if offset is None else _tar_of(uri))
@@ -129,7 +150,7 @@ def class_names(spec: str | list[str]) -> list[str]:
     return names
 
 
-# Listing: one generator of entries a format
+# Listing: one generator of tables (schema ROWS) a format
 
 
 def _guess_format(corpus: Corpus) -> str:
@@ -146,67 +167,120 @@ def _guess_format(corpus: Corpus) -> str:
         raise FileNotFoundError(2, "no such file", corpus.uri)
     if place != "directory":
         raise UserError(f"corpus: the name of {corpus.uri} does not tell its format; set corpus.format, or give a folder")
-    suffixes = {storage.suffix(name) for name in storage.walk(fs, path)}
-    if suffixes.intersection(IMAGE_SUFFIXES):
-        return "folder"
+    suffixes: set[str] = set()
+    for name in storage.walk(fs, path):
+        suffix = storage.suffix(name)
+        if suffix in decode.SUFFIXES:
+            return "folder"
+        suffixes.add(suffix)
     for suffix in (".tar", ".npz", ".npy"):
         if suffix in suffixes:
             return FORMAT_OF_SUFFIX[suffix]
     if ".parquet" in suffixes:
         return "embeddings" if vectors.has_vectors(corpus, storage.files(corpus.uri, ".parquet")[0]) else "parquet"
-    raise UserError(f"corpus: no images, tars or parquet files in folder {corpus.uri}; check corpus.uri")
+    if "" in suffixes:
+        return "folder"
+    found = f": its files are {', '.join(sorted(suffixes)[:5])}" if suffixes else ""
+    raise UserError(f"corpus: no images, tars or parquet files in folder {corpus.uri}{found}; check corpus.uri")
 
 
 def _guess_parquet(corpus: Corpus, file: str) -> str:
     """Images where there are bytes, else embeddings where there are vectors, else a manifest."""
-    if tables.has_bytes(corpus, file):
+    if tables.bytes_column(corpus, file):
         return "parquet"
     return "embeddings" if vectors.has_vectors(corpus, file) else "manifest"
 
 
-def _folder(corpus: Corpus) -> Iterator[Entry]:
+def _folder(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
     """Labels are the first sub-folder's name; images right in the folder have none."""
     fs, root = storage.locate(corpus.uri)
     _require_folder(corpus.uri, "corpus.uri")
-    for name in sorted(name for name in storage.walk(fs, root) if storage.suffix(name) in IMAGE_SUFFIXES):
-        label, slash, _ = name.partition("/")
-        yield storage.full_name(fs, f"{root.rstrip('/')}/{name}"), None, None, label if slash else None
+    root = root.rstrip("/")
+    found: list[pa.Array] = []
+    left_out: Counter[str] = Counter()
+    names = storage.walk(fs, root or "/")
+    while batch := list(islice(names, BATCH)):
+        suffixes = list(map(storage.suffix, batch))
+        known = [name for name, suffix in zip(batch, suffixes, strict=True) if suffix in decode.SUFFIXES]
+        bare = [name for name, suffix in zip(batch, suffixes, strict=True) if not suffix]
+        pictures = known + _sniffed(fs, root, bare)
+        found.append(pa.array(list(map(_text, pictures)), pa.string()))
+        left_out.update(suffix for suffix in suffixes if suffix and suffix not in decode.SUFFIXES)
+        left_out[""] += len(known) + len(bare) - len(pictures)
+    if any(left_out.values()):
+        told.append(
+            f"{left_out.total():,} files are no pictures by their name or first bytes, and left out: {_by_suffix(left_out)}"
+        )
+    if found:
+        relative = pa.chunked_array(found).combine_chunks()
+        relative = relative.take(pc.sort_indices(relative))
+        parts = pc.split_pattern(relative, "/", max_splits=1)
+        label = pc.if_else(pc.greater(pc.list_value_length(parts), 1), pc.list_element(parts, 0), None)
+        start = storage.full_name(fs, f"{root}/")
+        yield _rows(pc.binary_join_element_wise(start, relative, ""), tables.labels(pa.chunked_array([label])))
 
 
-def _manifest(corpus: Corpus) -> Iterator[Entry]:
+def _sniffed(fs: fsspec.AbstractFileSystem, root: str, names: Sequence[str]) -> list[str]:
+    """Of files without a suffix, those that begin as a picture does; one that cannot be read is taken, to fail alone."""
+    pictures = []
+    for first in range(0, len(names), SNIFFED):
+        some = names[first : first + SNIFFED]
+        heads = fs.cat_ranges([f"{root}/{name}" for name in some], 0, decode.HEAD, on_error="return")
+        pictures += [
+            name
+            for name, head in zip(some, heads, strict=True)
+            if not isinstance(head, bytes) or decode.begins_as_picture(head)
+        ]
+    return pictures
+
+
+def _by_suffix(counts: Counter[str]) -> str:
+    named = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in counts.most_common(5) if count]
+    rest = counts.total() - sum(count for _, count in counts.most_common(5))
+    return ", ".join([*named, f"{rest:,} others"] if rest else named)
+
+
+def _manifest(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
     """A row without a name stays a row: reading it fails by itself."""
-    for file in storage.files(corpus.uri, ".csv", ".parquet"):
-        table, columns = tables.read_manifest(corpus, file)
-        if corpus.uri_column not in columns:
-            raise UserError(f"corpus: {file} has no column {corpus.uri_column!r}; set corpus.uri_column: {columns}")
-        label_column = tables.label_column(corpus, columns, file)
+    for file in storage.files(corpus.uri, *tables.SUFFIXES):
+        names = tables.read_names(corpus, file)
+        if names.uris is None:
+            raise UserError(f"corpus: {file} has no column {corpus.uri_column!r}; set corpus.uri_column: {names.columns}")
+        if names.labels is None:
+            told.append(
+                f"{file} has no column {corpus.label_column!r}, so no labels; corpus.label_column may be one of {names.columns}"
+            )
         base = _base(corpus, file)
-        uris = table[corpus.uri_column].to_pylist()
-        labels = table[label_column].to_pylist() if label_column else [None] * len(uris)
-        for uri, label in zip(uris, labels, strict=True):
-            yield _join(base, str(uri or "")), None, None, tables.label(label)
+        uris = pa.chunked_array(
+            [pa.array([join(base, uri or "") for uri in part.to_pylist()]) for part in names.uris.chunks], pa.string()
+        )
+        yield _rows(uris, names.labels)
 
 
-def _webdataset(corpus: Corpus) -> Iterator[Entry]:
+def _webdataset(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
     if corpus.uri.endswith(COMPRESSED_TARS):
         raise UserError(f"corpus: {corpus.uri} is compressed, so members cannot be read by range; unpack it to a plain .tar")
-    for file in storage.files(corpus.uri, ".tar"):
-        yield from _tar_entries(file)
+    yield from tars.list_members(corpus, storage.files(corpus.uri, ".tar"), told)
 
 
-def _parquet(corpus: Corpus) -> Iterator[Entry]:
-    column = "" if corpus.bytes_column == DEFAULT_BYTES_COLUMN else f":{corpus.bytes_column}"
+def _parquet(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
     for file in storage.files(corpus.uri, ".parquet"):
-        if not tables.has_bytes(corpus, file):
+        column = tables.bytes_column(corpus, file)
+        if column is None:
             raise UserError(f"corpus: {file} has no image bytes in column {corpus.bytes_column!r}; set corpus.bytes_column")
         with storage.open_file(file) as stream, pq.ParquetFile(stream) as parquet:
-            label_column = tables.label_column(corpus, parquet.schema_arrow.names, file)
-            labels = parquet.read([label_column])[0].to_pylist() if label_column else [None] * parquet.metadata.num_rows
-        for row, label in enumerate(labels):
-            yield f"{file}#{row}{column}", None, None, tables.label(label)
+            labels, rows = tables.read_labels(corpus, parquet, file), parquet.metadata.num_rows
+            columns = parquet.schema_arrow.names
+        if labels is None:
+            told.append(
+                f"{file} has no column {corpus.label_column!r}, so no labels; corpus.label_column may be one of {columns}"
+            )
+        end = "" if column == tables.DEFAULT_BYTES_COLUMN else f":{column}"
+        numbers = pa.array(range(rows), pa.int64()).cast(pa.string())
+        yield _rows(pc.binary_join_element_wise(f"{file}#", numbers, end, ""), labels)
 
 
-def _coco(corpus: Corpus) -> Iterator[Entry]:
+def _coco(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
     """COCO and LVIS ground truth: only `images` is read here. LVIS names its files by `coco_url` alone."""
     for file in storage.files(corpus.uri, ".json"):
         with storage.open_file(file) as stream:
@@ -215,35 +289,30 @@ def _coco(corpus: Corpus) -> Iterator[Entry]:
         if not isinstance(images, list):
             raise UserError(f"corpus: {file} has no list 'images'; give a COCO or LVIS file, or set corpus.format")
         base = _base(corpus, file)
+        uris = []
         for number, image in enumerate(images):
             try:
-                name = image.get("file_name") or image["coco_url"].rpartition("/")[2]
+                uris.append(join(base, image.get("file_name") or image["coco_url"].rpartition("/")[2]))
             except (AttributeError, KeyError):
                 raise UserError(f"corpus: {file}: images[{number}] has neither file_name nor coco_url; add one") from None
-            yield _join(base, name), None, None, None
+        yield _rows(pa.array(uris, pa.string()), None)
 
 
-def _embeddings(corpus: Corpus) -> Iterator[Entry]:
-    for uri, label in vectors.list_rows(corpus):
-        yield uri, None, None, label
+def _embeddings(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
+    entries = vectors.list_rows(corpus)
+    while batch := list(islice(entries, BATCH)):
+        uris, labels = zip(*batch, strict=True)
+        yield _rows(pa.array(list(map(_text, uris)), pa.string()), pa.chunked_array([pa.array(list(labels), pa.string())]))
 
 
-def _table(entries: Iterator[Entry]) -> pa.Table:
-    """Entries -> INDEX columns, a batch at a time: a long index never exists as Python objects."""
-    batches: list[pa.RecordBatch] = []
-    start = 0
-    while chunk := list(islice(entries, INDEX_BATCH)):
-        uris, offsets, sizes, labels = zip(*chunk, strict=True)
-        rows = range(start, start + len(chunk))
-        columns = [rows, map(_text, uris), offsets, sizes, map(tables.label, map(_text, labels))]
-        arrays = [pa.array(list(column), field.type) for column, field in zip(columns, INDEX, strict=True)]
-        batches.append(pa.record_batch(arrays, schema=INDEX))
-        start += len(chunk)
-    return pa.Table.from_batches(batches, schema=INDEX)
+def _rows(uris: pa.Array | pa.ChunkedArray, labels: pa.ChunkedArray | None) -> pa.Table:
+    """Of whole files: without byte ranges."""
+    none = pa.nulls(len(uris), pa.int64())
+    return pa.table([uris, none, none, pa.nulls(len(uris), pa.string()) if labels is None else labels], schema=ROWS)
 
 
 def _base(corpus: Corpus, file: str) -> str:
-    """The folder that relative names of a manifest or COCO file start from."""
+    """The folder that relative names of a table or COCO file start from."""
     if corpus.images is None:
         return file.rpartition("/")[0]
     _require_folder(corpus.images, "corpus.images")
@@ -255,8 +324,9 @@ def _require_folder(uri: str, key: str) -> None:
         raise UserError(f"corpus: {uri} is not a folder; check {key}")
 
 
-def _join(base: str, name: str) -> str:
-    if not name or name.startswith("/") or "://" in name:
+def join(base: str, name: str) -> str:
+    """A name in a table or JSON, relative to a folder unless it is whole (or empty)."""
+    if not name or name.startswith(("/", "~/")) or "://" in name:
         return name
     return f"{base}{name}" if base.endswith("/") else f"{base}/{name}"
 
@@ -266,49 +336,13 @@ def _text(name: str | None) -> str | None:
     return None if name is None else name.encode(errors="backslashreplace").decode()
 
 
-# Containers
-
-
-def _tar_entries(file: str) -> list[Entry]:
-    """Members of one tar, in its order. A sample is what shares a key: WebDataset's rule, the name up to its first dot.
-
-    Links come as entries too: a hard link with the bytes of what it names, a symbolic one empty, to fail as one row.
-    """
-    places: dict[str, tuple[int, int]] = {}
-    images: list[tuple[str, tuple[int, int]]] = []
-    labels: dict[str, str] = {}
-    try:
-        with storage.open_file(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                if member.isdir() or storage.hidden(member.name):
-                    continue
-                own = (member.offset_data, 0 if member.issym() else member.size)
-                places[member.name] = places.get(member.linkname, (0, 0)) if member.islnk() else own
-                if storage.suffix(member.name) in IMAGE_SUFFIXES:
-                    images.append((member.name, places[member.name]))
-                elif member.name.endswith(LABEL_SUFFIXES) and (content := tar.extractfile(member)):
-                    labels[member.name] = content.read().decode(errors="replace").strip()
-            stream.seek(tar.offset)
-            if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
-                raise tarfile.ReadError("damaged header")
-    except tarfile.TarError as error:
-        raise UserError(f"corpus: {file} is not a whole, plain tar ({error}); copy it again or take it out") from None
-    return [(f"{file}#{name}", offset, size, _tar_label(name, labels)) for name, (offset, size) in images]
-
-
-def _tar_label(image: str, labels: dict[str, str]) -> str | None:
-    folder, slash, last = image.rpartition("/")
-    key = f"{folder}{slash}{last.partition('.')[0]}"
-    return next((text for suffix in LABEL_SUFFIXES if (text := labels.get(key + suffix))), None)
+# Reading
 
 
 def _tar_of(uri: str) -> str:
     """`a/b.tar#member` -> `a/b.tar`; both the folder's and the member's name may hold another #."""
     head, mark, _ = uri.partition(".tar#")
     return f"{head}.tar" if mark else uri.partition("#")[0]
-
-
-# Reading
 
 
 def _read_ranges(
@@ -344,7 +378,7 @@ def _read_parquet(file: str, column: str, rows: Sequence[int]) -> dict[int, byte
                 end = start + parquet.metadata.row_group(group).num_rows
                 wanted = [row for row in rows if start <= row < end]
                 try:
-                    results.update(_read_row_group(parquet, group, column, start, wanted))
+                    results.update(_read_row_group(parquet, group, column, start, wanted, file.rpartition("/")[0]))
                 except Exception as error:
                     results.update(dict.fromkeys(wanted, _row_error(error)))
                 start = end
@@ -354,19 +388,29 @@ def _read_parquet(file: str, column: str, rows: Sequence[int]) -> dict[int, byte
 
 
 def _read_row_group(
-    parquet: pq.ParquetFile, group: int, column: str, start: int, rows: Sequence[int]
+    parquet: pq.ParquetFile, group: int, column: str, start: int, rows: Sequence[int], folder: str
 ) -> Iterator[tuple[int, bytes | RowError]]:
     """(row, bytes) of the wanted rows; `start` is the group's first row. Stops decoding after the last of them."""
     batches = parquet.iter_batches(PARQUET_BATCH, row_groups=[group], columns=[column]) if rows else iter(())
     for batch in batches:
         for row in rows:
             if start <= row < start + batch.num_rows:
-                value = batch[column][row - start].as_py()
-                data = value.get("bytes") if isinstance(value, dict) else value
-                yield row, RowError("null instead of image bytes") if data is None else data
+                yield row, _image_bytes(batch[column][row - start].as_py(), folder)
         start += batch.num_rows
         if start > rows[-1]:
             break
+
+
+def _image_bytes(value: Any, folder: str) -> bytes | RowError:
+    """A cell: bytes, or Hugging Face's struct, whose bytes may be null where its path names a file beside the table."""
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if data is not None or not path:
+        return RowError("null instead of image bytes") if data is None else data
+    try:
+        fs, place = storage.locate(join(folder, path))
+        return fs.cat_file(place)
+    except Exception as error:  # as any file that cannot be read
+        return _row_error(error)
 
 
 def _row_error(error: BaseException) -> RowError:
@@ -380,7 +424,8 @@ def _read_names(spec: str) -> list[str]:
         raise UserError(f"classes: {spec} is neither a .txt nor a .json file; give one of these, or a list of names")
     with storage.explained("classes", spec):
         with storage.open_file(spec) as stream:
-            text = stream.read().decode("utf-8-sig")
+            data = stream.read()
+        text = data.decode(tables.encoding_of(data))
         if storage.suffix(spec) == ".json":
             return _names_in_json(json.loads(text), spec)
         return [line for line in text.split("\n") if line.strip()]

@@ -57,7 +57,7 @@ def plan(memory: Memory, seed: int) -> Plan:
     if memory.support and not known.num_rows:
         raise UserError(f"no label of memory.support is among the {len(classes)} classes; first label: {labelled['label'][0]}")
     chosen = draw(known, memory.shots, seed)
-    remarks = thin_classes(chosen["label"], classes) if memory.support else []
+    remarks = [*listing.remarks(listed), *thin_classes(chosen["label"], classes)] if memory.support else []
     return Plan(classes, chosen, listed.num_rows - known.num_rows, strangers(listed["label"], classes), tuple(remarks))
 
 

@@ -7,7 +7,8 @@ vector is one bad row.
 - .npz: vectors in the array `embeddings` (or corpus.vector_column), ids in `ids`, `uri` or `files`, labels in `label`,
   `labels`, `class_name` or `class_id` (or corpus.label_column).
 - .parquet: columns corpus.vector_column (lists of numbers), corpus.uri_column, corpus.label_column.
-- .npy: vectors alone. The manifest corpus.ids names its rows and their labels; it may do so for the others too.
+- .npy: vectors alone. The table corpus.ids names its rows and their labels; it may do so for the others too. Parts
+  (`img_emb_0.npy` ... with `metadata_0.parquet` ...) pair in natural order, and their counts must be equal.
 Ids are optional: a vector without one is `FILE#ROW`.
 
 Choices, and what they cost:
@@ -28,6 +29,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -250,29 +252,36 @@ def _file_names(corpus: Corpus, layout: _Layout) -> Iterator[tuple[str, Any]]:
             yield (f"{file}#{row}" if ids is None else str(ids[row])), (None if labels is None else labels[row])
 
 
-def _manifest_names(corpus: Corpus, layout: _Layout) -> Iterator[tuple[str, Any]]:
-    """What corpus.ids says. A manifest of labels alone leaves the rows their `FILE#ROW`."""
+def _manifest_names(corpus: Corpus, layout: _Layout) -> Iterator[tuple[str, str | None]]:
+    """What corpus.ids says: one table of all rows, or one a file of vectors. A table of labels alone leaves the rows their
+    `FILE#ROW`. Raises UserError where the counts do not pair.
+    """
     assert corpus.ids is not None
-    (file,) = storage.files(corpus.ids, ".csv", ".parquet")[:1]
-    ids, labels = _table_names(corpus, file)
-    if ids is None and labels is None:
-        raise UserError(f"corpus: {file} has no column {corpus.uri_column!r}; set corpus.uri_column to that of the ids")
-    count = len(ids if ids is not None else labels or ())
-    if count != layout.total:
-        raise UserError(f"corpus: {file} names {count:,} rows, {corpus.uri} has {layout.total:,}; they must be the same rows")
+    files = storage.files(corpus.ids, *tables.SUFFIXES)
+    spans = [(corpus.uri, 0, layout.total)] if len(files) == 1 else list(_spans(layout))
+    if len(files) != len(spans):
+        raise UserError(
+            f"corpus: {corpus.ids} is {len(files):,} tables for {len(spans):,} files of vectors; give one each, or one of all"
+        )
     places = ((file, row) for file, start, end in _spans(layout) for row in range(end - start))
-    for number, (place, row) in enumerate(places):
-        yield (f"{place}#{row}" if ids is None else str(ids[number])), (None if labels is None else labels[number])
+    for file, (vectors, start, end) in zip(files, spans, strict=True):
+        ids, labels = _table_names(corpus, file)
+        if ids is None and labels is None:
+            raise UserError(f"corpus: {file} has no column {corpus.uri_column!r}; set corpus.uri_column to that of the ids")
+        count = len(ids if ids is not None else labels or ())
+        if count != end - start:
+            raise UserError(f"corpus: {file} names {count:,} rows, {vectors} has {end - start:,}; they must be the same rows")
+        for number, (place, row) in enumerate(islice(places, count)):
+            yield (f"{place}#{row}" if ids is None else str(ids[number])), (None if labels is None else labels[number])
 
 
 def _table_names(corpus: Corpus, file: str) -> tuple[list[Any] | None, list[Any] | None]:
     """(ids, labels) of a CSV or parquet; None: no such column."""
-    table, columns = tables.read_manifest(corpus, file)
-    label_column = tables.label_column(corpus, columns, file)
-    ids = table[corpus.uri_column].to_pylist() if corpus.uri_column in columns else None
-    if ids is not None and (None in ids or "" in ids):
+    names = tables.read_names(corpus, file)
+    ids, labels = (None if column is None else column.to_pylist() for column in (names.uris, names.labels))
+    if ids is not None and None in ids:
         raise UserError(f"corpus: {file}: column {corpus.uri_column!r} has rows without an id; every vector needs one")
-    return ids, table[label_column].to_pylist() if label_column else None
+    return ids, labels
 
 
 def _npz_names(corpus: Corpus, file: str, rows: int) -> tuple[list[Any] | None, list[Any] | None]:

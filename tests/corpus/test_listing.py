@@ -304,7 +304,7 @@ def test_hugging_face_image_columns(tmp_path: Path) -> None:
     write(tmp_path, {"p.parquet": parquet({"image": images})})
     first, *others = read(index(str(tmp_path / "p.parquet"), bytes_column="image"))
     assert first == b"0"
-    assert [str(error) for error in others] == ["null instead of image bytes"] * 2
+    assert [str(error) for error in others] == ["null instead of image bytes", "file not found"]
 
 
 def test_large_row_groups_are_read_in_pieces(tmp_path: Path) -> None:
@@ -366,8 +366,8 @@ def test_real_photos_by_folder_and_by_manifest() -> None:
         ({"uri": "a.tar.gz"}, "unpack it to a plain .tar"),
         ({"uri": "members.tar"}, "no images in .*members.tar"),
         ({"uri": "zero.csv"}, "no images in .*zero.csv"),
-        ({"uri": "blank.csv"}, "Empty CSV"),
-        ({"uri": "ragged.csv"}, "ragged.csv: .*Expected 2 columns"),
+        ({"uri": "blank.csv"}, "blank.csv is empty"),
+        ({"uri": "ragged.csv"}, "ragged.csv, line 3: 3 cells under 2 columns"),
         ({"uri": "columns.csv"}, r"no column 'uri'; set corpus.uri_column: \['path', 'y'\]"),
         ({"uri": "columns.csv", "uri_column": "path", "label_column": "class"}, "no column 'class'"),
         ({"uri": "columns.csv", "uri_column": "path", "images": "gone"}, "gone is not a folder; check corpus.images"),
