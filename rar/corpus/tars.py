@@ -4,10 +4,10 @@ Members with one key are a sample: the key is the name up to a dot, the longest 
 `img.v1.cls`, else with `img.cls`). Where a name is there several times, the k-th picture goes with the k-th label of its name.
 
 Which member is the label: `corpus.label_key` where it is set (a member's suffix, or a field of the sample's .json). Else
-`.cls`, then the fields LABEL_FIELDS of the .json, then `.txt` where the texts look like classes and not like captions: no .json of the
-sample calls it a caption, it is one short line, and either of at most PLAIN_WORDS words or said of two samples or more on
-average. That is decided once, on the first tar with such texts, and told. Numbers get names from a file CLASS_FILES beside the
-tars or one folder up, as CLIP benchmarks store them.
+`.cls`, then the fields LABEL_FIELDS of the .json, then `.txt` where the texts look like classes and not like captions: no .json
+of the sample calls it a caption, it is one short line, and either of at most PLAIN_WORDS words or said of two samples or more
+on average. That is decided once, on the first tar with such texts, and told. Numbers get names from a file CLASS_FILES beside
+the tars or one folder up, as CLIP benchmarks store them.
 """
 
 from __future__ import annotations
