@@ -24,24 +24,25 @@ def run(verb: str, config_file: Path, out: Path | None, sets: list[str], dry_run
     settings = config.load(config_file, sets)
     from rar.corpus.listing import remarks
     from rar.corpus.support import strangers
+    from rar.engine import session
     from rar.report.page import write_report
-    from rar.run import recognise
+    from rar.run import recognise, work
     from rar.runfolder import RunFolder
 
-    work = {"classify": recognise.classify_work, "detect": recognise.detect_work}[verb](settings)
+    rows = {"classify": work.classify_work, "detect": work.detect_work}[verb](settings)
     path = run_folder_path(out, verb, config_file)
     if dry_run:
-        say(recognise.dry_run(settings, work, path))
+        say(work.dry_run(settings, rows, path))
         return 0
     RunFolder.check(path, verb, settings, fresh=fresh)
-    with recognise.session(settings) as address:
-        vocabulary = recognise.prepare(settings, address)
+    with session.opened(settings.memory) as opened:
+        vocabulary = recognise.prepare(opened, settings)
         folder = RunFolder.open(path, verb, settings, fresh=fresh, name=config_file.stem, group=verb)
-        strange = strangers(work.labels, list(vocabulary.names.values()))
-        counted = f"{work.index.num_rows:,} images, {len(vocabulary.names):,} classes"
+        strange = strangers(rows.labels, list(vocabulary.names.values()))
+        counted = f"{rows.index.num_rows:,} images, {len(vocabulary.names):,} classes"
         first = f"{verb}: {counted} -> {path}" + (f"; {strange}, and count as wrong" if strange else "")
-        say("\n  ".join([first, *remarks(work.index)]))
-        metrics = recognise.run(settings, address, vocabulary, work, folder)
+        say("\n  ".join([first, *remarks(rows.index)]))
+        metrics = recognise.run(opened, settings, vocabulary, rows, folder)
     write_report([path], path, title=f"rar {verb}: {config_file.stem}")
     for key in ("top1", "top5", "candidate_recall", "ranked_fraction", "ap", "ap_rare"):
         if metrics.get(key) is not None:

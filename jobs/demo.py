@@ -11,11 +11,14 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jobs.common import guarded, quiet, say
+
+if TYPE_CHECKING:
+    from rar.engine.session import Session
 
 NEAREST = {"mode": "knn", "n_neighbors": 20, "sharpness": 1000.0}  # the paper's rule: a class is as near as its nearest image
 FREE_TEXT = {"method": "generate", "max_new_tokens": 48, "batch_size": 64}
@@ -83,49 +86,50 @@ def settings_of(out: Path, seed: int, task: str, arm: str) -> Any:
 
 
 def _run_arms(out: Path, seed: int, started: float, drawn: Future[None]) -> tuple[dict[str, float], list[Path]]:
-    from rar.engine import application
+    from rar.engine import client, session
     from rar.miniature.data import write_scene_support
-    from rar.run import build, recognise
+    from rar.run import build
 
     shutil.rmtree(out / "runs", ignore_errors=True)
     shutil.rmtree(out / "memory.milvus", ignore_errors=True)
     metrics: dict[str, float] = {}
     folders: list[Path] = []
-    with recognise.session(settings_of(out, seed, "novel", "rar"), create=True) as address, ThreadPoolExecutor(1) as pool:
-        deployed = [pool.submit(application.deploy, settings_of(out, seed, "novel", arm).ranker) for arm in ("rar", *ALWAYS)]
+    with session.opened(settings_of(out, seed, "novel", "rar").memory, create=True) as opened, ThreadPoolExecutor(1) as pool:
+        rankers = [settings_of(out, seed, "novel", arm).ranker for arm in ("rar", *ALWAYS)]
+        deployed = [pool.submit(client.deploy, opened, ranker) for ranker in rankers]
         drawn.result()
         write_scene_support(out / "world", seed)
         for task in TASKS:
             say(f"{task}: building the memory")
-            build.build(settings_of(out, seed, task, "rar"), address, fresh=False)
+            build.build_memory(opened, settings_of(out, seed, task, "rar"), fresh=False)
         for future in deployed:
             future.result()
         for task in TASKS:
-            folders += _run_task(out, seed, task, address, metrics)
+            folders += _run_task(opened, out, seed, task, metrics)
     metrics["images"] = sum(metrics.pop(f"images.{task}") for task in TASKS)
     metrics["seconds"] = round(time.monotonic() - started, 1)
     return _combined(metrics), folders
 
 
-def _run_task(out: Path, seed: int, task: str, address: str, metrics: dict[str, float]) -> list[Path]:
+def _run_task(opened: Session, out: Path, seed: int, task: str, metrics: dict[str, float]) -> list[Path]:
     """Embed a task's images once, then send them through every arm."""
-    from rar.engine import pipeline
-    from rar.run import recognise
+    from rar.run import recognise, steps
+    from rar.run.work import classify_work, detect_work
     from rar.runfolder import RunFolder
 
     verb = "detect" if task == "scenes" else "classify"
     base = settings_of(out, seed, task, "rar")
-    work = recognise.detect_work(base) if verb == "detect" else recognise.classify_work(base)
-    facts = pipeline.encoder_facts(base.encoder.model_dump_json())
-    embedded = recognise.embed(base, work, facts).materialize()
+    work = detect_work(base) if verb == "detect" else classify_work(base)
+    facts = opened.encoder(base.encoder).facts
+    embedded = steps.embedded(opened, base, work, facts).materialize()
     folders = []
     for arm in ARMS:
         settings = settings_of(out, seed, task, arm)
         own = work if arm != "mllm_only" else replace(work, index=work.index.take(list(range(0, work.index.num_rows, EVERY))))
         folder = RunFolder.open(out / "runs" / f"{task}-{arm}", verb, settings, fresh=True, name=arm, group=f"{verb}: {task}")
         began = time.monotonic()
-        vocabulary = recognise.prepare(settings, address)
-        values = recognise.run(settings, address, vocabulary, own, folder, embedded if own is work else None)
+        vocabulary = recognise.prepare(opened, settings)
+        values = recognise.run(opened, settings, vocabulary, own, folder, embedded if own is work else None)
         say(f"  {task} {arm}: " + _headline(values) + f" ({time.monotonic() - began:.1f} s)")
         metrics |= _keys(task, arm, values)
         folders.append(folder.path)

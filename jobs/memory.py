@@ -52,7 +52,8 @@ def memory(
 def build_memory(config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
     quiet()
     settings = config.load(config_file, sets)
-    from rar.run import build, recognise
+    from rar.engine import session
+    from rar.run import build
     from rar.runfolder import RunFolder
 
     planned = build.plan(settings)
@@ -68,8 +69,8 @@ def build_memory(config_file: Path, out: Path | None, sets: list[str], dry_run: 
         return 0
     RunFolder.check(path, "memory", settings, fresh=True)
     started = time.monotonic()
-    with recognise.session(settings, create=True) as address:
-        built = build.build(settings, address, fresh=fresh)
+    with session.opened(settings.memory, create=True) as opened:
+        built = build.build_memory(opened, settings, fresh=fresh)
     folder = RunFolder.open(path, "memory", settings, fresh=True, name=config_file.stem, group="memory")
     folder.write_faults(built.failed)
     failed = built.failed.num_rows
@@ -89,6 +90,7 @@ def other(config_file: Path, sets: list[str], chosen: list[str], names: list[str
     from rar.memory import catalog
     from rar.memory.collection import open_store
     from rar.run import build
+    from rar.run.vocabulary import class_names
 
     store = settings.memory
     if "://" not in store.uri and not Path(store.uri).exists():
@@ -98,7 +100,7 @@ def other(config_file: Path, sets: list[str], chosen: list[str], names: list[str
             print(table(catalog.memories(address, store.token)))
         elif chosen == ["--describe"]:
             found = catalog.find(address, store.name, store.version, store.token)
-            print(json.dumps(asdict(found) | {"class_names": build.class_names(settings, address)}, indent=1))
+            print(json.dumps(asdict(found) | {"class_names": class_names(settings, address)}, indent=1))
         elif chosen == ["--snapshot"]:
             print(f"{store.name} version {catalog.snapshot(address, store.name, store.token)}")
         elif chosen == ["--remove"]:

@@ -21,11 +21,8 @@ def serve(config_file: ConfigFile, out: Out = None, sets: Sets = None, dry_run: 
 def run(config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
     quiet()
     settings = config.load(config_file, sets)
-    from contextlib import nullcontext
-
-    from rar.engine import pipeline
+    from rar.engine import session
     from rar.gateway import app
-    from rar.run import recognise
     from rar.runfolder import RunFolder
 
     path = run_folder_path(out, "serve", config_file)
@@ -35,9 +32,9 @@ def run(config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fre
     RunFolder.check(path, "serve", settings, fresh=fresh)
     app.check(settings)
     needs_memory = "recognize" in settings.serve.endpoints
-    with recognise.session(settings) if needs_memory else nullcontext() as address, pipeline.local_ray():
+    with session.opened(settings.memory if needs_memory else None) as opened:
         folder = RunFolder.open(path, "serve", settings, fresh=fresh, name=config_file.stem, group="serve")
-        with app.serving(settings, address, folder) as url:
+        with app.serving(opened, settings, folder) as url:
             stop = _on_signal()
             say(f"serve: {', '.join(f'POST {url}/{name}' for name in settings.serve.endpoints)}; the page is {url}/")
             say(f"  numbers for Prometheus: {app.metrics_address()}   Ctrl-C ends it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,6 @@ from rar.schema import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def share_cores(models: int) -> None:
-    """Give a model its share of a laptop's cores, where `models` of its kind run at once.
-
-    Ray gives each actor as many threads as it reserves CPUs, which is right on a cluster; `pipeline.local_ray` reserves less
-    than there is, since encoder and ranker mostly wait for each other, and says so in RAR_THREADS.
-    """
-    if "RAR_THREADS" in os.environ:
-        torch.set_num_threads(max(1, int(os.environ["RAR_THREADS"]) // models))
 
 
 def pick_device(name: str, key: str) -> torch.device:

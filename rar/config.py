@@ -1,14 +1,11 @@
 """One YAML file configures every verb; unknown keys are errors that name the nearest valid key.
 
-`load` reads YAML, applies `--set dotted.key=value` and validates. `fingerprint` hashes what determines the predictions, and
-leaves out what only decides how fast they come (workers, replicas), so that a run may be resumed on another machine.
+`load` reads YAML, applies `--set dotted.key=value` and validates.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +14,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rar.ranker.wording import load_wording
 from rar.schema import UserError
 
 
@@ -274,19 +270,6 @@ class Config(Strict):
         if self.ranker.method == "endpoint" and self.ranker.base_url is None:
             raise ValueError("ranker.method endpoint needs ranker.base_url, e.g. http://host:8000/v1")
         return self
-
-    def fingerprint(self) -> str:
-        """16 hex digits; equal for two configs that must give the same predictions. Raises UserError for faulty prompts."""
-        data = self.model_dump(mode="json")
-        for key in SPEED_ONLY:
-            *sections, last = key.split(".")
-            where: Any = data
-            for section in sections:
-                where = (where or {}).get(section)
-            if where is not None:  # an optional section
-                del where[last]
-        data["ranker"]["prompts"] = load_wording(self.ranker.prompts).fingerprint()
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 SPEED_ONLY = (

@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rar.config import Config
+from rar.identity import fingerprint
 from rar.schema import ERRORS, PREDICTIONS, SCHEMA_VERSION, UserError
 
 PACKAGES = ("rar", "ray", "torch", "open_clip_torch", "transformers", "pymilvus", "milvus-lite")
@@ -63,7 +64,7 @@ class RunFolder:
         if not (path / "run.json").is_file():
             raise UserError(f"{path} is not a run folder and not empty; choose another --out")
         known = cls(path).read("run.json")
-        if not fresh and (known["verb"], known["fingerprint"]) != (verb, settings.fingerprint()):
+        if not fresh and (known["verb"], known["fingerprint"]) != (verb, fingerprint(settings)):
             raise UserError(
                 f"{path} holds a run of another config ({known['verb']}, fingerprint {known['fingerprint']}); "
                 "use --fresh to replace it, or another --out"
@@ -167,7 +168,7 @@ def _identity(verb: str, settings: Config, name: str, group: str) -> dict[str, A
         "name": name,
         "group": group,
         "config": _without_secrets(settings),
-        "fingerprint": settings.fingerprint(),
+        "fingerprint": fingerprint(settings),
         "seed": settings.run.seed,
         "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
         "git_commit": _git_commit(),

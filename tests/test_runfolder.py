@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rar import config, runfolder
+from rar.identity import fingerprint
 from rar.runfolder import RunFolder
 from rar.schema import ERRORS, INDEX, PREDICTIONS, UserError
 
@@ -58,7 +59,7 @@ def test_a_new_folder_says_what_it_is(tmp_path: Path) -> None:
     known = folder.read("run.json")
     assert (known["verb"], known["name"], known["group"], known["seed"]) == ("classify", "birds", "zoo", 7)
     assert known["schema_version"] == 1
-    assert known["fingerprint"] == configured("run.seed=7").fingerprint()
+    assert known["fingerprint"] == fingerprint(configured("run.seed=7"))
     assert {"python", "rar", "torch", "pymilvus"} <= set(known["versions"])
     assert config.build(known["config"]) == configured("run.seed=7")  # the token is the only thing left out
     assert (folder.path / "predictions").is_dir() and (folder.path / "errors").is_dir()
@@ -100,7 +101,7 @@ def test_fresh_starts_over(tmp_path: Path, overrides: Sequence[str]) -> None:
     folder = opened(tmp_path, *overrides, fresh=True)
     assert folder.pending(1) == [0]
     assert folder.errors().num_rows == 0
-    assert folder.read("run.json")["fingerprint"] == configured(*overrides).fingerprint()
+    assert folder.read("run.json")["fingerprint"] == fingerprint(configured(*overrides))
 
 
 @pytest.mark.parametrize("fresh", [False, True])

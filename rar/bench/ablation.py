@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from rar import config
-from rar.engine import pipeline
+from rar.engine import session
+from rar.engine.session import Session
 from rar.miniature.data import noisy_proposals, write_scene_support, write_world
-from rar.run import build, recognise
+from rar.run import build, recognise, steps
+from rar.run.work import detect_work
 from rar.runfolder import RunFolder
 
 KEYS = ("ap", "ap50", "ap_rare", "ap_common", "ap_frequent", "ap_small", "ap_medium", "ap_large", "top1", "ranked_fraction")
@@ -40,11 +42,11 @@ def run(out: Path, seed: int = 0, scenes: int = 450, shots: int = 4) -> dict[str
     write_scene_support(out / "world", seed)
     truth = json.loads((out / "world" / "scenes.json").read_text())
     (out / "proposals.json").write_text(json.dumps(noisy_proposals(truth, seed)))
-    with recognise.session(_settings(out, seed, {}), create=True) as address:
-        build.build(_settings(out, seed, {}), address, fresh=False)
-        given = dict(_arms(out, seed, address, "given", {}, ARMS))
-        proposed = dict(_arms(out, seed, address, "proposals", {"proposals": str(out / "proposals.json")}, ARMS))
-        grid = list(_grid(out, seed, address))
+    with session.opened(_settings(out, seed, {}).memory, create=True) as opened:
+        build.build_memory(opened, _settings(out, seed, {}), fresh=False)
+        given = dict(_arms(opened, out, seed, "given", {}, ARMS))
+        proposed = dict(_arms(opened, out, seed, "proposals", {"proposals": str(out / "proposals.json")}, ARMS))
+        grid = list(_grid(opened, out, seed))
     return {"boxes": len(truth["annotations"]), "images": scenes, "given": given, "proposals": proposed, "grid": grid}
 
 
@@ -61,29 +63,29 @@ def _settings(out: Path, seed: int, detect: Mapping[str, Any], **sections: Any) 
     return config.build(data)
 
 
-def _grid(out: Path, seed: int, address: str) -> Iterator[dict[str, Any]]:
+def _grid(opened: Session, out: Path, seed: int) -> Iterator[dict[str, Any]]:
     for names in itertools.product(*PARTS.values()):
         crop: dict[str, Any] = {}
         for options, name in zip(PARTS.values(), names, strict=True):
             crop |= options[name]
         title = "-".join(names).replace(" ", "_")
         for arm, values in _arms(
-            out, seed, address, title, {"crop": crop}, {"retriever": ARMS["retriever"], "rar": ARMS["rar"]}
+            opened, out, seed, title, {"crop": crop}, {"retriever": ARMS["retriever"], "rar": ARMS["rar"]}
         ):
             yield {**dict(zip(PARTS, names, strict=True)), "ranker": "letters" if arm == "rar" else "none", **values}
 
 
 def _arms(
-    out: Path, seed: int, address: str, title: str, detect: Mapping[str, Any], arms: Mapping[str, dict[str, Any]]
+    opened: Session, out: Path, seed: int, title: str, detect: Mapping[str, Any], arms: Mapping[str, dict[str, Any]]
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Embed the boxes once, then run every arm over them."""
     base = _settings(out, seed, detect)
-    work = recognise.detect_work(base)
-    facts = pipeline.encoder_facts(base.encoder.model_dump_json())
-    embedded = recognise.embed(base, work, facts).materialize()
+    work = detect_work(base)
+    facts = opened.encoder(base.encoder).facts
+    embedded = steps.embedded(opened, base, work, facts).materialize()
     for arm, sections in arms.items():
         settings = _settings(out, seed, detect, **sections)
         folder = RunFolder.open(out / "runs" / f"{title}-{arm}", "detect", settings, fresh=True, name=arm, group=title)
-        vocabulary = recognise.prepare(settings, address)
-        values = recognise.run(settings, address, vocabulary, work, folder, embedded)
+        vocabulary = recognise.prepare(opened, settings)
+        values = recognise.run(opened, settings, vocabulary, work, folder, embedded)
         yield arm, {key: values[key] for key in KEYS if key in values}

@@ -21,11 +21,15 @@ from rar.corpus.coco import read_boxes
 from rar.corpus.decode import decode
 from rar.crops.windows import GREY, View, bands_of, crops, touched_xyxy, windows_xyxy
 from rar.encoder.towers import load_encoder
+from rar.engine import pipeline, session, stages
 from rar.engine.sinks import ShardSink
 from rar.engine.stages import EncoderFacts
 from rar.miniature.data import SCENE_HEIGHT, SCENE_WIDTH, write_world
 from rar.miniature.world import background, rng_of
-from rar.run import build, recognise
+from rar.run import build, steps
+from rar.run.calibrate import PAPER
+from rar.run.vocabulary import open_memory
+from rar.run.work import detect_work
 from rar.runfolder import RunFolder
 
 Pictures = list[tuple[np.ndarray, np.ndarray]]  # (H, W, 3) uint8 and boxes (B, 4)
@@ -61,17 +65,20 @@ def pipeline_bench(
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings(Path(folder), data, model, images)
-        with recognise.session(settings, create=True) as address:
-            build.build(settings, address, fresh=False)
-            vocabulary, work = recognise.open_memory(settings, address), recognise.detect_work(settings)
+        with session.opened(settings.memory, create=True) as opened:
+            build.build_memory(opened, settings, fresh=False)
+            vocabulary, work = open_memory(opened, settings), detect_work(settings)
             squares = _squares(settings, work.index, vocabulary.facts)
             encoder = load_encoder(settings.encoder)
             run = RunFolder.open(Path(folder) / "run", "detect", settings, fresh=True, name="bench", group="bench")
             expected = work.expected(settings.run.shard_size)
 
             def whole() -> None:
-                embedded = recognise.embed(settings, work, vocabulary.facts)
-                recognise.rank(settings, embedded, vocabulary, recognise.PAPER, None, ShardSink(run.path, expected))
+                rows = steps.embedded(opened, settings, work, vocabulary.facts)
+                rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
+                rows = pipeline.through(rows, "rank", stages.Rank(None, PAPER, 1))
+                rows = pipeline.through(rows, "fuse", stages.Fuse(PAPER))
+                rows.write_datasink(ShardSink(run.path, expected))
 
             row = paired(whole, lambda: encoder.embed_images(squares), len(squares), repeats)
             assert run.predictions().num_rows == len(squares)

@@ -36,7 +36,7 @@ from ray import serve as ray_serve
 
 from rar import config, miniature
 from rar.corpus.decode import decode
-from rar.engine import application, pipeline
+from rar.engine import client, session
 from rar.gateway import app
 from rar.miniature.data import DRAWN
 from rar.miniature.world import render, rng_of, vocabulary
@@ -87,10 +87,10 @@ def run(seconds: float = 60.0, clients: int = 200, max_queued: int = 64) -> dict
     questions = draw()
     truth, bare = bare_ranker(settings.ranker, questions)
     tally = Tally()
-    with pipeline.local_ray(), tempfile.TemporaryDirectory() as folder:
+    with session.opened() as there, tempfile.TemporaryDirectory() as folder:
         opened = RunFolder.open(Path(folder), "serve", settings, fresh=False, name="load", group="bench")
-        with app.serving(settings, None, opened) as url:
-            name = application.app_name(settings.ranker, settings.serve)
+        with app.serving(there, settings, opened) as url:
+            name = client.app_name(settings.ranker, settings.serve)
             asyncio.run(_load(url, name, questions, truth, seconds, clients, tally))
             batch = _mean_batch()
             down = _seconds_until_one(name, tally)

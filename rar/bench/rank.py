@@ -31,7 +31,7 @@ from transformers import (
 from rar import miniature
 from rar.bench.timing import paired
 from rar.config import Ranker
-from rar.engine import application, pipeline
+from rar.engine import client, session
 from rar.miniature.tokens import mllm_tokenizer
 from rar.miniature.train_mllm import TEMPLATE
 from rar.miniature.world import render, rng_of, vocabulary
@@ -66,9 +66,9 @@ def through_serve(images: int = 96, repeats: int = 5) -> dict[str, Any]:
     encoded = [png(image) for image in work.images]
     starts = range(0, images, BATCH)
     batches = [(encoded[start : start + BATCH], work.names[start : start + BATCH]) for start in starts]
-    with pipeline.local_ray():
-        application.deploy(settings)
-        ask = application.ask(settings)
+    with session.opened() as opened:
+        client.deploy(opened, settings)
+        ask = client.ask(settings)
         assert ask is not None
         ranker = MllmRanker(settings, str(miniature.MLLM))
         return {"serve": against(lambda: ask(batches), ranker, work, repeats)}

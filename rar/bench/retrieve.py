@@ -26,8 +26,9 @@ from rar.bench import raw
 from rar.bench.embeddings import K, Work, drawn, recorded
 from rar.bench.server import Server, forget_peak, lite_server, memory_mib, milvus_server
 from rar.bench.timing import paired
+from rar.columns import vectors_column
 from rar.config import Index
-from rar.engine import pipeline, stages
+from rar.engine import pipeline, session, stages
 from rar.engine.sinks import MilvusSink
 from rar.memory import reduced as projection
 from rar.memory.collection import Collection
@@ -77,7 +78,7 @@ def run(
     known = {kind: faiss_row(kind, work) for kind in dict.fromkeys("HNSW" if k == "REDUCED" else k for k in kinds)}
     result: Row = {"rows": rows, "dim": dim, "queries": queries, "batch": raw.BATCH, "k": K, "stores": {}}
     result["faiss_threads"] = faiss.omp_get_max_threads()
-    with tempfile.TemporaryDirectory(prefix="rar_bench_") as temporary, pipeline.local_ray():
+    with tempfile.TemporaryDirectory(prefix="rar_bench_") as temporary, session.opened():
         folder = Path(temporary)
         lite = Store(lambda name: lite_server(folder / "lite" / name), folder / "lite")
         result["stores"]["lite"] = on_store(lite, work, kinds, known, repeats)
@@ -225,7 +226,7 @@ def datasink(server: Server, work: Work, repeats: int) -> dict[str, float]:
 
     def write_ours() -> None:
         ids, class_ids, names = raw.columns(numbers, f"-{next(mine)}")
-        vectors = stages.vectors_column(work.entries[numbers])
+        vectors = vectors_column(work.entries[numbers])
         table = pa.table({"entry_id": ids, "class_id": class_ids, "class_name": names, "vector": vectors})
         pipeline.write(table, MilvusSink(ours))
 
@@ -251,7 +252,7 @@ def retrieval(server: Server, work: Work, repeats: int) -> Row:
     stage = stages.Retrieve(config.Retriever(top_k=K), head, stored, stored)
     client, queries = connect(server.address, None), np.pad(work.queries, ((0, 0), (0, 1)), constant_values=1)
     tables = [
-        pa.table({"error": pa.nulls(len(batch), pa.string()), "vector": stages.vectors_column(batch)})
+        pa.table({"error": pa.nulls(len(batch), pa.string()), "vector": vectors_column(batch)})
         for batch in raw.batches(work.queries)
     ]
     depths = {"retrieve": min(count, max(K, stages.SHARE_DEPTH)), "retrieve_top_k": K}

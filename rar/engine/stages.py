@@ -9,7 +9,6 @@ rows), which the writer sums up.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +18,13 @@ import pyarrow as pa
 
 from rar import config, fusion
 from rar.boxes import check_boxes
+from rar.columns import candidates_of, rankings_of, vectors_column, vectors_of, with_candidates, with_errors, with_vectors
 from rar.corpus import listing, vectors
 from rar.corpus.decode import decode, fit_square
 from rar.crops import windows
 from rar.memory.collection import Collection, Entries, Hits
 from rar.retriever import modes
-from rar.schema import CANDIDATES, Candidate, Ranking, RankStatus, RowError, content_id, entry_id
+from rar.schema import Candidate, Ranking, RankStatus, RowError, content_id, entry_id
 
 Stage = Callable[[pa.Table], pa.Table]
 
@@ -49,7 +49,7 @@ def load(table: pa.Table) -> pa.Table:
     ids = [None if data is None else content_id(data) for data in good]
     table = table.append_column("image_id", pa.array(ids, pa.string()))
     faults = [str(data) if isinstance(data, RowError) else None for data in found]
-    return _with_errors(table, "read", faults)
+    return with_errors(table, "read", faults)
 
 
 class LoadVectors:
@@ -64,7 +64,7 @@ class LoadVectors:
         table = table.append_column("bytes", pa.nulls(table.num_rows, pa.large_binary()))
         table = table.append_column("image_id", pa.array(ids, pa.string()))
         table = table.append_column("vector", vectors_column(found))
-        return _with_errors(table, "read", [str(fault) if fault else None for fault in faults])
+        return with_errors(table, "read", [str(fault) if fault else None for fault in faults])
 
 
 class Lacking:
@@ -89,12 +89,10 @@ class Propose:
     """
 
     def __init__(self, settings: config.Detect) -> None:
-        from rar.checkpoint import share_cores
         from rar.crops.detector import Proposer  # torch belongs to the detector's actors
 
         assert settings.detector is not None
         self.limit, self.batch = settings.max_boxes, settings.detector.batch_size
-        share_cores(settings.detector.workers)
         self.proposer = Proposer(settings.detector)
 
     def facts(self) -> None:
@@ -119,7 +117,7 @@ class Propose:
         table = table.drop_columns(["bytes", *(name for name in PROPOSED.names if name in table.column_names)])
         for field, values in zip(PROPOSED, (boxes, scores), strict=True):
             table = table.append_column(field, pa.array(values, field.type))
-        return _with_errors(table, "decode", faults)
+        return with_errors(table, "decode", faults)
 
 
 PROPOSED = pa.schema([("boxes_xyxy", pa.list_(pa.list_(pa.float32()))), ("box_scores", pa.list_(pa.float32()))])
@@ -212,7 +210,7 @@ class Decode:
                 fault = str(reason)
             faults.append(fault)
         table = table.drop_columns(["views"] if source == "views" else [])
-        return _with_errors(table.append_column("pixels", pa.array(pixels, pa.large_binary())), "decode", faults)
+        return with_errors(table.append_column("pixels", pa.array(pixels, pa.large_binary())), "decode", faults)
 
     def _decoded(self, data: bytes) -> list[np.ndarray]:
         return [decode(data, self.side)]
@@ -238,22 +236,12 @@ class EncoderFacts:
         return fit_square(image, self.side, self.resize_mode, self.interpolation)
 
 
-def model_cpus() -> float:
-    """What an actor with a model reserves of Ray's CPUs: one; on a laptop (see pipeline.local_ray) next to nothing.
-
-    There the models of a session share the cores by turns, and one more of them must not wait for a CPU that never gets free.
-    """
-    return 0.01 if "RAR_THREADS" in os.environ else 1.0
-
-
 class Embed:
     """pixels (images) or text (class names, through the templates) -> vector, unit norm. Loads the encoder once an actor."""
 
     def __init__(self, settings: config.Encoder) -> None:
-        from rar.checkpoint import share_cores
         from rar.encoder.towers import load_encoder  # torch belongs to the encoder's actors; other workers stay small
 
-        share_cores(settings.workers)
         self.encoder = load_encoder(settings)
         self.work = timed("embed", self._embed)
 
@@ -340,10 +328,11 @@ class Recall:
 
 
 class Rank:
-    """candidates -> ranking, by `ask` for the images that need the MLLM; the others keep the retriever's order.
+    """candidates -> ranking, scores, rank_status and response, by `ask` for the images that need the MLLM.
 
-    ask(images, names) -> one Ranking an image; images are encoded bytes. It is called with batches of `batch` images
-    of one shard, several in flight at once: what a batch holds depends on the shard alone, never on timing.
+    The others keep the retriever's order as `skipped`. The ranking is the ranker's own; what is made of it is up to `Fuse`.
+    ask(batches) -> one list of Rankings a batch of (encoded images, candidates' names). It is called once a shard with batches
+    of `batch` images: what a batch holds depends on the shard alone, never on timing.
     """
 
     def __init__(
@@ -369,33 +358,46 @@ class Rank:
                 rankings[row] = fusion.among(ranking, len(proposed[row]))
         else:
             shown = [0] * len(proposed)
-        return self._write(table.drop_columns(["bytes"]), proposed, rankings).append_column(
-            "mllm_candidates", pa.array(shown, pa.int64())
-        )
+        columns = {
+            "ranking": pa.array([ranking.order for ranking in rankings], pa.list_(pa.int64())),
+            "rank_status": pa.array([ranking.status.value for ranking in rankings], pa.string()),
+            "response": pa.array([ranking.response for ranking in rankings], pa.string()),
+            "scores": pa.array([fusion.rank_scores(ranking) for ranking in rankings], pa.list_(pa.float64())),
+            "mllm_candidates": pa.array(shown, pa.int64()),
+        }
+        for key in ("calls", "prompt_tokens", "output_tokens"):
+            columns[f"mllm_{key}"] = pa.array([getattr(ranking, key) for ranking in rankings], pa.int64())
+        return _with_columns(table.drop_columns(["bytes"]), columns)
 
-    def _write(self, table: pa.Table, proposed: list[list[Candidate]], rankings: list[Ranking]) -> pa.Table:
-        """The ranker's own answer, the final order and the class it predicts."""
+
+class Fuse:
+    """candidates and the ranker's answer -> the final `ranking`, and the class that it predicts with its probability."""
+
+    def __init__(self, calibration: fusion.Calibration) -> None:
+        self.calibration = calibration
+
+    def __call__(self, table: pa.Table) -> pa.Table:
         orders: list[Sequence[int]] = []
         best: list[tuple[Candidate | None, float]] = []
-        for candidates, ranking in zip(proposed, rankings, strict=True):
+        rankings = rankings_of(table)
+        for candidates, ranking in zip(candidates_of(table), rankings, strict=True):
             order, chances = fusion.fuse(candidates, ranking, self.calibration)
             orders.append(order)
             best.append((candidates[order[0]], chances[order[0]]) if order else (None, float("nan")))
         columns = {
             "ranking": pa.array(orders, pa.list_(pa.int64())),
-            "rank_status": pa.array([ranking.status.value for ranking in rankings], pa.string()),
-            "response": pa.array([ranking.response for ranking in rankings], pa.string()),
-            "scores": pa.array([fusion.rank_scores(ranking) for ranking in rankings], pa.list_(pa.float32())),
             "routed": pa.array([ranking.status == RankStatus.SKIPPED for ranking in rankings], pa.bool_()),
             "class_id": pa.array([one.class_id if one else None for one, _ in best], pa.int64()),
             "class_name": pa.array([one.class_name if one else None for one, _ in best], pa.string()),
             "score": pa.array([chance for _, chance in best], pa.float32()),
         }
-        for key in ("calls", "prompt_tokens", "output_tokens"):
-            columns[f"mllm_{key}"] = pa.array([getattr(ranking, key) for ranking in rankings], pa.int64())
-        for name, values in columns.items():
-            table = table.append_column(name, values)
-        return table
+        return _with_columns(table.drop_columns(["ranking"]), columns)
+
+
+def _with_columns(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
+    for name, values in columns.items():
+        table = table.append_column(name, values)
+    return table
 
 
 def mean_of_views(vectors: np.ndarray, counts: Sequence[int]) -> np.ndarray:
@@ -406,42 +408,7 @@ def mean_of_views(vectors: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     return total / np.linalg.norm(total, axis=1, keepdims=True)
 
 
-def vectors_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
-    """(N, D) float32 as an Arrow column."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float32()), vectors.shape[1])
-
-
-def with_vectors(table: pa.Table, vectors: np.ndarray) -> pa.Table:
-    """pixels -> vector: (N, D) float32 takes their place."""
-    return table.drop_columns(["pixels"]).append_column("vector", vectors_column(vectors))
-
-
-def vectors_of(table: pa.Table) -> np.ndarray:
-    """The column `vector` as (N, D) float32."""
-    column = table["vector"].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-
-
-def with_candidates(table: pa.Table, found: Sequence[Sequence[Candidate]]) -> pa.Table:
-    rows = [[{"class_id": c.class_id, "class_name": c.class_name, "score": c.score} for c in row] for row in found]
-    return table.append_column("candidates", pa.array(rows, CANDIDATES))
-
-
-def candidates_of(table: pa.Table) -> list[list[Candidate]]:
-    return [[Candidate(**candidate) for candidate in row] for row in table["candidates"].to_pylist()]
-
-
 def _present(column: pa.ChunkedArray) -> tuple[list[int], list]:
     """Positions and values of the non-null entries."""
     pairs = [(i, value.as_py()) for i, value in enumerate(column) if value.is_valid]
     return [i for i, _ in pairs], [value for _, value in pairs]
-
-
-def _with_errors(table: pa.Table, stage: str, faults: Sequence[str | None]) -> pa.Table:
-    """Set `stage` and `error` where a row has a new fault; create the columns where they are missing."""
-    old = table["error"].to_pylist() if "error" in table.column_names else [None] * table.num_rows
-    stages = table["stage"].to_pylist() if "stage" in table.column_names else [None] * table.num_rows
-    errors = [known or fault for known, fault in zip(old, faults, strict=True)]
-    stages = [known or (stage if fault else None) for known, fault in zip(stages, faults, strict=True)]
-    table = table.drop_columns([name for name in ("stage", "error") if name in table.column_names])
-    return table.append_column("stage", pa.array(stages, pa.string())).append_column("error", pa.array(errors, pa.string()))

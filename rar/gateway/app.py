@@ -16,7 +16,7 @@ import os
 import socket
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -30,11 +30,16 @@ from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
 
 from rar import fusion
+from rar.columns import candidates_of
 from rar.config import Config
-from rar.engine import application, pipeline, stages
+from rar.engine import client, stages
+from rar.engine.actors import Pool
 from rar.engine.batching import Batcher
+from rar.engine.session import Session
 from rar.gateway import api
 from rar.run import recognise
+from rar.run.calibrate import calibrate
+from rar.run.vocabulary import Vocabulary, open_memory
 from rar.runfolder import RunFolder
 from rar.schema import Candidate, Ranking, RankStatus, RowError, Unavailable, UserError
 
@@ -47,9 +52,9 @@ READY_S = 60.0
 class Known:
     """What /recognize needs, found out once at the start."""
 
-    vocabulary: recognise.Vocabulary
+    vocabulary: Vocabulary
     calibration: fusion.Calibration
-    encoders: Sequence[Any]
+    encoders: Pool
 
 
 class Cluster:
@@ -58,9 +63,8 @@ class Cluster:
     def __init__(self, settings: Config, known: Known | None) -> None:
         self.settings, self.known = settings, known
         asked = self.settings.ranker.method != "none"
-        self.app = application.app_name(self.settings.ranker, self.settings.serve) if asked else None
-        self.ask = application.AskOne(self.app) if self.app else None
-        self.turn = 0
+        self.app = client.app_name(self.settings.ranker, self.settings.serve) if asked else None
+        self.ask = client.AskOne(self.app) if self.app else None
         self.worker = ThreadPoolExecutor(1)
         self.propose = Batcher(self._propose, self._fits, self.settings.serve.batch_wait_s)
 
@@ -106,7 +110,7 @@ class Cluster:
             raise Unavailable(f"no answer within {self.settings.serve.timeout_s:g} s") from None
         except BackPressureError:
             raise api.Busy from None
-        except application.GONE:
+        except client.GONE:
             raise Unavailable("the ranker is not there") from None
 
     def _fits(self, images: list[bytes]) -> bool:
@@ -120,11 +124,10 @@ class Cluster:
         facts = known.vocabulary.facts
         table = await loop.run_in_executor(self.worker, stages.Decode(facts.fit, facts.side), arrived(images))
         if mode != "all":
-            self.turn += 1
-            table = await known.encoders[self.turn % len(known.encoders)].run.remote(table)
+            table = await known.encoders.answer(table)
         table = await loop.run_in_executor(self.worker, known.vocabulary.retrieve, table)
         faults = table["error"].to_pylist()
-        return [RowError(fault) if fault else found for fault, found in zip(faults, stages.candidates_of(table), strict=True)]
+        return [RowError(fault) if fault else found for fault, found in zip(faults, candidates_of(table), strict=True)]
 
 
 class Gateway:
@@ -145,21 +148,21 @@ def arrived(images: list[bytes]) -> pa.Table:
 
 
 @contextmanager
-def serving(settings: Config, address: str | None, folder: RunFolder) -> Iterator[str]:
-    """The whole service in an open session (`recognise.session`, or `pipeline.local_ray` without a memory); yields its URL.
+def serving(session: Session, settings: Config, folder: RunFolder) -> Iterator[str]:
+    """The whole service in an open session, without a memory /rank alone; yields its URL.
 
-    On leaving, the gateways finish what they have, then the rankers. address: of the memory; None: /rank alone. folder keeps
-    the calibration. Raises UserError for what the user must mend.
+    On leaving, the gateways finish what they have, then the rankers. folder keeps the calibration. Raises UserError for what
+    the user must mend.
     """
     online = settings.serve
     digest = check(settings)
     start_proxy(settings)
-    known = learn(settings, address, folder) if address is not None else None
-    ranker = application.app_name(settings.ranker, online) if settings.ranker.method != "none" else None
+    known = learn(session, settings, folder) if session.memory is not None else None
+    ranker = client.app_name(settings.ranker, online) if settings.ranker.method != "none" else None
     try:
         if ranker is not None:
-            application.deploy_online(settings.ranker, online)
-        run_gateway(settings, known, digest)
+            client.deploy_online(session, settings.ranker, online)
+        run_gateway(session, settings, known, digest)
         yield f"http://{online.host}:{online.port}"
     finally:
         for name in (APP, ranker):
@@ -202,28 +205,28 @@ def start_proxy(settings: Config) -> None:
     ray_serve.start(
         proxy_location="EveryNode",
         http_options={"host": settings.serve.host, "port": settings.serve.port},
-        logging_config=application.QUIET,
+        logging_config=client.QUIET,
     )
 
 
-def learn(settings: Config, address: str, folder: RunFolder) -> Known:
+def learn(session: Session, settings: Config, folder: RunFolder) -> Known:
     """Open the memory and calibrate on it, with a batch ranker that goes again; not where the folder has it already."""
     fitting = settings.route.mode == "calibrated" and not (folder.path / "calibration.json").exists()
     fitting = fitting and settings.ranker.method != "none" and settings.memory.support is not None
-    vocabulary = recognise.prepare(settings, address) if fitting else recognise.open_memory(settings, address)
-    calibration = recognise.calibrate(settings, address, vocabulary, folder)
+    vocabulary = recognise.prepare(session, settings) if fitting else open_memory(session, settings)
+    calibration = calibrate(session, settings, vocabulary, folder)
     if fitting:
-        ray_serve.delete(application.app_name(settings.ranker))
-    return Known(vocabulary, calibration, pipeline.encoders(settings.encoder.model_dump_json()))
+        ray_serve.delete(client.app_name(settings.ranker))
+    return Known(vocabulary, calibration, session.encoder(settings.encoder))
 
 
-def run_gateway(settings: Config, known: Known | None, digest: bytes | None) -> None:
+def run_gateway(session: Session, settings: Config, known: Known | None, digest: bytes | None) -> None:
     """Deploy the gateways and wait until one answers over HTTP."""
     online, ranker = settings.serve, settings.ranker
     room = 2 * ranker.batch_size * ranker.max_replicas + online.max_queued
     deployment = ray_serve.deployment(
         name=APP,
-        ray_actor_options={"num_cpus": stages.model_cpus()},
+        ray_actor_options={"num_cpus": session.model_cpus},
         autoscaling_config={
             "min_replicas": online.min_gateways,
             "max_replicas": online.max_gateways,
@@ -234,8 +237,8 @@ def run_gateway(settings: Config, known: Known | None, digest: bytes | None) -> 
         max_ongoing_requests=2 * room,  # more than the ranker takes: it is the gateway that says 429, in JSON
         max_queued_requests=8 * room,  # in the proxy, which says 429 in plain text: a last resort
         backpressure_config={"status_code": 429, "retry_after_s": api.RETRY_AFTER_S},
-        graceful_shutdown_timeout_s=application.DRAIN_S,
-        logging_config=application.QUIET,
+        graceful_shutdown_timeout_s=client.DRAIN_S,
+        logging_config=client.QUIET,
     )(ray_serve.ingress()(Gateway))
     ray_serve.run(deployment.bind(settings.model_dump(mode="json"), known, digest), name=APP, route_prefix="/")
     url = f"http://{online.host}:{online.port}/health"

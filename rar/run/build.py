@@ -11,28 +11,27 @@ driver's memory at once, which is what bounds the size of an image memory (a mil
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rar import config
+from rar.columns import vectors_of, with_vectors
 from rar.config import Config
-from rar.corpus import listing, support, vectors
+from rar.corpus import support, vectors
 from rar.corpus.support import Plan
 from rar.encoder import templates
 from rar.engine import pipeline, stages
+from rar.engine.session import Session
 from rar.engine.sinks import MilvusSink
-from rar.memory import catalog
 from rar.memory.collection import Collection, Entries
 from rar.retriever import modes
+from rar.run.vocabulary import PARTS, check_kind, check_maker, class_ids, collection, entries_of, facts_of
 from rar.schema import ERRORS, UserError, content_id, entry_id
 
-PARTS = ("images", "texts")
 ENTRY_COLUMNS = ["entry_id", "class_id", "class_name", "vector"]
 
 
@@ -46,30 +45,6 @@ def plan(settings: Config) -> Plan:
     return replace(planned, undescribed=templates.unused_descriptions(templates.read_descriptions(file), planned.classes, file))
 
 
-def check_kind(settings: Config, images: config.Corpus | None) -> None:
-    """Raises UserError for vectors where an encoder is to make them, and for pictures where none is."""
-    if images is None:
-        return
-    brought, precomputed = listing.format_of(images) == "embeddings", settings.encoder.model == "precomputed"
-    if brought and not precomputed:
-        raise UserError(f"{images.uri} holds embeddings, not pictures: set encoder.model: precomputed")
-    if precomputed and not brought:
-        raise UserError(
-            f"encoder.model is precomputed, but {images.uri} holds no embeddings; give an .npz, .npy or parquet of them"
-        )
-
-
-def facts_of(settings: Config, images: config.Corpus | None) -> stages.EncoderFacts:
-    """What makes the vectors: the session's encoder, or, for vectors that the user brings, their name and dimension."""
-    if settings.encoder.model != "precomputed":
-        return pipeline.encoder_facts(settings.encoder.model_dump_json())
-    brought = images or settings.memory.support
-    if brought is None:
-        raise UserError("encoder.model precomputed needs memory.support: the embeddings to remember")
-    dim = vectors.dim_of(brought)
-    return stages.EncoderFacts(0, dim, vectors.fingerprint(settings.encoder.source, dim), "", "", embeds_texts=False)
-
-
 @dataclass(frozen=True)
 class Built:
     """rows: support images and names that the memory was to hold; failed: those that it could not (ERRORS)."""
@@ -79,12 +54,12 @@ class Built:
     metrics: dict[str, float]
 
 
-def build(settings: Config, address: str, *, fresh: bool) -> Built:
+def build_memory(session: Session, settings: Config, *, fresh: bool) -> Built:
     """Embed and write what the memory lacks, and fit the heads."""
     if settings.memory.version is not None:
         raise UserError("memory.version names a snapshot, which is never changed; leave it out to build the live memory")
-    planned = plan(settings)
-    facts = facts_of(settings, None)
+    planned, address = plan(settings), session.memory_address
+    facts = facts_of(session, settings, None)
     if settings.memory.classes is not None and not facts.embeds_texts and settings.memory.support is None:
         raise UserError(f"encoder.model {settings.encoder.model} embeds images alone: set memory.support, or use a CLIP")
     parts = {kind: collection(settings, address, kind) for kind in PARTS}
@@ -93,8 +68,8 @@ def build(settings: Config, address: str, *, fresh: bool) -> Built:
     for one in parts.values():
         check_maker(settings, one, facts)
     had = {kind: entries_of(one) for kind, one in parts.items()}
-    class_of = _class_ids(planned.classes, had.values())
-    rows = _embed(settings, planned, facts, had)
+    class_of = class_ids(planned.classes, had.values())
+    rows = _embed(session, settings, planned, facts, had)
     rows = _with_entry_columns(rows, class_of, facts.fingerprint)
     failed = rows.filter(pc.is_valid(rows["error"]))
     good = rows.filter(pc.is_null(rows["error"]))
@@ -113,22 +88,10 @@ def build(settings: Config, address: str, *, fresh: bool) -> Built:
     return Built(planned.support.num_rows + named, failed.select(ERRORS.names).cast(ERRORS), {**counts, **metrics})
 
 
-def check_maker(settings: Config, one: Collection, facts: stages.EncoderFacts) -> None:
-    """Raises UserError where a part of the memory holds the vectors of another encoder."""
-    if not one.exists():
-        return
-    made_by = one.meta()["fingerprint"]
-    if made_by != facts.fingerprint:
-        raise UserError(
-            f"memory {settings.memory.name!r} was made by another encoder, templates, descriptions, views or precision "
-            f"({made_by}, not {facts.fingerprint}); rebuild it with `rar memory CONFIG --fresh`, or use what it was made with"
-        )
-
-
 def _write(settings: Config, one: Collection, had: Entries | None, entries: pa.Table, meta: Mapping[str, object]) -> None:
     known = set(had.entry_ids) if had is not None else set()
     every = known | set(entries["entry_id"].to_pylist())
-    one.create(int(str(meta["dim"])), settings.memory.index, meta, len(every), stages.vectors_of(entries))
+    one.create(int(str(meta["dim"])), settings.memory.index, meta, len(every), vectors_of(entries))
     pipeline.write(entries.select(ENTRY_COLUMNS), MilvusSink(one))
     one.seal(len(every))
 
@@ -140,7 +103,7 @@ def remove(settings: Config, address: str, names: Sequence[str]) -> dict[str, fl
     removed = {kind: 0 for kind in PARTS}
     parts = {kind: one for kind in PARTS if (one := collection(settings, address, kind)).exists()}
     held = {kind: one.fetch() for kind, one in parts.items()}
-    class_of = _class_ids([], held.values())
+    class_of = class_ids([], held.values())
     if strange := [name for name in names if name not in class_of]:
         raise UserError(
             f"memory {settings.memory.name!r} has no class {strange[0]!r}; `rar memory CONFIG --describe` lists them"
@@ -153,40 +116,14 @@ def remove(settings: Config, address: str, names: Sequence[str]) -> dict[str, fl
     return {**{f"removed.{kind}": count for kind, count in removed.items()}, **metrics}
 
 
-def collection(settings: Config, address: str, kind: str) -> Collection:
-    """A part of the memory: images, texts or head_MODE; of the snapshot that the config names, if it names one."""
-    memory = settings.memory
-    return Collection(address, catalog.collection_name(memory.name, kind, memory.version), memory.token)
-
-
-def entries_of(one: Collection) -> Entries | None:
-    """All entries of a part; None where it does not exist or is empty."""
-    return one.fetch() if one.exists() and one.count() else None
-
-
-def class_names(settings: Config, address: str) -> list[str]:
-    """The classes of a memory, by id. Raises UserError where there is no such memory."""
-    memory = settings.memory
-    counts = catalog.find(address, memory.name, memory.version, memory.token).counts
-    held = [collection(settings, address, kind).fetch() for kind in PARTS if kind in counts]
-    return list(_class_ids([], held))
-
-
 def _drop(settings: Config, address: str) -> None:
     for kind in (*PARTS, *(f"head_{mode}" for mode in modes.MODES)):
         collection(settings, address, kind).drop()
 
 
-def _class_ids(names: Sequence[str], held: Iterable[Entries | None]) -> dict[str, int]:
-    """class name -> id: those of the memory as they are, the others counted on from there."""
-    pairs = (zip(one.class_names, one.class_ids.tolist(), strict=True) for one in held if one is not None)
-    known = dict(sorted(chain.from_iterable(pairs), key=itemgetter(1)))
-    free = max(known.values(), default=-1) + 1
-    new = [name for name in names if name not in known]
-    return known | {name: free + position for position, name in enumerate(new)}
-
-
-def _embed(settings: Config, planned: Plan, facts: stages.EncoderFacts, had: Mapping[str, Entries | None]) -> pa.Table:
+def _embed(
+    session: Session, settings: Config, planned: Plan, facts: stages.EncoderFacts, had: Mapping[str, Entries | None]
+) -> pa.Table:
     """The rows that the memory lacks, with their vectors (columns COLUMNS and `vector`), and those that failed."""
     size = settings.run.shard_size
     written = set(had["texts"].class_names) if had["texts"] is not None else set()
@@ -207,7 +144,11 @@ def _embed(settings: Config, planned: Plan, facts: stages.EncoderFacts, had: Map
     if facts.embeds_texts and names:
         table = pa.table({"text": pa.array(names, pa.string())})
         datasets.append(pipeline.plainly(pipeline.shards_of(table, pipeline.evenly(table, size)), _as_image_rows))
-    rows = pipeline.collect(pipeline.embedded(pipeline.together(datasets), settings.encoder)) if datasets else pa.table({})
+    rows = (
+        pipeline.collect(pipeline.by_model(pipeline.together(datasets), session.encoder(settings.encoder)))
+        if datasets
+        else pa.table({})
+    )
     return rows if rows.num_rows else _empty_rows(facts.dim)
 
 
@@ -223,7 +164,7 @@ def _brought_texts(settings: Config, planned: Plan, names: Sequence[str], dim: i
         raise UserError(f"{file} has {brought.shape[1]} dimensions and memory.support {dim}; bring both from one encoder")
     rows = [planned.classes.index(name) for name in names]
     table = _as_image_rows(pa.table({"text": pa.array(names, pa.string()), "shard": pa.nulls(len(names), pa.int32())}))
-    return stages.with_vectors(table, brought[rows])
+    return with_vectors(table, brought[rows])
 
 
 COLUMNS = pa.schema(
@@ -236,7 +177,7 @@ COLUMNS = pa.schema(
 
 
 def _empty_rows(dim: int) -> pa.Table:
-    return stages.with_vectors(COLUMNS.empty_table(), np.zeros((0, dim), np.float32))
+    return with_vectors(COLUMNS.empty_table(), np.zeros((0, dim), np.float32))
 
 
 def _as_image_rows(names: pa.Table) -> pa.Table:

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from rar import boxes, config, fusion
+from rar.columns import candidates_of, rankings_of
 from rar.corpus import coco
-from rar.engine import stages
 from rar.evaluation import box_groups, metrics, scoring
 from rar.evaluation.ap import evaluate
-from rar.schema import Candidate, Ranking, RankStatus
+from rar.schema import Candidate, Ranking
 
 
 def classification(predictions: pa.Table, index: pa.Table, names: Collection[str]) -> dict[str, float]:
@@ -62,7 +62,7 @@ def detection(
     categories = {one["id"]: one["name"] for one in truth["categories"]}
     if not set(categories.values()).issuperset(names):
         return values
-    candidates = stages.candidates_of(predictions)
+    candidates = candidates_of(predictions)
     detections = scoring.detections(
         image_ids,
         xyxy,
@@ -82,15 +82,6 @@ def chances(candidates: Sequence[Candidate], ranking: Ranking, calibration: fusi
     _, fused = fusion.fuse(candidates, ranking, calibration)
     share = np.exp([candidate.score for candidate in candidates]).sum()
     return (np.array(fused) * min(share, 1.0)).tolist()
-
-
-def rankings_of(table: pa.Table) -> list[Ranking]:
-    """What the ranker said of each row, rebuilt from the stored columns."""
-    found = []
-    columns = (table[name].to_pylist() for name in ("ranking", "scores", "rank_status", "response"))
-    for order, scores, status, response in zip(*columns, strict=True):
-        found.append(Ranking(tuple(order), RankStatus(status), tuple(scores), response or ""))
-    return found
 
 
 def _boxes_of(index: pa.Table) -> Mapping[tuple[str, tuple[float, ...]], tuple[Any, ...]]:

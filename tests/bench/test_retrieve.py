@@ -19,6 +19,7 @@ from rar.bench import embeddings, raw, retrieve
 from rar.bench.embeddings import Work, drawn, kth_scores, recorded
 from rar.bench.server import Server, lite_server, memory_mib
 from rar.config import Index
+from rar.engine.session import Session
 from rar.memory.collection import Collection, open_store
 from tests.stores import SHARED_DATA, clustered, needs_data, unit
 
@@ -31,7 +32,7 @@ def in_this_process(folder: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def result(ray_session: None) -> dict[str, Any]:
+def result(ray_session: Session) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieve, "lite_server", in_this_process)
         return retrieve.run(rows=500, dim=36, queries=20, repeats=1, kinds=("FLAT", "HNSW", "REDUCED"))
@@ -136,7 +137,7 @@ def test_crossover_has_a_row_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.server
-def test_a_server_is_measured_too(ray_session: None) -> None:
+def test_a_server_is_measured_too(ray_session: Session) -> None:
     result = retrieve.run(rows=500, dim=36, queries=20, repeats=1, server=True, kinds=("FLAT", "HNSW_SQ8"))
     there = result["stores"]["milvus_2_3_5"]
     assert set(there) == {"FLAT", "pipeline"} and there["FLAT"]["recall"]["ours"] == 1.0

@@ -16,6 +16,7 @@ import ray
 from ray.data.datasource import WriteResult
 
 from rar.config import Index
+from rar.engine.session import Session
 from rar.engine.sinks import MilvusSink
 from rar.memory.collection import Collection, open_store
 from rar.schema import UserError
@@ -94,7 +95,7 @@ def test_only_a_server_is_written_from_other_nodes() -> None:
     assert pickle.loads(pickle.dumps(MilvusSink(Collection("http://127.0.0.1:4000", "m")))).collection.name == "m"
 
 
-def test_ray_workers_write_through_one_owner(collection: Collection, ray_session: None, tmp_path: Path) -> None:
+def test_ray_workers_write_through_one_owner(collection: Collection, ray_session: Session, tmp_path: Path) -> None:
     def embed(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         number = batch["id"]
         vectors = np.stack([number, number * 0 + 1, number * 0, number * 0 - 1], axis=1).astype(np.float32)

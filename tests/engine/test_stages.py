@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rar import config, fusion
+from rar.columns import candidates_of, vectors_column, vectors_of, with_candidates
 from rar.corpus import coco
 from rar.corpus.decode import decode, fit_square
 from rar.crops import windows
@@ -221,7 +222,7 @@ def test_embed_averages_the_views_of_a_box() -> None:
     side = embed.encoder.side
     first, second, third = (fit_square(photo(number), side, "shortest", "bicubic") for number in range(3))
     rows = [{"pixels": first.tobytes() + second.tobytes()}, {}, {"pixels": third.tobytes() + third.tobytes()}]
-    vectors = stages.vectors_of(embed(pa.Table.from_pylist(rows, pa.schema([("pixels", pa.large_binary())]))))
+    vectors = vectors_of(embed(pa.Table.from_pylist(rows, pa.schema([("pixels", pa.large_binary())]))))
     one, other, alone = embed.encoder.embed_images(np.stack([first, second, third]))
     np.testing.assert_allclose(vectors[0], (one + other) / np.linalg.norm(one + other), atol=1e-5)
     np.testing.assert_allclose(vectors[2], alone, atol=1e-5)
@@ -234,7 +235,7 @@ def test_embed_gives_pictures_and_names_unit_vectors_and_errors_none(photos: Pat
     pixels = fit_square(photo(0), side, "shortest", "bicubic")
     rows = [{"pixels": pixels.tobytes()}, {}, {"text": NAMES[0]}, {"pixels": pixels[::-1].tobytes()}]
     table = embed(pa.Table.from_pylist(rows, pa.schema([("pixels", pa.large_binary()), ("text", pa.string())])))
-    vectors = stages.vectors_of(table)
+    vectors = vectors_of(table)
     assert vectors.shape == (4, dim) and "pixels" not in table.column_names
     np.testing.assert_allclose(vectors[[0, 3]], embed.encoder.embed_images(np.stack([pixels, pixels[::-1]])), atol=1e-6)
     np.testing.assert_allclose(vectors[2], embed.encoder.prototypes([NAMES[0]])[0], atol=1e-6)
@@ -247,7 +248,7 @@ DIM = 6
 
 
 def with_vectors(table: pa.Table, vectors: np.ndarray) -> pa.Table:
-    return table.append_column("vector", stages.vectors_column(vectors))
+    return table.append_column("vector", vectors_column(vectors))
 
 
 def healthy(vectors: np.ndarray, errors: list[str | None] | None = None) -> pa.Table:
@@ -298,7 +299,7 @@ def test_retrieve_by_a_head_is_the_heads_own_scores(images: Entries, mode: Any) 
     scores = head.scores(queries)
     shares = scores - np.logaddexp.reduce(scores, axis=1)[:, None]
     expected = modes.candidates_from_scores(shares, head.class_ids, head.class_names, 3)
-    for found, row in zip(stages.candidates_of(table), expected, strict=True):
+    for found, row in zip(candidates_of(table), expected, strict=True):
         assert [(c.class_id, c.class_name) for c in found] == [(c.class_id, c.class_name) for c in row]
         assert [c.score for c in found] == pytest.approx([c.score for c in row], abs=1e-4)
     assert "vector" not in table.column_names
@@ -307,7 +308,7 @@ def test_retrieve_by_a_head_is_the_heads_own_scores(images: Entries, mode: Any) 
 def test_retrieve_by_one_neighbor_is_the_nearest_entrys_class(images: Entries) -> None:
     work = retriever(images, mode="knn", top_k=2, n_neighbors=1, sharpness=1000.0)
     queries = unit(np.random.default_rng(1), 20, DIM)
-    for query, found in zip(queries, stages.candidates_of(work(healthy(queries))), strict=True):
+    for query, found in zip(queries, candidates_of(work(healthy(queries))), strict=True):
         cosines = images.vectors @ query
         nearest = images.class_ids[cosines.argmax()]
         second = max((c for c in range(4) if c != nearest), key=lambda c: cosines[images.class_ids == c].max())
@@ -318,7 +319,7 @@ def test_retrieve_by_one_neighbor_is_the_nearest_entrys_class(images: Entries) -
 @pytest.mark.parametrize("mode", ["knn", "tip"])
 def test_votes_propose_as_many_classes_as_asked_and_each_once(images: Entries, mode: Any) -> None:
     work = retriever(images, mode=mode, top_k=4, n_neighbors=1)
-    for found in stages.candidates_of(work(healthy(images.vectors))):
+    for found in candidates_of(work(healthy(images.vectors))):
         assert sorted(c.class_id for c in found) == [0, 1, 2, 3]
         assert sum(np.exp(c.score) for c in found) == pytest.approx(1, abs=1e-5)
 
@@ -327,10 +328,10 @@ def test_a_given_sharpness_is_used(images: Entries) -> None:
     """Very blunt votes rank classes alike; very sharp ones follow the nearest entry."""
     queries = unit(np.random.default_rng(1), 5, DIM)
     tables = [retriever(images, mode="knn", top_k=4, sharpness=sharpness)(healthy(queries)) for sharpness in (0.01, 1000.0)]
-    blunt, sharp = ([[c.score for c in row] for row in stages.candidates_of(table)] for table in tables)
+    blunt, sharp = ([[c.score for c in row] for row in candidates_of(table)] for table in tables)
     assert not np.allclose(blunt, sharp)
     nearest = images.class_ids[(queries @ images.vectors.T).argmax(axis=1)]
-    assert [row[0].class_id for row in stages.candidates_of(tables[1])] == nearest.tolist()
+    assert [row[0].class_id for row in candidates_of(tables[1])] == nearest.tolist()
 
 
 def test_retrieve_all_proposes_the_vocabulary_in_its_order() -> None:
@@ -340,14 +341,14 @@ def test_retrieve_all_proposes_the_vocabulary_in_its_order() -> None:
     table = stages.Retrieve(config.Retriever(mode="all", top_k=1), head, nothing, nothing)(
         healthy(np.zeros((2, DIM), np.float32))
     )
-    for row in stages.candidates_of(table):
+    for row in candidates_of(table):
         assert [(c.class_id, c.class_name) for c in row] == list(names.items())
         assert [c.score for c in row] == pytest.approx([-np.log(3)] * 3)
 
 
 def test_top_k_is_cut_at_the_vocabulary(images: Entries) -> None:
     work = retriever(images, top_k=50)
-    assert [len(found) for found in stages.candidates_of(work(healthy(images.vectors)))] == [4] * 12
+    assert [len(found) for found in candidates_of(work(healthy(images.vectors)))] == [4] * 12
 
 
 def test_retrieve_passes_rows_with_errors_on(images: Entries) -> None:
@@ -355,16 +356,16 @@ def test_retrieve_passes_rows_with_errors_on(images: Entries) -> None:
     queries = images.vectors[[0, 3, 6]].copy()
     queries[1] = np.nan  # must not even be looked at
     table = work(healthy(queries, [None, "gone", None]))
-    alone = stages.candidates_of(work(healthy(queries[[0, 2]])))
-    assert stages.candidates_of(table) == [alone[0], [], alone[1]]
+    alone = candidates_of(work(healthy(queries[[0, 2]])))
+    assert candidates_of(table) == [alone[0], [], alone[1]]
     assert table["error"].to_pylist() == [None, "gone", None]
-    assert stages.candidates_of(work(healthy(queries, ["gone"] * 3))) == [[], [], []]
+    assert candidates_of(work(healthy(queries, ["gone"] * 3))) == [[], [], []]
 
 
 def test_recall_gives_what_is_known() -> None:
     known = [Candidate(1, "owl", 2.0), Candidate(0, "wren", 0.5)]
     table = stages.Recall({"a": known})(pa.table({"image_id": pa.array(["b", "a", None], pa.string())}))
-    assert stages.candidates_of(table) == [[], known, []]
+    assert candidates_of(table) == [[], known, []]
 
 
 def candidates(*scores: float) -> list[Candidate]:
@@ -379,7 +380,7 @@ def rankable(proposed: list[list[Candidate]], errors: list[str | None] | None = 
             "error": pa.array(errors or [None] * len(proposed), pa.string()),
         }
     )
-    return stages.with_candidates(table, proposed)
+    return with_candidates(table, proposed)
 
 
 class Reverser:
@@ -398,9 +399,15 @@ class Reverser:
         return Ranking(order, RankStatus.RANKED, response=" > ".join(names), calls=1, prompt_tokens=9, output_tokens=2)
 
 
+def ranked(ask: Reverser | None, calibration: Calibration, batch: int) -> stages.Stage:
+    """The two stages that follow retrieval, as a run has them."""
+    rank, fuse = stages.Rank(ask, calibration, batch), stages.Fuse(calibration)
+    return lambda table: fuse(rank(table))
+
+
 def test_the_rankers_order_is_fused_with_the_retrievers() -> None:
     proposed = [candidates(0.2, 0.1, 0.0), candidates(9.0, 1.0)]
-    table = stages.Rank(Reverser(), Calibration(weight_ranker=2.0), 8)(rankable(proposed))
+    table = ranked(Reverser(), Calibration(weight_ranker=2.0), 8)(rankable(proposed))
     rankings = [Reverser.reverse([c.class_name for c in row]) for row in proposed]
     for row, (found, ranking) in enumerate(zip(proposed, rankings, strict=True)):
         order, chances = fusion.fuse(found, ranking, Calibration(weight_ranker=2.0))
@@ -418,7 +425,7 @@ def test_the_rankers_order_is_fused_with_the_retrievers() -> None:
 
 
 def test_without_a_ranker_the_retrievers_order_stays() -> None:
-    table = stages.Rank(None, Calibration(), 8)(rankable([candidates(0.1, 0.2), candidates(0.5)]))
+    table = ranked(None, Calibration(), 8)(rankable([candidates(0.1, 0.2), candidates(0.5)]))
     assert table["ranking"].to_pylist() == [[1, 0], [0]]
     assert table["class_id"].to_pylist() == [11, 10]
     assert table["rank_status"].to_pylist() == ["skipped", "skipped"]
@@ -429,7 +436,7 @@ def test_without_a_ranker_the_retrievers_order_stays() -> None:
 def test_a_sure_retriever_routes_past_the_ranker() -> None:
     ask = Reverser()
     proposed = [candidates(0.1, 0.0), candidates(9.0, 0.0), candidates(1.0), candidates(0.0, 0.05)]
-    table = stages.Rank(ask, Calibration(threshold=0.9), 8)(rankable(proposed))
+    table = ranked(ask, Calibration(threshold=0.9), 8)(rankable(proposed))
     assert table["rank_status"].to_pylist() == ["ranked", "skipped", "skipped", "ranked"]
     assert table["routed"].to_pylist() == [False, True, True, False]
     assert table["class_id"].to_pylist() == [
@@ -443,13 +450,13 @@ def test_a_sure_retriever_routes_past_the_ranker() -> None:
 
 def test_the_ranker_is_asked_in_batches_of_one_size() -> None:
     ask = Reverser()
-    stages.Rank(ask, Calibration(), 2)(rankable([candidates(0.1, 0.0)] * 5))
+    ranked(ask, Calibration(), 2)(rankable([candidates(0.1, 0.0)] * 5))
     assert [images for images, _ in ask.asked] == [[b"\x00", b"\x01"], [b"\x02", b"\x03"], [b"\x04"]]
 
 
 def test_rank_passes_rows_with_errors_on() -> None:
     ask = Reverser()
-    table = stages.Rank(ask, Calibration(), 8)(rankable([candidates(0.1, 0.0), [], candidates(0.3, 0.2)], [None, "gone", None]))
+    table = ranked(ask, Calibration(), 8)(rankable([candidates(0.1, 0.0), [], candidates(0.3, 0.2)], [None, "gone", None]))
     assert table["error"].to_pylist() == [None, "gone", None]
     assert table["class_id"].to_pylist()[1] is None and table["ranking"].to_pylist()[1] == []
     assert [images for images, _ in ask.asked] == [[b"\x00", b"\x02"]]
@@ -458,7 +465,7 @@ def test_rank_passes_rows_with_errors_on() -> None:
 @settings(max_examples=30, deadline=None)
 @given(FAULT_PATTERNS, st.booleans(), st.sampled_from([0.0, 0.4, np.inf]))
 def test_every_row_leaves_as_a_prediction_or_as_an_error(
-    photos: Path, images: Entries, faults: list[str | None], ranked: bool, threshold: float
+    photos: Path, images: Entries, faults: list[str | None], is_ranked: bool, threshold: float
 ) -> None:
     """The whole chain, with the encoder replaced by six numbers of the picture."""
     names = [fault or f"good-{row}" for row, fault in enumerate(faults)]
@@ -467,7 +474,7 @@ def test_every_row_leaves_as_a_prediction_or_as_an_error(
     table = with_vectors(table, np.array(vectors, np.float32).reshape(-1, DIM))
     table = retriever(images, top_k=3)(table)
     ask = Reverser()
-    table = stages.Rank(ask if ranked else None, Calibration(threshold=threshold), 4)(table)
+    table = ranked(ask if is_ranked else None, Calibration(threshold=threshold), 4)(table)
     assert table["row"].to_pylist() == list(range(len(faults)))
     for row, fault in zip(table.to_pylist(), faults, strict=True):
         assert (row["error"] is not None) == (row["stage"] is not None) == (fault is not None)
@@ -509,12 +516,12 @@ def test_timed_of_no_rows() -> None:
 def test_vectors_survive_arrow(n: int, dim: int, data: st.DataObject) -> None:
     vectors = np.random.default_rng(0).normal(size=(n, dim)).astype(np.float32)
     cut = data.draw(st.integers(0, n))
-    table = pa.table({"vector": stages.vectors_column(vectors)})
-    np.testing.assert_array_equal(stages.vectors_of(table), vectors)
+    table = pa.table({"vector": vectors_column(vectors)})
+    np.testing.assert_array_equal(vectors_of(table), vectors)
     parts = pa.concat_tables([table.slice(0, cut), table.slice(cut)])  # sliced and chunked, as Ray hands tables on
-    np.testing.assert_array_equal(stages.vectors_of(parts), vectors)
+    np.testing.assert_array_equal(vectors_of(parts), vectors)
     if cut:
-        np.testing.assert_array_equal(stages.vectors_of(table.slice(n - cut)), vectors[n - cut :])
+        np.testing.assert_array_equal(vectors_of(table.slice(n - cut)), vectors[n - cut :])
 
 
 @settings(deadline=None)
@@ -523,5 +530,5 @@ def test_vectors_survive_arrow(n: int, dim: int, data: st.DataObject) -> None:
 )
 def test_candidates_survive_arrow(rows: list[list[tuple[int, str, float]]]) -> None:
     proposed = [[Candidate(*one) for one in row] for row in rows]
-    table = stages.with_candidates(pa.table({"row": list(range(len(rows)))}), proposed)
-    assert stages.candidates_of(table) == proposed
+    table = with_candidates(pa.table({"row": list(range(len(rows)))}), proposed)
+    assert candidates_of(table) == proposed

@@ -16,7 +16,10 @@ import yaml
 
 from jobs.demo import ARMS, settings_of, table
 from rar import config
+from rar.engine import session
+from rar.engine.session import Session
 from rar.run import build, recognise
+from rar.run.work import classify_work
 from rar.runfolder import RunFolder
 from tests.conftest import ROOT
 
@@ -108,11 +111,11 @@ def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_predictions(world: Path, ray_session: None, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_predictions(world: Path, ray_session: Session, tmp_path: Path) -> None:
     file = write_config(tmp_path, world, corpus={"limit": 60}, memory={"shots": 1})
     settings = config.load(file)
-    with recognise.session(settings, create=True) as address:
-        build.build(settings, address, fresh=False)
+    with session.opened(settings.memory, create=True) as opened:
+        build.build_memory(opened, settings, fresh=False)
     killed = RunFolder(tmp_path / "killed")
     arguments = [sys.executable, "-m", "jobs.cli", "classify", str(file), "--out", str(killed.path)]
     with subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL) as process:
@@ -126,10 +129,10 @@ def test_a_killed_run_resumes_to_the_same_predictions(world: Path, ray_session: 
     assert 0 < len(done) < 15, "the kill came too late to show anything"
     assert rar("classify", file, "--out", killed.path, cwd=tmp_path).returncode == 0
     assert {file: file.stat().st_mtime_ns for file in done} == done
-    with recognise.session(settings) as address:  # never interrupted
-        vocabulary = recognise.prepare(settings, address)
+    with session.opened(settings.memory) as opened:  # never interrupted
+        vocabulary = recognise.prepare(opened, settings)
         whole = RunFolder.open(tmp_path / "whole", "classify", settings, fresh=False, name="whole", group="classify")
-        recognise.run(settings, address, vocabulary, recognise.classify_work(settings), whole)
+        recognise.run(opened, settings, vocabulary, classify_work(settings), whole)
     by_uri = [sorted(run.predictions().to_pylist(), key=lambda row: row["uri"]) for run in (killed, whole)]
     assert by_uri[0] == by_uri[1] and len(by_uri[0]) == 60
     assert (killed.path / "report.html").is_file() and (killed.path / "metrics.json").is_file()

@@ -221,7 +221,7 @@ def test_a_server_behind_tls(tmp_path: Path) -> None:
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
     subprocess.run([*make.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
     code = (
-        "import sys; from tests.stores import *; from rar import milvus; store.REACH_SECONDS = 3.0\n"
+        "import sys; from tests.stores import *; from rar.memory import store; store.REACH_SECONDS = 3.0\n"
         "with store.open_store(sys.argv[1]) as address:\n"
         "    print(built(Collection(address, 'm'), unit(5, 8)).count())\n"
     )

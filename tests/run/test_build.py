@@ -6,6 +6,7 @@ With real Ray and Milvus Lite. Not covered: pictures (tests/test_pipeline.py), a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 
 from rar import config
+from rar.engine.session import Session
 from rar.memory import catalog
 from rar.memory.collection import open_store
 from rar.run import build, recognise
+from rar.run.vocabulary import class_names, collection, entries_of, open_memory
+from rar.run.work import classify_work
 from rar.runfolder import RunFolder
 from rar.schema import UserError
 
@@ -37,9 +41,9 @@ def write(file: Path, names: list[str], each: int, seed: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def address(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def session(ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     with open_store(str(tmp_path_factory.mktemp("build") / "store")) as address:
-        yield address
+        yield replace(ray_session, memory=address)
 
 
 def settings(name: str, support: str | None, **sections: Any) -> config.Config:
@@ -53,21 +57,21 @@ def settings(name: str, support: str | None, **sections: Any) -> config.Config:
     return config.build(data)
 
 
-def run(given: config.Config, address: str, path: Path, *, fresh: bool = False) -> tuple[RunFolder, dict[str, float]]:
-    vocabulary = recognise.prepare(given, address)
+def run(given: config.Config, session: Session, path: Path, *, fresh: bool = False) -> tuple[RunFolder, dict[str, float]]:
+    vocabulary = recognise.prepare(session, given)
     folder = RunFolder.open(path, "classify", given, fresh=fresh, name="test", group="classify")
-    return folder, recognise.run(given, address, vocabulary, recognise.classify_work(given), folder)
+    return folder, recognise.run(session, given, vocabulary, classify_work(given), folder)
 
 
 @pytest.mark.parametrize("mode", ["fused", "knn", "centroid", "lda", "tip", "text"])
-def test_every_mode_classifies_embeddings_of_ones_own(mode: str, address: str, tmp_path: Path) -> None:
+def test_every_mode_classifies_embeddings_of_ones_own(mode: str, session: Session, tmp_path: Path) -> None:
     support, queries = write(tmp_path / "support.npz", CLASSES, 4, 1), write(tmp_path / "queries.npz", CLASSES, 5, 2)
     centres, _ = around(CLASSES, 1, 3)
     np.save(tmp_path / "names.npy", centres)
     memory = {"classes": CLASSES, "class_embeddings": str(tmp_path / "names.npy")}
     given = settings("modes", support, memory=memory, corpus={"uri": queries}, retriever={"mode": mode, "top_k": 3})
-    build.build(given, address, fresh=False)
-    folder, metrics = run(given, address, tmp_path / "run")
+    build.build_memory(session, given, fresh=False)
+    folder, metrics = run(given, session, tmp_path / "run")
     assert metrics["top1"] > 0.8 and metrics["images"] == 30
     for row in folder.predictions().to_pylist():
         scores = [candidate["score"] for candidate in row["candidates"]]
@@ -75,74 +79,77 @@ def test_every_mode_classifies_embeddings_of_ones_own(mode: str, address: str, t
         assert row["uri"].startswith(queries + "#")
 
 
-def test_a_memory_grows_shrinks_and_keeps_its_ids(address: str, tmp_path: Path) -> None:
+def test_a_memory_grows_shrinks_and_keeps_its_ids(session: Session, tmp_path: Path) -> None:
     first = settings("grows", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1))
-    assert build.build(first, address, fresh=False).metrics["embedded"] == 6
-    ids = {name: number for number, name in enumerate(build.class_names(first, address))}
-    assert build.build(first, address, fresh=False).metrics["embedded"] == 0
+    assert build.build_memory(session, first, fresh=False).metrics["embedded"] == 6
+    ids = {name: number for number, name in enumerate(class_names(first, session.memory_address))}
+    assert build.build_memory(session, first, fresh=False).metrics["embedded"] == 0
     more = settings("grows", write(tmp_path / "b.npz", ["ant", "bee"], 2, 2))
-    built = build.build(more, address, fresh=False)
+    built = build.build_memory(session, more, fresh=False)
     assert (built.metrics["embedded"], built.metrics["entries.images"], built.metrics["classes"]) == (4, 10, 3)
-    assert build.class_names(more, address) == ["bee", "dog", "ant"] and ids == {"bee": 0, "dog": 1}
-    before = catalog.digest(address, "grows")
-    assert build.remove(more, address, ["dog"])["removed.images"] == 3
-    assert build.class_names(more, address) == ["bee", "ant"]
-    assert catalog.find(address, "grows").counts["images"] == 7 and catalog.digest(address, "grows") != before
+    assert class_names(more, session.memory_address) == ["bee", "dog", "ant"] and ids == {"bee": 0, "dog": 1}
+    before = catalog.digest(session.memory_address, "grows")
+    assert build.remove(more, session.memory_address, ["dog"])["removed.images"] == 3
+    assert class_names(more, session.memory_address) == ["bee", "ant"]
+    assert (
+        catalog.find(session.memory_address, "grows").counts["images"] == 7
+        and catalog.digest(session.memory_address, "grows") != before
+    )
     with pytest.raises(UserError, match="no class 'dog'"):
-        build.remove(more, address, ["dog"])
-    found = build.entries_of(build.collection(more, address, "images"))
+        build.remove(more, session.memory_address, ["dog"])
+    found = entries_of(collection(more, session.memory_address, "images"))
     assert found is not None and set(found.class_names) == {"bee", "ant"}
 
 
-def test_a_snapshot_stays_as_it_was(address: str, tmp_path: Path) -> None:
+def test_a_snapshot_stays_as_it_was(session: Session, tmp_path: Path) -> None:
     live = settings(
         "frozen", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1), corpus={"uri": write(tmp_path / "q.npz", ["dog"], 4, 9)}
     )
-    build.build(live, address, fresh=False)
-    version = catalog.snapshot(address, "frozen")
-    build.remove(live, address, ["dog"])
+    build.build_memory(session, live, fresh=False)
+    version = catalog.snapshot(session.memory_address, "frozen")
+    build.remove(live, session.memory_address, ["dog"])
     frozen = live.model_copy(update={"memory": live.memory.model_copy(update={"version": version})})
-    _, metrics = run(frozen, address, tmp_path / "old")
+    _, metrics = run(frozen, session, tmp_path / "old")
     assert metrics["top1"] == 1.0
-    assert run(live, address, tmp_path / "new")[1]["top1"] == 0.0
+    assert run(live, session, tmp_path / "new")[1]["top1"] == 0.0
     with pytest.raises(UserError, match="snapshot"):
-        build.build(frozen, address, fresh=False)
+        build.build_memory(session, frozen, fresh=False)
     with pytest.raises(UserError, match="no version 7"):
-        recognise.open_memory(live.model_copy(update={"memory": live.memory.model_copy(update={"version": 7})}), address)
+        open_memory(session, live.model_copy(update={"memory": live.memory.model_copy(update={"version": 7})}))
 
 
-def test_a_run_is_not_resumed_on_a_memory_that_changed(address: str, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_on_a_memory_that_changed(session: Session, tmp_path: Path) -> None:
     given = settings(
         "moved", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1), corpus={"uri": write(tmp_path / "q.npz", ["dog"], 4, 9)}
     )
-    build.build(given, address, fresh=False)
-    run(given, address, tmp_path / "run")
-    build.build(settings("moved", write(tmp_path / "b.npz", ["ant"], 3, 1)), address, fresh=False)
+    build.build_memory(session, given, fresh=False)
+    run(given, session, tmp_path / "run")
+    build.build_memory(session, settings("moved", write(tmp_path / "b.npz", ["ant"], 3, 1)), fresh=False)
     with pytest.raises(UserError, match=r"memory has changed since .* use --fresh"):
-        run(given, address, tmp_path / "run")
-    run(given, address, tmp_path / "run", fresh=True)
+        run(given, session, tmp_path / "run")
+    run(given, session, tmp_path / "run", fresh=True)
 
 
-def test_bad_vectors_are_rows_of_errors(address: str, tmp_path: Path) -> None:
+def test_bad_vectors_are_rows_of_errors(session: Session, tmp_path: Path) -> None:
     found, labels = around(["bee", "dog"], 3, 1)
     found[1, 3], found[4] = np.nan, 0
     np.savez(tmp_path / "bad.npz", embeddings=found, labels=np.array(labels))
-    built = build.build(settings("bad", str(tmp_path / "bad.npz")), address, fresh=False)
+    built = build.build_memory(session, settings("bad", str(tmp_path / "bad.npz")), fresh=False)
     assert built.rows == 6 and built.metrics["entries.images"] == 4
     assert [row["uri"] for row in built.failed.to_pylist()] == [f"{tmp_path}/bad.npz#{row}" for row in (1, 4)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", ["HNSW", "REDUCED"])
-def test_any_index_finds_the_same_neighbors(index: str, address: str, tmp_path: Path) -> None:
+def test_any_index_finds_the_same_neighbors(index: str, session: Session, tmp_path: Path) -> None:
     support, queries = write(tmp_path / "s.npz", CLASSES, 9, 1), write(tmp_path / "q.npz", CLASSES, 5, 2)
     found = []
     for kind in ("FLAT", index):
         memory = {"index": {"kind": kind, "reduction": 2}}
         sections = {"memory": memory, "corpus": {"uri": queries}, "retriever": {"mode": "knn", "top_k": 3}}
         given = settings(f"by_{kind}", support, **sections)
-        build.build(given, address, fresh=False)
-        found.append(run(given, address, tmp_path / kind)[0].predictions()["class_id"].to_pylist())
+        build.build_memory(session, given, fresh=False)
+        found.append(run(given, session, tmp_path / kind)[0].predictions()["class_id"].to_pylist())
     assert found[0] == found[1] and len(found[0]) == 30
 
 
@@ -155,11 +162,11 @@ def test_any_index_finds_the_same_neighbors(index: str, address: str, tmp_path: 
         ({"encoder": {"source": "another"}}, "made by another encoder"),
     ],
 )
-def test_mistakes_are_one_line(sections: dict[str, Any], wanted: str, address: str, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(sections: dict[str, Any], wanted: str, session: Session, tmp_path: Path) -> None:
     support = write(tmp_path / "a.npz", ["bee", "dog"], 3, 1)
-    build.build(settings("plain", support), address, fresh=False)
+    build.build_memory(session, settings("plain", support), fresh=False)
     given = settings("plain" if "memory" not in sections else "other", support, corpus={"uri": support}, **sections)
     with pytest.raises(UserError, match=wanted) as caught:
-        build.build(given, address, fresh=False)
-        recognise.open_memory(given, address)
+        build.build_memory(session, given, fresh=False)
+        open_memory(session, given)
     assert "\n" not in str(caught.value)

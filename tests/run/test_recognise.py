@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from PIL import Image
 
 from rar import config
 from rar.engine import pipeline, stages
+from rar.engine.session import Session
 from rar.memory.collection import open_store
 from rar.run import build, recognise
+from rar.run.vocabulary import collection, open_memory
+from rar.run.work import classify_work, detect_work
 from rar.runfolder import RunFolder
 from rar.schema import PREDICTIONS, UserError
 from tests.crops.test_detector import save_owlv2
@@ -34,7 +37,7 @@ class Lab:
 
     world: Path
     store: Path
-    address: str
+    session: Session
 
     def settings(self, **sections: Any) -> config.Config:
         data: dict[str, Any] = {
@@ -48,18 +51,18 @@ class Lab:
         return config.build(data)
 
     def run(self, settings: config.Config, path: Path, verb: str = "classify") -> tuple[RunFolder, dict[str, float]]:
-        work = recognise.detect_work(settings) if verb == "detect" else recognise.classify_work(settings)
-        vocabulary = recognise.prepare(settings, self.address)
+        work = detect_work(settings) if verb == "detect" else classify_work(settings)
+        vocabulary = recognise.prepare(self.session, settings)
         folder = RunFolder.open(path, verb, settings, fresh=False, name="test", group=verb)
-        return folder, recognise.run(settings, self.address, vocabulary, work, folder)
+        return folder, recognise.run(self.session, settings, vocabulary, work, folder)
 
 
 @pytest.fixture(scope="module")
-def lab(world: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def lab(world: Path, ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     store = tmp_path_factory.mktemp("store") / "memory.milvus"
     with open_store(str(store)) as address:
-        lab = Lab(world, store, address)
-        built = build.build(lab.settings(), address, fresh=False)
+        lab = Lab(world, store, replace(ray_session, memory=address))
+        built = build.build_memory(lab.session, lab.settings(), fresh=False)
         metrics = built.metrics
         assert built.failed.num_rows == 0 and built.rows == 360
         assert (metrics["classes"], metrics["entries.images"], metrics["entries.texts"]) == (120, 240, 120)
@@ -97,7 +100,7 @@ def test_candidates_are_the_exact_head_scores(lab: Lab, classified: tuple[RunFol
     from rar.retriever.modes import Head
 
     encoder = ClipEncoder(config.Encoder())
-    one = build.collection(lab.settings(), lab.address, "head_fused")
+    one = collection(lab.settings(), lab.session.memory_address, "head_fused")
     head = Head.from_entries(one.fetch(), {})
     row = rows(classified[0])[7]
     pixels = fit_square(decode(Path(row["uri"]).read_bytes()), encoder.side, encoder.resize_mode, encoder.interpolation)
@@ -152,7 +155,7 @@ def test_every_box_is_accounted_for(lab: Lab, tmp_path: Path) -> None:
         retriever={"mode": "text"},
         ranker={"method": "none"},
     )
-    build.build(settings, lab.address, fresh=False)
+    build.build_memory(lab.session, settings, fresh=False)
     folder, metrics = lab.run(settings, tmp_path / "detect", "detect")
     counts = folder.read("run.json")["counts"]
     assert counts["input"] == counts["ok"] > 10 and counts["failed"] == 0
@@ -186,9 +189,9 @@ def test_a_detector_proposes_and_a_killed_run_keeps_its_boxes(lab: Lab, tmp_path
 
 
 def test_building_twice_changes_nothing(lab: Lab) -> None:
-    entries = build.collection(lab.settings(), lab.address, "images").fetch()
-    build.build(lab.settings(), lab.address, fresh=False)
-    again = build.collection(lab.settings(), lab.address, "images").fetch()
+    entries = collection(lab.settings(), lab.session.memory_address, "images").fetch()
+    build.build_memory(lab.session, lab.settings(), fresh=False)
+    again = collection(lab.settings(), lab.session.memory_address, "images").fetch()
     assert again.entry_ids == entries.entry_ids
     np.testing.assert_array_equal(again.vectors, entries.vectors)
 
@@ -196,17 +199,17 @@ def test_building_twice_changes_nothing(lab: Lab) -> None:
 def test_a_memory_of_other_templates_is_refused(lab: Lab) -> None:
     settings = lab.settings(encoder={"templates": ["{}"]})
     with pytest.raises(UserError, match="rebuild it"):
-        recognise.open_memory(settings, lab.address)
+        open_memory(lab.session, settings)
 
 
 def test_a_memory_that_was_never_built_is_refused(lab: Lab) -> None:
     with pytest.raises(UserError, match="rar memory"):
-        recognise.open_memory(lab.settings(memory={"name": "other"}), lab.address)
+        open_memory(lab.session, lab.settings(memory={"name": "other"}))
 
 
 def test_an_unknown_ranker_is_one_line(lab: Lab) -> None:
     with pytest.raises(UserError, match="no_such_folder") as caught:
-        recognise.prepare(lab.settings(ranker={"model": "./no_such_folder"}), lab.address)
+        recognise.prepare(lab.session, lab.settings(ranker={"model": "./no_such_folder"}))
     assert "\n" not in str(caught.value)
 
 
@@ -218,7 +221,7 @@ def test_shots_are_nested_and_seeded(lab: Lab) -> None:
     assert drawn(1, 0) != drawn(1, 1)
 
 
-def test_a_stage_failure_is_not_swallowed(ray_session: None) -> None:
+def test_a_stage_failure_is_not_swallowed(ray_session: Session) -> None:
     def broken(table: pa.Table) -> pa.Table:
         raise ZeroDivisionError("stage")
 

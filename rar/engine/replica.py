@@ -1,4 +1,4 @@
-"""The MLLM ranker as a Ray Serve application, with two entrances, each deployed apart. The home of ray.serve, with gateway.
+"""A replica of the MLLM ranker on Ray Serve, with two entrances, each deployed apart (see client).
 
 `rank` is for batch jobs: a request is a batch, up to `ranker.batch_size` images of one shard with their candidates. Batching by
 arrival would make what shares a forward pass depend on timing, and with it the last digits of every score; a resumed run then
@@ -18,30 +18,22 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.metrics import Counter
-from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from rar import config, miniature
 from rar.corpus import listing
 from rar.corpus.decode import decode
-from rar.engine import stages
 from rar.engine.batching import Batcher
-from rar.ranker.cache import AnswerCache, fingerprint
 from rar.schema import Ranking, RankStatus, RowError, Unavailable, UserError
 
 Batch = tuple[list[bytes], list[list[str]]]  # encoded images, candidates' names of each
@@ -49,15 +41,11 @@ Prior = dict[str, list[float]]  # length of a list -> log-probability of each la
 Place = tuple[str, int | None, int | None]  # uri, offset, size of an image, as an index has it
 Exemplars = dict[str, list[Place]]  # class name -> pictures of it
 One = tuple[bytes, list[str]]  # an encoded image, its candidates' names
-ATTEMPTS = 30  # with waits of up to 20 s: rides out a replica's restart and a cold start elsewhere
 CHARS_PER_TOKEN = 3.0  # of candidates' names; what a picture and the prompt cost is learned from the answers
 FIRST_GUESS = 512.0  # tokens of a picture and its prompt before the first answer
 SICK = 3  # failures of the model in a row after which a replica asks to be replaced
-DRAIN_S = 30.0
 EXEMPLAR_SIDE = 336  # pixels, at least, that a larger exemplar keeps of its short side
-QUIET = {"log_level": "WARNING", "enable_access_log": False}
 FAULTS = (RowError, UserError, Unavailable)  # of one request
-GONE = (RayActorError, DeploymentUnavailableError)  # a replica died with the request, or is not there yet
 
 
 class Ranks(Protocol):
@@ -69,15 +57,16 @@ class Ranks(Protocol):
 class RankerReplica:
     """One loaded MLLM. Not a Serve class by itself, so that it can be called in a test."""
 
-    def __init__(self, settings: dict[str, Any], online: dict[str, Any] | None = None) -> None:
-        """settings: config.Ranker, online: config.Serve, as dictionaries."""
+    def __init__(self, settings: dict[str, Any], online: dict[str, Any] | None = None, threads: int | None = None) -> None:
+        """settings: config.Ranker, online: config.Serve, as dictionaries. threads: of the model; None: as many as Ray gives."""
         self.settings, self.online = config.Ranker(**settings), config.Serve(**(online or {}))
         self.worker, self.decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+        self.threads = threads
         self.mistake: str | None = None  # kept and asked for: a constructor that raises would be tried again and again
         self.failures = 0
         self.meters = Meters()
         try:
-            self.ranker: Any = load_ranker(self.settings)
+            self.ranker: Any = load_ranker(self.settings, threads)
         except UserError as error:
             self.mistake = str(error)
             return
@@ -149,7 +138,7 @@ class RankerReplica:
     async def _adapt(self, adapter: str) -> Batcher[One, Ranking]:
         """Load an adapter with a model of its own; Serve calls this where it is not loaded, and drops the least used one."""
         settings = self.settings.model_copy(update={"adapter": self.online.adapters[adapter]})
-        return self._batcher(await asyncio.get_running_loop().run_in_executor(self.worker, load_ranker, settings))
+        return self._batcher(await asyncio.get_running_loop().run_in_executor(self.worker, load_ranker, settings, self.threads))
 
     def _batcher(self, ranker: Ranks) -> Batcher[One, Ranking]:
         fits = Fits(self.settings.batch_size, self.online.batch_tokens)
@@ -201,16 +190,18 @@ class RankerReplica:
         return answers
 
 
-def load_ranker(settings: config.Ranker) -> Ranks:
+def load_ranker(settings: config.Ranker, threads: int | None) -> Ranks:
     """The ranker of a config. Raises UserError where it cannot be loaded."""
     if settings.method == "endpoint":
         from rar.ranker.endpoint import EndpointRanker
 
         return EndpointRanker(settings)
-    from rar.checkpoint import share_cores
+    import torch
+
     from rar.ranker.rank import MllmRanker
 
-    share_cores(settings.max_replicas)
+    if threads is not None:
+        torch.set_num_threads(threads)
     return MllmRanker(settings, model_path(settings))
 
 
@@ -288,138 +279,3 @@ class Fits:
 
 def text_tokens(names: list[str]) -> float:
     return sum(map(len, names)) / CHARS_PER_TOKEN
-
-
-def app_name(settings: config.Ranker, online: config.Serve | None = None) -> str:
-    """Equal settings share an application."""
-    kind = "ranker" if online is None else "online"
-    text = settings.model_dump_json() + ("" if online is None else online.model_dump_json())
-    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def deploy(settings: config.Ranker) -> None:
-    """Start the application for a ranker in batch jobs and return when it answers; does nothing where it runs already.
-
-    It ends with this command's own Ray; on a cluster that was joined it stays, for the jobs that share it.
-    Raises UserError where its model cannot be loaded.
-    """
-    serve.start(proxy_location="Disabled", logging_config=QUIET)  # called by handle: no HTTP proxy
-    limits = {"max_ongoing_requests": 4, "max_queued_requests": 64}
-    scale = {"target_ongoing_requests": 2}
-    _deploy(app_name(settings), settings, None, {**limits, "autoscaling_config": scale})
-
-
-def deploy_online(settings: config.Ranker, online: config.Serve) -> None:
-    """The same for single requests; Serve must run already. A replica is sent two batches: one to work on, one to come."""
-    batch = settings.batch_size
-    limits = {"max_ongoing_requests": 2 * batch, "max_queued_requests": online.max_queued}
-    scale = {
-        "target_ongoing_requests": batch,
-        "upscale_delay_s": online.upscale_delay_s,
-        "downscale_delay_s": online.downscale_delay_s,
-        "metrics_interval_s": 1.0,
-        "look_back_period_s": online.upscale_delay_s + 2.0,
-    }
-    _deploy(app_name(settings, online), settings, online, {**limits, "autoscaling_config": scale})
-
-
-def _deploy(name: str, settings: config.Ranker, online: config.Serve | None, options: dict[str, Any]) -> None:
-    if name in serve.status().applications:
-        return
-    options["autoscaling_config"] |= {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
-    deployment = serve.deployment(
-        name="ranker",
-        ray_actor_options={"num_cpus": stages.model_cpus(), "num_gpus": settings.num_gpus},
-        graceful_shutdown_timeout_s=DRAIN_S,
-        logging_config=QUIET,
-        **options,
-    )(RankerReplica)
-    arguments = [part.model_dump(mode="json") for part in (settings, online) if part is not None]
-    handle = serve.run(deployment.bind(*arguments), name=name, route_prefix=None)
-    if mistake := handle.fault.remote().result():
-        serve.delete(name)
-        raise mistake if isinstance(mistake, Unavailable) else UserError(f"ranker.model: {mistake}")
-
-
-@dataclass
-class Ask:
-    """Sends batches to a ranker application with a window of requests in flight, and waits for all. Picklable.
-
-    cache: folder and fingerprint of the answers that are looked up before anything is sent. prior: of the labels.
-    exemplars: class name -> where its pictures lie.
-    """
-
-    app: str
-    in_flight: int
-    cache: tuple[str, str] | None = None
-    prior: Prior | None = None
-    exemplars: Exemplars | None = None
-
-    def __call__(self, batches: Sequence[Batch]) -> list[list[Ranking]]:
-        with ThreadPoolExecutor(self.in_flight) as pool:
-            return list(pool.map(self._one, batches))
-
-    def _one(self, batch: Batch) -> list[Ranking]:
-        if self.cache is None:
-            return self._send(batch)
-        images, names = batch
-        answers = AnswerCache(*self.cache)
-        kept = answers.get(images, names)
-        rows = [row for row, ranking in enumerate(kept) if ranking is None]
-        lacking = ([images[row] for row in rows], [names[row] for row in rows])
-        found = self._send(lacking) if rows else []
-        answers.put(*lacking, found)
-        new = iter(found)
-        return [next(new) if ranking is None else ranking for ranking in kept]
-
-    @retry(
-        retry=retry_if_exception_type((BackPressureError, *GONE)),
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.2, max=20),
-        reraise=True,
-    )
-    def _send(self, batch: Batch) -> list[Ranking]:
-        shown = None
-        if self.exemplars is not None:
-            shown = [[self.exemplars.get(name, []) for name in listed] for listed in batch[1]]
-        return serve.get_app_handle(self.app).rank.remote(*batch, self.prior, shown).result()
-
-
-def ask(settings: config.Ranker, prior: Prior | None = None, exemplars: Exemplars | None = None) -> Ask | None:
-    """How pipeline workers reach a ranker; None where no ranker is configured. Raises UserError for a cache that cannot be."""
-    if settings.method == "none":
-        return None
-    kept = None
-    if settings.cache is not None:
-        kept = (os.path.abspath(settings.cache), fingerprint(settings, model_path(settings), json.dumps([prior, exemplars])))
-        AnswerCache(*kept)
-    return Ask(app_name(settings), settings.in_flight, kept, prior, exemplars)
-
-
-def estimate_prior(settings: config.Ranker, images: list[bytes], names: list[list[str]]) -> Prior:
-    """The label prior by a ranker application that runs, for lists of every length up to the longest."""
-    counts = list(range(2, max(map(len, names), default=1) + 1))
-    return serve.get_app_handle(app_name(settings)).prior.remote(images, names, counts).result()
-
-
-@dataclass
-class AskOne:
-    """Sends single requests from an event loop. Raises the request's own faults, and BackPressureError for a full queue.
-
-    A replica that dies with a request costs it another try: ranking changes nothing and may be repeated.
-    """
-
-    app: str
-
-    @retry(
-        retry=retry_if_exception_type(GONE),
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.1, max=2),
-        reraise=True,
-    )
-    async def __call__(self, image: bytes, names: list[str], adapter: str = "") -> Ranking:
-        handle = serve.get_app_handle(self.app).options(multiplexed_model_id=adapter)
-        answer = await handle.rank_one.remote(image, names, adapter)
-        if isinstance(answer, FAULTS):
-            raise answer
-        return answer

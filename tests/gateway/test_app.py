@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from ray import serve as ray_serve
 
 from rar import config
 from rar.bench import load
-from rar.engine import application
+from rar.engine import client
+from rar.engine.replica import SICK, Fits, One, RankerReplica
+from rar.engine.session import Session
 from rar.gateway import app
 from rar.memory.collection import open_store
 from rar.run import build
@@ -55,12 +58,12 @@ class Fussy:
 
 
 @pytest.fixture(scope="module")
-def replica() -> application.RankerReplica:
-    return application.RankerReplica({"batch_size": 8}, {"batch_wait_s": 0.01})
+def replica() -> RankerReplica:
+    return RankerReplica({"batch_size": 8}, {"batch_wait_s": 0.01})
 
 
 @pytest.fixture
-def fussy(replica: application.RankerReplica, monkeypatch: pytest.MonkeyPatch) -> Fussy:
+def fussy(replica: RankerReplica, monkeypatch: pytest.MonkeyPatch) -> Fussy:
     ranker = Fussy([])
     monkeypatch.setattr(replica, "base", replica._batcher(ranker))
     monkeypatch.setattr(replica, "failures", 0)
@@ -73,22 +76,20 @@ def png(colour: str = "red") -> bytes:
     return data.getvalue()
 
 
-def together(replica: application.RankerReplica, requests: list[tuple[bytes, list[str]]]) -> list[Any]:
+def together(replica: RankerReplica, requests: list[tuple[bytes, list[str]]]) -> list[Any]:
     async def run() -> list[Any]:
         return await asyncio.gather(*(replica.rank_one(*request) for request in requests))
 
     return asyncio.run(run())
 
 
-def test_a_batch_keeps_its_order_and_says_what_it_could_not_decode(replica: application.RankerReplica) -> None:
+def test_a_batch_keeps_its_order_and_says_what_it_could_not_decode(replica: RankerReplica) -> None:
     found = asyncio.run(replica.rank([png(), b"no picture", png("blue")], [["a", "b"], ["a", "b"], ["a", "b", "c"]]))
     assert [ranking.status for ranking in found] == [RankStatus.RANKED, RankStatus.FALLBACK, RankStatus.RANKED]
     assert "not a readable" in found[1].response and len(found[2].order) == 3
 
 
-def test_single_requests_share_batches_and_a_faulty_one_spoils_no_other(
-    replica: application.RankerReplica, fussy: Fussy
-) -> None:
+def test_single_requests_share_batches_and_a_faulty_one_spoils_no_other(replica: RankerReplica, fussy: Fussy) -> None:
     requests = [(png(), ["a", "b"])] * 3 + [(png(), list("abcd")), (b"no picture", ["a"]), (png(), ["a", "b", "c"])]
     found = together(replica, requests)
     assert [type(answer) for answer in found] == [Ranking, Ranking, Ranking, UserError, RowError, Ranking]
@@ -96,14 +97,14 @@ def test_single_requests_share_batches_and_a_faulty_one_spoils_no_other(
     assert replica.failures == 0, "a user's mistake is no illness"
 
 
-def test_no_batch_is_larger_than_batch_size(replica: application.RankerReplica, fussy: Fussy) -> None:
+def test_no_batch_is_larger_than_batch_size(replica: RankerReplica, fussy: Fussy) -> None:
     assert len(together(replica, [(png(), ["a", "b"])] * 20)) == 20
     assert fussy.batches == [8, 8, 4]
 
 
-def test_a_model_that_keeps_failing_makes_the_replica_ask_for_its_end(replica: application.RankerReplica, fussy: Fussy) -> None:
+def test_a_model_that_keeps_failing_makes_the_replica_ask_for_its_end(replica: RankerReplica, fussy: Fussy) -> None:
     replica.check_health()
-    for _ in range(application.SICK):
+    for _ in range(SICK):
         with pytest.raises(RuntimeError, match="out of memory"):
             together(replica, [(png(), list("abcde"))])
     with pytest.raises(RuntimeError, match="in a row"):
@@ -113,9 +114,9 @@ def test_a_model_that_keeps_failing_makes_the_replica_ask_for_its_end(replica: a
 
 
 def test_a_batch_is_limited_by_padded_tokens_which_are_learned() -> None:
-    fits = application.Fits(images=100, tokens=2000)
-    short: application.One = (b"", ["abc"])  # 1 token
-    long: application.One = (b"", ["abc" * 488])
+    fits = Fits(images=100, tokens=2000)
+    short: One = (b"", ["abc"])  # 1 token
+    long: One = (b"", ["abc" * 488])
     assert fits([short] * 3) and not fits([short] * 4)  # 512 guessed for the picture
     assert fits([long, short]) and not fits([long, short, short])  # all padded to the longest: 1000
     for _ in range(100):
@@ -124,7 +125,7 @@ def test_a_batch_is_limited_by_padded_tokens_which_are_learned() -> None:
 
 
 def test_a_model_that_cannot_be_loaded_is_told_and_not_tried_again() -> None:
-    broken = application.RankerReplica({"model": "/nowhere"})
+    broken = RankerReplica({"model": "/nowhere"})
     assert "/nowhere" in str(asyncio.run(broken.fault()))
 
 
@@ -192,7 +193,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(world: Path, adapter: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(world: Path, adapter: Path, ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Memory, encoder, retriever, ranker, gateway and proxy, as `rar serve` starts them."""
     folder = tmp_path_factory.mktemp("service")
     settings = config.build(
@@ -209,9 +210,10 @@ def service(world: Path, adapter: Path, ray_session: None, tmp_path_factory: pyt
     ray_serve.shutdown()  # another module's has no HTTP proxy
     os.environ[app.TOKEN] = TOKEN
     with open_store(settings.memory.uri) as address:
-        build.build(settings, address, fresh=False)
+        there = with_changes(ray_session, memory=address)
+        build.build_memory(there, settings, fresh=False)
         opened = RunFolder.open(folder / "run", "serve", settings, fresh=False, name="test", group="serve")
-        with app.serving(settings, address, opened) as url:
+        with app.serving(there, settings, opened) as url:
             yield Service(url, world, settings)
     del os.environ[app.TOKEN]
     ray_serve.shutdown()
@@ -272,17 +274,17 @@ def test_health_and_page(service: Service) -> None:
 
 
 @pytest.mark.slow
-def test_batch_jobs_are_served_beside_it(service: Service) -> None:
-    application.deploy(service.settings.ranker)
-    ask = application.ask(service.settings.ranker)
+def test_batch_jobs_are_served_beside_it(service: Service, ray_session: Session) -> None:
+    client.deploy(ray_session, service.settings.ranker)
+    ask = client.ask(service.settings.ranker)
     assert ask is not None
     ((ranking,),) = ask([([png()], [["a", "b", "c"]])])
     assert sorted(ranking.order) == [0, 1, 2]
-    ray_serve.delete(application.app_name(service.settings.ranker))
+    ray_serve.delete(client.app_name(service.settings.ranker))
 
 
 @pytest.mark.slow
-def test_under_load_nothing_is_lost_and_replicas_come_and_go(ray_session: None) -> None:
+def test_under_load_nothing_is_lost_and_replicas_come_and_go(ray_session: Session) -> None:
     ray_serve.shutdown()
     found = load.run(seconds=60, clients=200)
     ray_serve.shutdown()

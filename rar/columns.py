@@ -1,0 +1,54 @@
+"""Records <-> Arrow columns: the shapes in which vectors, candidates, rankings and faults travel through a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from rar.schema import CANDIDATES, Candidate, Ranking, RankStatus
+
+
+def vectors_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    """(N, D) float32 as an Arrow column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float32()), vectors.shape[1])
+
+
+def with_vectors(table: pa.Table, vectors: np.ndarray) -> pa.Table:
+    """pixels -> vector: (N, D) float32 takes their place."""
+    return table.drop_columns(["pixels"]).append_column("vector", vectors_column(vectors))
+
+
+def vectors_of(table: pa.Table) -> np.ndarray:
+    """The column `vector` as (N, D) float32."""
+    column = table["vector"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def with_candidates(table: pa.Table, found: Sequence[Sequence[Candidate]]) -> pa.Table:
+    rows = [[{"class_id": c.class_id, "class_name": c.class_name, "score": c.score} for c in row] for row in found]
+    return table.append_column("candidates", pa.array(rows, CANDIDATES))
+
+
+def candidates_of(table: pa.Table) -> list[list[Candidate]]:
+    return [[Candidate(**candidate) for candidate in row] for row in table["candidates"].to_pylist()]
+
+
+def rankings_of(table: pa.Table) -> list[Ranking]:
+    """What the ranker said of each row, rebuilt from its columns; calls and tokens, which nothing decides by, are left out."""
+    columns = (table[name].to_pylist() for name in ("ranking", "scores", "rank_status", "response"))
+    return [
+        Ranking(tuple(order), RankStatus(status), tuple(scores), response or "")
+        for order, scores, status, response in zip(*columns, strict=True)
+    ]
+
+
+def with_errors(table: pa.Table, stage: str, faults: Sequence[str | None]) -> pa.Table:
+    """Set `stage` and `error` where a row has a new fault; create the columns where they are missing."""
+    old = table["error"].to_pylist() if "error" in table.column_names else [None] * table.num_rows
+    stages = table["stage"].to_pylist() if "stage" in table.column_names else [None] * table.num_rows
+    errors = [known or fault for known, fault in zip(old, faults, strict=True)]
+    stages = [known or (stage if fault else None) for known, fault in zip(stages, faults, strict=True)]
+    table = table.drop_columns([name for name in ("stage", "error") if name in table.column_names])
+    return table.append_column("stage", pa.array(stages, pa.string())).append_column("error", pa.array(errors, pa.string()))

@@ -1,0 +1,144 @@
+"""What a command owns while it runs: its place in Ray, the models that it has loaded, and the address of its memory.
+
+On a laptop Ray is started here and ends with the command; where RAY_ADDRESS is set (a submitted job) that cluster is joined. A
+laptop's models share its cores by turns, so each gets all threads and reserves next to none of Ray's CPUs: one model more must
+not wait for a CPU that never gets free. On a cluster a model reserves a CPU and Ray gives it as many threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from tenacity import retry, stop_after_attempt
+
+from rar import config
+from rar.engine import stages
+from rar.engine.actors import ModelActor, Pool
+from rar.memory.store import open_store
+from rar.schema import UserError
+
+OBJECT_STORE_BYTES = 1 << 30
+LOCAL_SLOTS = 3  # logical CPUs of a laptop's Ray, for tasks: models hardly reserve any there
+
+
+@dataclass(frozen=True)
+class Session:
+    """memory: the address that workers reach it at; None where the command needs none.
+
+    threads: of a model on a laptop whose cores all models share; None on a cluster, where Ray decides.
+    """
+
+    memory: str | None
+    threads: int | None
+    pools: dict[tuple[str, str], Pool] = field(default_factory=dict, repr=False)
+
+    @property
+    def memory_address(self) -> str:
+        assert self.memory is not None, "this session was opened without a memory"
+        return self.memory
+
+    @property
+    def model_cpus(self) -> float:
+        """What a process with a model reserves of Ray's CPUs."""
+        return 1.0 if self.threads is None else 0.01
+
+    def threads_of(self, models: int) -> int | None:
+        """Threads of each of `models` that run at once; None: as many as Ray gives."""
+        return None if self.threads is None else max(1, self.threads // models)
+
+    def encoder(self, settings: config.Encoder) -> Pool:
+        """The actors of an encoder, started when first asked for."""
+        return self._pool("encoder", stages.Embed, settings, settings.device, settings.workers)
+
+    def detector(self, settings: config.Detect) -> Pool:
+        """The actors of `detect.detector`. Raises UserError for a model that cannot be loaded."""
+        assert settings.detector is not None
+        pool = self._pool("detector", stages.Propose, settings, settings.detector.device, settings.detector.workers)
+        _ = pool.facts
+        return pool
+
+    def _pool(self, kind: str, load: Callable[[Any], Any], settings: Any, device: str, workers: int) -> Pool:
+        key = (kind, settings.model_dump_json())
+        if key not in self.pools:
+            gpus = 0 if device == "cpu" or not ray.cluster_resources().get("GPU") else 1
+            start = ModelActor.options(num_cpus=self.model_cpus, num_gpus=gpus)  # type: ignore[attr-defined]
+            self.pools[key] = Pool([start.remote(load, settings, self.threads_of(workers)) for _ in range(workers)])
+        return self.pools[key]
+
+
+@contextmanager
+def opened(memory: config.Memory | None = None, *, create: bool = False) -> Iterator[Session]:
+    """Milvus (with `memory`) and Ray for the length of a command.
+
+    With `create` an embedded store may be new; one that a user's mistake leaves empty is removed again. Raises UserError where
+    there is no store, and what `memory.store.open_store` raises.
+    """
+    missing = memory is not None and "://" not in memory.uri and not Path(memory.uri).exists()
+    if memory is not None and missing and not create:
+        raise UserError(f"there is no memory at {memory.uri}; build it with `rar memory CONFIG`")
+    try:
+        with ExitStack() as stack:
+            address = stack.enter_context(open_store(memory.uri, memory.token)) if memory is not None else None
+            yield Session(address, stack.enter_context(_in_ray()))
+    except UserError:
+        if memory is not None and missing:
+            shutil.rmtree(memory.uri, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _in_ray() -> Iterator[int | None]:
+    """Join the cluster this process was submitted to, or start Ray here, quietly, and stop it afterwards."""
+    local = "RAY_ADDRESS" not in os.environ
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)) if local else None
+    if ray.is_initialized():
+        yield threads
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU: no warning about it
+    _start(local)
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None  # a shard is never split
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield threads
+    finally:
+        logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # its metrics thread outlives Ray by a moment
+        ray.shutdown()
+
+
+@retry(stop=stop_after_attempt(3), reraise=True, before_sleep=lambda _: ray.shutdown())
+def _start(local: bool) -> None:
+    """ray.init, tried again: a new local node has 30 s to come up, which a busy laptop may miss."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not local:
+        ray.init(**quiet)
+        return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # models take turns on the cores: none may spin while it waits
+    slots = max(LOCAL_SLOTS, os.cpu_count() or 1)
+    with _silent_stderr():
+        ray.init(address="local", num_cpus=slots, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Ray's C++ core writes a banner past Python's logging; what fails here is raised, not printed."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,111 @@
+"""What a run learns before it starts: fusion weights and routing from the memory's own images, and the ranker's label prior."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rar import fusion
+from rar.columns import candidates_of, rankings_of
+from rar.config import Config
+from rar.engine import client, pipeline, stages
+from rar.engine.replica import Exemplars, Prior
+from rar.engine.session import Session
+from rar.retriever import modes
+from rar.run import build, steps
+from rar.run.vocabulary import Vocabulary, collection, entries_of
+from rar.run.work import Work
+from rar.runfolder import RunFolder
+from rar.schema import Candidate, UserError
+
+PRIOR_IMAGES = 64  # that the label prior is estimated on
+PAPER = fusion.Calibration(weight_retriever=0.0, weight_ranker=1.0)  # the ranker's order is final, and it is always asked
+
+
+def calibrate(
+    session: Session, settings: Config, vocabulary: Vocabulary, folder: RunFolder, prior: Prior | None = None
+) -> fusion.Calibration:
+    """Fusion weights and routing threshold for this memory and ranker; kept in the run folder, for a resumed run.
+
+    The memory's own images are the held-out set: each gets the candidates of heads fitted without it, and the ranker's answer.
+    A memory without images has nothing to fit on and takes the defaults of `fusion.Calibration`.
+    """
+    if (folder.path / "calibration.json").exists():
+        return fusion.Calibration.from_dict(folder.read("calibration.json"))
+    calibration = PAPER if settings.route.mode == "always" else fusion.Calibration()
+    if settings.route.mode == "calibrated" and settings.ranker.method != "none" and settings.memory.support is not None:
+        calibration = _fit(session, settings, vocabulary, prior)
+    folder.write("calibration.json", calibration.to_dict())
+    return calibration
+
+
+def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prior | None) -> fusion.Calibration:
+    proposed, truth = _held_out_candidates(session, settings, vocabulary)
+    support = build.plan(settings).support
+    rows = pipeline.through(pipeline.shards_of(support, pipeline.evenly(support, settings.run.shard_size)), "read", stages.load)
+    rows = pipeline.through(rows, "recall", stages.Recall(proposed))
+    asked = stages.Rank(client.ask(settings.ranker, prior, exemplars(settings)), PAPER, settings.ranker.batch_size)
+    table = pipeline.collect(pipeline.through(rows, "rank", asked))
+    table = table.sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
+    table = table.filter(pc.is_in(table["image_id"], pa.array(list(proposed), pa.string())))
+    labels = [truth[image_id] for image_id in table["image_id"].to_pylist()]
+    kept = table["scores"].cast(pa.list_(pa.float32()))  # as a run folder keeps them
+    table = table.set_column(table.column_names.index("scores"), "scores", kept)
+    return fusion.fit(candidates_of(table), rankings_of(table), labels, settings.route.coverage)
+
+
+def _held_out_candidates(
+    session: Session, settings: Config, vocabulary: Vocabulary
+) -> tuple[dict[str, list[Candidate]], dict[str, int]]:
+    """image_id -> candidates by heads fitted without that image, and its class; at most `route.max_calibration_images`."""
+    mode = settings.retriever.mode
+    if mode == "all":
+        raise UserError(
+            "route.mode calibrated needs a retriever that prefers some classes; with mode all set route.mode: always"
+        )
+    images = entries_of(collection(settings, session.memory_address, "images"))
+    texts = entries_of(collection(settings, session.memory_address, "texts"))
+    if images is None:
+        raise UserError(f"memory {settings.memory.name!r} has no images though memory.support is set; build it again")
+    drawn = np.random.default_rng([settings.run.seed, 5]).permutation(len(images))[: settings.route.max_calibration_images]
+    rows = np.sort(drawn)
+    given = (settings.retriever.n_neighbors, settings.retriever.sharpness)
+    scores = modes.held_out_scores(mode, images, texts, settings.run.seed, rows.tolist(), *given)
+    ids = np.array(sorted(vocabulary.names))
+    names = [vocabulary.names[class_id] for class_id in ids.tolist()]
+    top_k = min(settings.retriever.top_k, len(ids))
+    deep = modes.candidates_from_scores(scores, ids, names, top_k if mode in ("knn", "tip") else stages.SHARE_DEPTH)
+    candidates = [stages.log_shares(row)[:top_k] for row in deep]
+    image_ids = [images.entry_ids[row].rsplit("-", 1)[0] for row in rows]
+    return dict(zip(image_ids, candidates, strict=True)), dict(zip(image_ids, images.class_ids[rows].tolist(), strict=True))
+
+
+def exemplars(settings: Config) -> Exemplars | None:
+    """Where the pictures lie that are shown beside the names of candidates: the first support images of each class."""
+    if not settings.ranker.exemplars:
+        return None
+    if settings.memory.support is None:
+        raise UserError("ranker.exemplars shows support images: set memory.support")
+    found: Exemplars = {}
+    for row in build.plan(settings).support.sort_by("row").to_pylist():
+        places = found.setdefault(row["label"], [])
+        if len(places) < settings.ranker.exemplars:
+            places.append((row["uri"], row["offset"], row["size"]))
+    return found
+
+
+def label_prior(session: Session, settings: Config, work: Work, vocabulary: Vocabulary, folder: RunFolder) -> Prior | None:
+    """What the ranker says of any picture (`ranker.debias: prior`), by the run's own first ones; kept for a resumed run."""
+    if settings.ranker.debias == "none" or settings.ranker.method != "letters":
+        return None
+    if not (folder.path / "prior.json").exists():
+        few = replace(work, index=work.index.slice(0, PRIOR_IMAGES))
+        rows = steps.embedded(session, settings, few, vocabulary.facts)
+        table = pipeline.collect(pipeline.through(rows, "retrieve", vocabulary.retrieve))
+        table = table.filter(pc.is_null(table["error"])).sort_by("image_id").slice(0, PRIOR_IMAGES)
+        names = [[candidate.class_name for candidate in row] for row in candidates_of(table)]
+        folder.write("prior.json", client.estimate_prior(settings.ranker, table["bytes"].to_pylist(), names))
+    return folder.read("prior.json")

@@ -1,0 +1,25 @@
+"""The first steps of a picture's way, Dataset in, Dataset out: what every arm over the same corpus and encoder shares."""
+
+from __future__ import annotations
+
+from ray.data import Dataset
+
+from rar.config import Config
+from rar.engine import pipeline, stages
+from rar.engine.session import Session
+from rar.run.work import Work
+
+
+def embedded(
+    session: Session, settings: Config, work: Work, facts: stages.EncoderFacts, numbers: list[int] | None = None
+) -> Dataset:
+    """The shards (by default all of them) read, cropped and embedded: encoded bytes and vectors."""
+    shards = pipeline.shards_of(work.index, work.bounds(settings.run.shard_size), numbers)
+    if settings.encoder.model == "precomputed":
+        assert settings.corpus is not None
+        return pipeline.through(shards, "read", stages.LoadVectors(settings.corpus))
+    rows = pipeline.through(shards, "read", stages.load)
+    if work.boxed:
+        rows = pipeline.through(rows, "crop", stages.Crop(settings.detect.crop))
+    rows = pipeline.through(rows, "decode", stages.Decode(facts.fit, facts.side))
+    return rows if settings.retriever.mode == "all" else pipeline.by_model(rows, session.encoder(settings.encoder))
