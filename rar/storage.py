@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from rar.schema import Unavailable, UserError
@@ -139,7 +140,7 @@ def explained(what: str, uri: str) -> Iterator[None]:
         raise UserError(f"{what}: {error.filename or uri} does not exist; check the path") from None
     except PermissionError as error:
         raise UserError(f"{what}: no permission to read {error.filename or uri}; change its permissions or the path") from None
-    except (ImportError, ValueError) as error:  # ValueError: unknown protocols, and what JSON, Arrow and UTF-8 cannot parse
+    except (ImportError, ValueError, pa.ArrowException) as error:  # unknown protocols; what JSON, Arrow and UTF-8 cannot parse
         raise UserError(f"{what}: cannot read {uri}: {' '.join(str(error).split())}") from None
     except OSError as error:
         if "://" in uri:

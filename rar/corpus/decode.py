@@ -57,10 +57,18 @@ MARKS = (  # of the formats that often come without a suffix
     ),
     *(b"DDS ", b"icns", b"\0\0\1\0", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
 )
-MARK = re.compile(rb"RIFF....WEBP|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|P[1-7fF]\s", re.DOTALL)
+MARK = re.compile(
+    rb"RIFF....WEBP|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|P[1-7fF]\s|\x01\xda[\0\1][\1\2]|\x0a\x05[\0\1][\1\2\4\x08]",
+    re.DOTALL,
+)
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 AVIF_BRANDS = (b"avif", b"avis")
 KEPT_CHUNKS = (b"tRNS", b"eXIf")  # of a PNG's ancillary ones: what changes the picture
+KEPT_SEGMENTS = {  # of a JPEG's descriptive ones: how colours are meant, how it is turned; and how long each must be
+    b"\xe0": (b"JFIF\0", 16),
+    b"\xe1": (b"Exif\0\0", 10),
+    b"\xee": (b"Adobe", 16),
+}
 MAX_PIXELS = 178_956_970  # as many as fit 512 MiB of RGB; Pillow raises above the same number
 JPEG_END = b"\xff\xd9"
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
@@ -202,8 +210,9 @@ def _bare_jpeg(data: bytes) -> bytes | None:
             place = mark + (1 if kind == b"\xff" else 2)
             continue
         place = mark + 2 + max(int.from_bytes(data[mark + 2 : mark + 4]), 2)
-        exif = kind == b"\xe1" and data[mark + 4 : mark + 10] == b"Exif\0\0"
-        if exif or not (b"\xe1" <= kind <= b"\xed" or kind == b"\xfe"):
+        described = b"\xe0" <= kind <= b"\xef" or kind == b"\xfe"
+        begin, least = KEPT_SEGMENTS.get(kind, (b"", 0))
+        if not described or (begin and data.startswith(begin, mark + 4) and place - mark >= least):
             kept.append(data[mark:place])
     return None
 

@@ -175,14 +175,12 @@ def _read_csv(corpus: Corpus, file: str, stream: IO[bytes]) -> Names:
     encoding = encoding_of(head)
     start = codecs.getincrementaldecoder(encoding)(errors="ignore").decode(head)
     text = io.TextIOWrapper(stream, encoding=encoding, newline="")
+    csv.field_size_limit(CELL_LIMIT)
     delimiter = _separator(start)
     if delimiter:
-        text.readline()
-        start = start.partition("\n")[2]
+        start = start[len(text.readline()) :]
     delimiter = delimiter or _delimiter(start, (corpus.uri_column, corpus.label_column))
-    csv.field_size_limit(CELL_LIMIT)
-    header = next(csv.reader(io.StringIO(start), delimiter=delimiter), [])
-    padded = any(name.startswith(" ") for name in header)
+    padded = any(name.startswith(" ") for name in _header(start, delimiter))
     reader = csv.reader(text, delimiter=delimiter, skipinitialspace=padded, strict=True)
     rows = _checked(reader, file)
     columns = [name.strip() for name in next(rows, [])]
@@ -230,7 +228,7 @@ def _same(row: Sequence[str], places: Sequence[int], columns: Sequence[str], fil
 
 def _separator(start: str) -> str | None:
     """Of a first line `sep=;`, as Excel writes and reads it."""
-    line = start.partition("\n")[0].strip("\r\"' ")
+    line = io.StringIO(start, newline="").readline().strip("\r\n\"' ")
     return line[4] if line[:4].lower() == "sep=" and len(line) == 5 else None
 
 
@@ -238,10 +236,15 @@ def _delimiter(start: str, wanted: Sequence[str]) -> str:
     """By the header: what finds most of the wanted columns, then what makes most columns, then the comma."""
 
     def found(delimiter: str) -> tuple[int, int]:
-        try:
-            names = [name.strip() for name in next(csv.reader(io.StringIO(start), delimiter=delimiter), [])]
-        except csv.Error:
-            return 0, 0
+        names = [name.strip() for name in _header(start, delimiter)]
         return sum(name.strip() in names for name in wanted), len(names)
 
     return max(DELIMITERS, key=found)
+
+
+def _header(start: str, delimiter: str) -> list[str]:
+    """The first row, as far as it can be told from a file's first characters."""
+    try:
+        return next(csv.reader(io.StringIO(start, newline=""), delimiter=delimiter), [])
+    except csv.Error:
+        return []

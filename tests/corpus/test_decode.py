@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rar.corpus import decode as module
-from rar.corpus.decode import decode, resize_square
+from rar.corpus.decode import begins_as_picture, decode, resize_square
 from rar.schema import RowError
 from tests.conftest import SHARED_DATA
 
@@ -256,6 +257,167 @@ def test_twelve_bit_tiff_is_scaled_by_its_own_white() -> None:
 def test_pixels_without_a_defined_white_are_refused(dtype: type) -> None:
     with pytest.raises(RowError, match="no defined white"):
         decode(encoded(Image.fromarray(np.ones((4, 4), dtype)), "TIFF"))
+
+
+# Formats beyond the web's, and what a viewer opens though its wrapping is broken
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "QOI", "SGI", "DDS", "PCX", "TGA", "DIB", "ICO", "ICNS"])
+def test_other_formats(kind: str) -> None:
+    image = quarters().resize((64, 64)) if kind in ("ICO", "ICNS") else quarters()
+    data = encoded(image, kind)
+    assert centers(decode(data)) == [RED, GREEN, BLUE, WHITE]
+    assert begins_as_picture(data[: module.HEAD]) == (kind not in ("TGA", "DIB"))  # these have no mark
+
+
+def test_heic_by_its_extra() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    data = encoded(quarters(), "HEIF")
+    assert begins_as_picture(data[: module.HEAD]) and centers(decode(data)) == [RED, GREEN, BLUE, WHITE]
+
+
+def test_heic_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # what an import finds where the package is not there
+    with pytest.raises(RowError, match=r"pip install 'rar\[heic\]'"):
+        decode(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(40))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_pictures_are_told_by_their_first_bytes(kind: str) -> None:
+    assert begins_as_picture(encoded(quarters(), kind)[: module.HEAD])
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"BM", b"P", b"Python", b"RIFF....WAVE", b"<svg>", b"%PDF-1.7", b"\0\0\0\x18ftypmp42", bytes(32)]
+)
+def test_other_files_are_told_apart(head: bytes) -> None:
+    assert not begins_as_picture(head)
+
+
+MEGABYTES = zlib.compress(b"x" * 3_000_000)
+ANCILLARY = {
+    "large compressed text": chunk(b"zTXt", b"k\0\0" + MEGABYTES),
+    "large profile": chunk(b"iCCP", b"k\0\0" + MEGABYTES),
+    "much text": b"".join(chunk(b"tEXt", b"k\0" + b"y" * 900_000) for _ in range(80)),
+    "wrong checksum": chunk(b"tEXt", b"k\0hello")[:-1] + b"?",
+    "wrong checksum of a colour key": chunk(b"tRNS", bytes(6))[:-1] + b"?",
+    "short colour key": chunk(b"tRNS", b"\0"),
+    "short resolution": chunk(b"pHYs", b"\0"),
+    "short gamma": chunk(b"gAMA", b"\0"),
+    "animation without frames": chunk(b"acTL", struct.pack(">II", 9, 0)),
+    "frame of nothing": chunk(b"fcTL", bytes(26)),
+}
+
+
+@pytest.mark.parametrize("name", ANCILLARY)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_png_is_not_lost_to_what_describes_it(name: str) -> None:
+    data = encoded(noise(), "PNG")
+    np.testing.assert_array_equal(decode(data[:33] + ANCILLARY[name] + data[33:]), np.asarray(noise()))
+
+
+def test_a_salvaged_png_keeps_its_turn_and_its_key() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 2
+    data = encoded(quarters(), "PNG", exif=exif, transparency=RED)
+    broken = data[:33] + ANCILLARY["wrong checksum"] + data[33:]
+    assert centers(decode(broken)) == centers(decode(data)) == [GREEN, WHITE, WHITE, BLUE]
+
+
+def test_damaged_pixels_of_a_png_stay_an_error() -> None:
+    data = bytearray(encoded(noise(), "PNG"))
+    data[60] ^= 1
+    with pytest.raises(RowError, match="broken data stream"):
+        decode(bytes(data))
+
+
+def segment(kind: int, body: bytes) -> bytes:
+    return b"\xff" + bytes([kind]) + struct.pack(">H", len(body) + 2) + body
+
+
+BODIES = [
+    b"",
+    b"MPF\0",
+    b"Adobe",
+    b"JFIF",
+    b"JFIF\0",
+    b"ICC_PROFILE\0",
+    b"Exif\0\0",
+    b"FPXR\0",
+    b"Photoshop 3.0\0" + b"8BIM\3\xed\0\0\0\0\0\x10",
+]
+
+
+@pytest.mark.parametrize("kind", [*range(0xE0, 0xF0), 0xFE])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_jpeg_is_not_lost_to_what_describes_it(kind: int) -> None:
+    data = encoded(noise(), "JPEG")
+    for body in BODIES:
+        np.testing.assert_array_equal(decode(data[:2] + segment(kind, body) + data[2:]), decode(data))
+
+
+def test_stray_bytes_between_segments_are_skipped() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encoded(quarters(), "JPEG", exif=exif)
+    for place in (2, 20):
+        assert centers(decode(data[:place] + b"junk" + data[place:])) == [WHITE, BLUE, GREEN, RED]
+
+
+def test_jpeg_variants() -> None:
+    profile = decode(encoded(noise(), "JPEG", icc_profile=b"z" * 3_000_000))  # in many segments
+    np.testing.assert_array_equal(profile, decode(encoded(noise(), "JPEG")))
+    assert centers(decode(encoded(quarters(), "JPEG", keep_rgb=True))) == [RED, GREEN, BLUE, WHITE]
+    for subsampling in ("4:4:4", "4:2:0", "4:1:1"):
+        assert centers(decode(encoded(quarters(), "JPEG", subsampling=subsampling))) == [RED, GREEN, BLUE, WHITE]
+    pair = encoded(quarters(), "MPO", save_all=True, append_images=[noise()])
+    assert centers(decode(pair)) == centers(decode(pair, 8)) == [RED, GREEN, BLUE, WHITE]
+    np.testing.assert_array_equal(decode(pair[:-500]), decode(pair))  # the second picture is cut
+    with pytest.raises(RowError, match=r"(?i)truncated"):
+        decode(pair[: len(encoded(quarters(), "JPEG")) // 2])
+
+
+def grey_tiff(bits: int, photometric: int, row: bytes, width: int) -> bytes:
+    # width, height, bits, compression, photometric, strip offset, samples, rows per strip, strip bytes
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(row)}
+    ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    row += b"\0" * (len(row) % 2)
+    return b"II*\0" + struct.pack("<I", 8 + len(row)) + row + ifd + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "levels"),
+    [
+        (1, bytes([0b10110000]), [255, 0, 255, 255]),
+        (2, bytes([0b00011011]), [0, 85, 170, 255]),
+        (4, bytes([0x0F, 0x5A]), [0, 255, 85, 170]),
+        (8, bytes([0, 100, 200, 255]), [0, 100, 200, 255]),
+        (16, struct.pack("<4H", 0, 100 * 257, 200 * 257, 65535), [0, 100, 200, 255]),
+    ],
+)
+def test_a_tiff_whose_white_is_zero_is_no_negative(bits: int, row: bytes, levels: list[int]) -> None:
+    assert decode(grey_tiff(bits, 1, row, 4))[0, :, 0].tolist() == levels
+    assert decode(grey_tiff(bits, 0, row, 4))[0, :, 0].tolist() == [255 - level for level in levels]
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "key", "seen"),
+    [
+        (1, bytes([0b01010000]), 1, [0, 255, 0, 255]),
+        (2, bytes([0b00011011]), 1, [0, 255, 170, 255]),
+        (4, bytes([0x05, 0xAF]), 5, [0, 255, 170, 255]),
+        (8, bytes([0, 5, 9, 255]), 5, [0, 255, 9, 255]),
+    ],
+)
+def test_a_pngs_key_counts_in_its_own_bits(bits: int, row: bytes, key: int, seen: list[int]) -> None:
+    assert decode(png(4, 1, bits, 0, b"\0" + row, chunk(b"tRNS", struct.pack(">H", key))))[0, :, 0].tolist() == seen
+
+
+def test_a_deep_colour_key() -> None:
+    rows = b"\0" + struct.pack(">6H", 0x1234, 0x1234, 0x1234, 0x3400, 0x3400, 0x3400)
+    data = png(2, 1, 16, 2, rows, chunk(b"tRNS", struct.pack(">3H", 0x1234, 0x1234, 0x1234)))
+    assert decode(data).tolist() == [[[255] * 3, [0x34] * 3]]
 
 
 # What cannot be decoded

@@ -20,7 +20,7 @@ from PIL import Image
 
 from rar.config import Corpus
 from rar.corpus.decode import decode
-from rar.corpus.listing import class_names, list_images, read_many
+from rar.corpus.listing import class_names, list_images, read_many, remarks
 from rar.schema import INDEX, RowError, Unavailable, UserError
 from tests.conftest import SHARED_DATA
 
@@ -112,6 +112,41 @@ def test_the_order_is_by_name_and_limit_takes_the_first(root: str) -> None:
     assert names(index(root)) == ["1.png", "10.png", "2.png", "3.png"]
     assert names(index(root, limit=2)) == ["1.png", "10.png"]
     assert len(index(root, limit=99)) == 4
+
+
+def test_what_is_left_out_is_counted_by_suffix(root: str) -> None:
+    files = {
+        "a/1.png": b"x",
+        "a/2": picture(),
+        "a/LICENSE": b"text",
+        "b/x.txt": b"",
+        "b/y.TXT": b"",
+        "b/z.svg": b"",
+        "b/.hidden": b"",
+    }
+    table = index(write(root, files))
+    assert names(table) == ["1.png", "2"] and labels(table) == ["a", "a"]
+    assert remarks(table) == [
+        "4 files are no pictures by their name or first bytes, and left out: 2 .txt, 1 .svg, 1 without a suffix"
+    ]
+
+
+def test_a_folder_of_files_without_a_suffix(root: str) -> None:
+    write(root, {f"{number}": picture(number) for number in range(300)} | {"notes": b"text"})
+    table = index(root)
+    assert len(table) == 300 and [decode(data)[0, 0, 0] for data in read(table)[:2] if isinstance(data, bytes)] == [0, 1]
+
+
+def test_a_folder_without_pictures_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no images, tars or parquet files in folder .*: its files are \.mp4, \.txt"):
+        index(write(tmp_path, {"a.txt": b"", "b.mp4": b""}))
+    with pytest.raises(UserError, match="left out: 1 without a suffix"):
+        index(write(tmp_path / "bare", {"README": b"text"}))
+
+
+def test_folders_of_decomposed_names_have_composed_labels(root: str) -> None:
+    table = index(write(root, {"cafe\u0301 /1.png": b"x"}))
+    assert labels(table) == ["caf\u00e9"] and read(table) == [b"x"]
 
 
 def test_hidden_files_are_not_listed(root: str) -> None:
@@ -273,6 +308,70 @@ def test_a_damaged_tar_is_never_half_listed(tmp_path: Path, damage: str) -> None
     write(tmp_path, {"s.tar": broken})
     with pytest.raises(UserError, match=r"s\.tar is not a whole, plain tar"):
         index(str(tmp_path / "s.tar"))
+
+
+def test_the_label_of_a_sample(root: str) -> None:
+    sample = {"1.jpg": b"x", "1.json": b'{"label": 3, "class_name": "cat", "caption": "a cat"}', "1.txt": b"a cat"}
+    write(root, {"s.tar": tar(sample)})
+    found = {key: labels(index(f"{root}/s.tar", label_key=key)) for key in (None, "txt", ".txt", "label", "gone")}
+    assert found == {None: ["cat"], "txt": ["a cat"], ".txt": ["a cat"], "label": ["3"], "gone": [None]}
+    assert remarks(index(f"{root}/s.tar", label_key="gone")) == [
+        "labels: none (no sample has 'gone'); corpus.label_key names another member or field"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "classes"),
+    [
+        (["cat", "red fox", "black footed albatross"], True),
+        (["american pit bull terrier"] * 2 + ["cat"] * 2, True),
+        (["american pit bull terrier"], False),  # said once, it may be a caption
+        (["a dog on a mat", "two cats on the road to rome"], False),
+        (["cat\ndog"] * 4, False),
+        (["x" * 81] * 4, False),
+    ],
+)
+def test_texts_that_look_like_classes(tmp_path: Path, texts: list[str], classes: bool) -> None:
+    members = {
+        f"{number}.{suffix}": data
+        for number, text in enumerate(texts)
+        for suffix, data in (("jpg", b"x"), ("txt", text.encode()))
+    }
+    table = index(write(tmp_path, {"s.tar": tar(members)}) + "/s.tar")
+    assert labels(table) == (texts if classes else [None] * len(texts))
+
+
+def test_names_several_times_and_with_dots(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, data in [
+            ("0.jpg", b"a"),
+            ("0.jpg", b"b"),
+            ("0.cls", b"x"),
+            ("0.cls", b"y"),
+            ("a.b.c.jpg", b"c"),
+            ("a.cls", b"z"),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    table = index(write(tmp_path, {"s.tar": stream.getvalue()}) + "/s.tar")
+    assert (read(table), labels(table)) == ([b"a", b"b", b"c"], ["x", "y", "z"])
+    assert remarks(table)[-1].startswith("1 rows name a picture that an earlier row names too")
+
+
+def test_class_numbers_are_named_by_a_file_beside(root: str) -> None:
+    one = tar({"0.jpg": b"x", "0.cls": b"1", "1.jpg": b"y", "1.cls": b"0", "2.jpg": b"z", "clip": b"film", "3.mp4": b"film"})
+    write(root, {"test/0.tar": one, "classnames.txt": "cat\ncafe\u0301\n".encode()})
+    table = index(f"{root}/test")
+    assert labels(table) == ["caf\u00e9", "cat", None]
+    assert [line.partition(":")[0] for line in remarks(table)[:2]] == [
+        "2 members of the tars are no pictures, and left out",
+        "labels",
+    ]
+    assert remarks(table)[2].startswith("numbers among them are named by ") and remarks(table)[2].endswith("/classnames.txt")
+    write(root, {"classnames.txt": b"cat"})
+    assert labels(index(f"{root}/test")) == ["1", "0", None]  # not numbers of this file
 
 
 # Parquet
