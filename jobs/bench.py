@@ -17,6 +17,7 @@ from jobs.common import guarded, quiet
 from rar.schema import UserError
 
 SHARED = Path("../shared/data")
+REPLIES = Path("../shared/cases/replies.json")
 
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of recorded data; default: those under ../shared/data.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Random splits or draws.")]
@@ -50,6 +51,18 @@ def replay(data: Data = None, seeds: Seeds = 5) -> None:
         from rar.bench import replay as module
 
         return module.run(_existing(data or SHARED), seeds)
+
+    _run(work)
+
+
+@bench.command()
+def replies(data: Annotated[Path, typer.Option("--data", help="JSON list of {kind, reply, names, best}.")] = REPLIES) -> None:
+    """How many replies of models are read as the name that they state, and how many as another without a doubt."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import replies as module
+
+        return module.run(data)
 
     _run(work)
 

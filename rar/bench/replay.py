@@ -2,7 +2,7 @@
 
 GPT-4V was given the whole class list, so it names classes that CLIP did not propose. Such a class joins the candidates of its
 image with the lowest retrieval score among them: CLIP said no more of it than that it comes after the ten. Everything else is
-the library's own path: `prompt.match_name` reads the names, `fusion.fit` fits fusion and threshold on a random 20 % of the
+the library's own path: `spelling.match_name` reads the names, `fusion.fit` fits fusion and threshold on a random 20 % of the
 images, `fusion.routed` and `fusion.fuse` decide on the other 80 %. A skipped image costs its named classes, as in life.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rar import fusion
-from rar.ranker.prompt import Vocabulary, match_name
+from rar.ranker.spelling import Vocabulary, match_name
 from rar.schema import Candidate, Ranking, RankStatus, UserError
 
 FIT_SHARE = 0.2

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rar.miniature.world import COLOURS, MARKINGS, PATTERNS, SHAPES
-from rar.ranker.prompt import LABELS, generate_answer, generate_prompt, letters_prompt
+from rar.ranker.prompt import generate_answer, generate_prompt, letters_prompt
+from rar.ranker.wording import LABELS
 
 TEMPLATE = "a photo of a {}."
 CAPTION = "Name what is in the picture."

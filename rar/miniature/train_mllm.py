@@ -36,7 +36,8 @@ from transformers import (
 from rar.miniature.tokens import CAPTION, mllm_tokenizer
 from rar.miniature.train_clip import MEAN, STD, Images
 from rar.miniature.world import COLOURS, MARKINGS, PATTERNS, SHAPES, Spec
-from rar.ranker.prompt import LABELS, generate_answer, generate_prompt, letters_prompt
+from rar.ranker.prompt import generate_answer, generate_prompt, letters_prompt
+from rar.ranker.wording import LABELS
 
 SIDE, PATCH = 64, 16
 IMAGE_TOKENS = (SIDE // PATCH) ** 2 + 1

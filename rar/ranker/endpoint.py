@@ -21,9 +21,11 @@ import aiohttp
 import numpy as np
 
 from rar.config import Ranker
+from rar.ranker.answer import MAX_CHARS
 from rar.ranker.completions import Fault, Refused, Reply, Server, data_url
 from rar.ranker.debias import log_softmax
-from rar.ranker.prompt import MAX_CHARS, generate_prompt, letters_prompt, parse
+from rar.ranker.prompt import generate_prompt, letters_prompt
+from rar.ranker.reply import parse
 from rar.ranker.wording import LABELS, load_wording
 from rar.schema import Ranking, RankStatus, Unavailable, UserError
 

@@ -22,7 +22,8 @@ from rar.config import Ranker
 from rar.ranker import prefix
 from rar.ranker.debias import Prior, label_prior, log_softmax, prior_of
 from rar.ranker.mllm import Mllm, Prompt
-from rar.ranker.prompt import generate_prompt, letters_prompt, likelihood_prompt, parse, yes_no_prompt
+from rar.ranker.prompt import generate_prompt, letters_prompt, likelihood_prompt, yes_no_prompt
+from rar.ranker.reply import parse
 from rar.ranker.wording import load_wording
 from rar.schema import Ranking, RankStatus, UserError
 

@@ -31,7 +31,8 @@ from rar.miniature.world import (
     rng_of,
     vocabulary,
 )
-from rar.ranker.prompt import LABELS, generate_answer, generate_prompt, letters_prompt
+from rar.ranker.prompt import generate_answer, generate_prompt, letters_prompt
+from rar.ranker.wording import LABELS
 
 SEEDS = range(9)
 
