@@ -6,6 +6,7 @@ import typer
 
 from jobs.bench import bench
 from jobs.classify import classify
+from jobs.config import config
 from jobs.demo import demo
 from jobs.detect import detect
 from jobs.evaluate import evaluate
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, memory, classify, detect, evaluate, serve, report):
+for verb in (demo, memory, classify, detect, evaluate, serve, report, config):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 

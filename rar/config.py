@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from textwrap import wrap
+from typing import Any, Literal, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from rar.schema import UserError
 
@@ -36,18 +38,20 @@ class Corpus(Strict):
     uri: str = Field(
         description="folder (labels = sub-folder names), .csv/.parquet manifest, .tar (globs allowed), .json (COCO/LVIS)"
     )
-    format: Literal["auto", "folder", "manifest", "webdataset", "parquet", "coco", "embeddings"] = "auto"
+    format: Literal["auto", "folder", "manifest", "webdataset", "parquet", "coco", "embeddings"] = Field(
+        "auto", description="how to read `uri`; auto: by its suffix and content"
+    )
     images: str | None = Field(
         None, description="folder of a manifest's or COCO file's relative names; default: the file's own"
     )
-    uri_column: str = "uri"
-    label_column: str = "label"
+    uri_column: str = Field("uri", description="of a manifest or parquet: the pictures' names")
+    label_column: str = Field("label", description="of a manifest or parquet: the labels")
     label_key: str | None = Field(
         None,
         description="of WebDataset tars: the member (cls, txt) or field of the .json that holds the class; default: .cls, then "
         "the .json's class_name, label, class or category, then a .txt that looks like a class",
     )
-    bytes_column: str = "bytes"
+    bytes_column: str = Field("bytes", description="of a parquet: the encoded pictures")
     vector_column: str = Field("vector", description="of a parquet file of embeddings")
     ids: str | None = Field(None, description="manifest (CSV or parquet) naming the rows of an .npy of embeddings, in order")
     limit: int | None = Field(None, ge=1, description="read only the first N images, for a quick look")
@@ -62,9 +66,9 @@ class Encoder(Strict):
         "alone); 'miniature'; or 'precomputed': the corpora hold embeddings",
     )
     source: str = Field("", description="for precomputed embeddings: a name of what made them, part of the fingerprint")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: str = "auto"
-    batch_size: int = Field(64, ge=1)
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the weights on a GPU; fp32 is exact")
+    device: str = Field("auto", description="auto, cpu, cuda or mps")
+    batch_size: int = Field(64, ge=1, description="images per forward pass")
     templates: str | list[str] = Field(
         ["a photo of a {}."], min_length=1, description="averaged into one prototype a class; or a data set's name, e.g. pets"
     )
@@ -72,8 +76,8 @@ class Encoder(Strict):
     views: Literal["one", "flip", "crops"] = Field(
         "one", description="of a query image, averaged: crops are five and their flips"
     )
-    compile: bool = False
-    workers: int = Field(1, ge=1)
+    compile: bool = Field(False, description="torch.compile: slow to start, faster on long runs")
+    workers: int = Field(1, ge=1, description="processes that embed at the same time")
 
 
 class Index(Strict):
@@ -82,10 +86,12 @@ class Index(Strict):
     REDUCED is the paper's 1/9: HNSW over a fitted projection to d/9, and the shortlist rescored with the full vectors.
     """
 
-    kind: Literal["auto", "FLAT", "HNSW", "HNSW_SQ8", "REDUCED"] = "auto"
-    m: int = Field(16, ge=4, le=64)
-    ef_construction: int = Field(200, ge=8, le=512)
-    ef: int = Field(128, ge=8)
+    kind: Literal["auto", "FLAT", "HNSW", "HNSW_SQ8", "REDUCED"] = Field(
+        "auto", description="auto: FLAT for small memories, HNSW for large ones"
+    )
+    m: int = Field(16, ge=4, le=64, description="HNSW: links a vector keeps")
+    ef_construction: int = Field(200, ge=8, le=512, description="HNSW: breadth of the search while building")
+    ef: int = Field(128, ge=8, description="HNSW: breadth of the search while asking; more finds more, slower")
     reduction: int = Field(9, ge=2, description="of REDUCED: the graph holds vectors of 1/reduction of the dimensions")
     shortlist: int = Field(30, ge=1, description="of REDUCED: neighbors rescored for each one returned")
 
@@ -93,7 +99,7 @@ class Index(Strict):
 class Memory(Strict):
     """The external memory: image entries (few-shot) and text entries (zero-shot) in Milvus collections."""
 
-    name: str = Field("memory", pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")
+    name: str = Field("memory", pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$", description="of the memory inside Milvus")
     uri: str = Field("runs/memory.milvus", description="a folder (Milvus Lite), or http(s)://host:port of a Milvus server")
     token: str | None = Field(None, description="server credentials; default: the environment's MILVUS_TOKEN")
     support: Corpus | None = Field(None, description="labelled support images; none: a text memory")
@@ -113,8 +119,10 @@ class Memory(Strict):
 class Retriever(Strict):
     """Proposes candidates. `all` proposes the whole vocabulary (the MLLM-only arm)."""
 
-    mode: Literal["fused", "text", "knn", "centroid", "tip", "lda", "all"] = "fused"
-    top_k: int = Field(5, ge=1, le=1000)
+    mode: Literal["fused", "text", "knn", "centroid", "tip", "lda", "all"] = Field(
+        "fused", description="fused weighs text and images as fitted on the memory; all proposes every class"
+    )
+    top_k: int = Field(5, ge=1, le=1000, description="candidates kept per image")
     n_neighbors: int = Field(20, ge=1, le=16384, description="search depth of `knn` and `tip`")
     sharpness: float | None = Field(
         None, gt=0, description="of the votes of `knn` and `tip`; default: fitted on the memory; 1000: the nearest alone counts"
@@ -128,7 +136,9 @@ class Ranker(Strict):
         "miniature",
         description="hub name or local folder of an image-text-to-text model, 'miniature', or the endpoint's model name",
     )
-    method: Literal["letters", "likelihood", "yes_no", "generate", "endpoint", "none"] = "letters"
+    method: Literal["letters", "likelihood", "yes_no", "generate", "endpoint", "none"] = Field(
+        "letters", description="letters reads one token; generate is the paper's free text; none keeps the retriever's order"
+    )
     prompts: str | None = Field(None, description="YAML of prompt templates; default: the built-in ones")
     none_of_these: bool = Field(False, description="letters: one more label for an image that shows no candidate")
     exemplars: int = Field(0, ge=0, le=4, description="pictures of each candidate from the image memory, shown beside its name")
@@ -137,20 +147,20 @@ class Ranker(Strict):
         "none", description="prior: divide by the label prior of a small unlabelled sample"
     )
     adapter: str | None = Field(None, description="folder of a LoRA adapter (peft)")
-    quantization: Literal["none", "int8", "int4"] = "none"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: str = "auto"
+    quantization: Literal["none", "int8", "int4"] = Field("none", description="of the weights, by bitsandbytes")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the weights on a GPU")
+    device: str = Field("auto", description="auto, cpu, cuda or mps")
     batch_size: int = Field(32, ge=1, description="images per forward pass, and per request to a replica")
-    max_new_tokens: int = Field(256, ge=1)
-    trust_remote_code: bool = False
+    max_new_tokens: int = Field(256, ge=1, description="generate, endpoint: longest reply")
+    trust_remote_code: bool = Field(False, description="run code that a model's folder brings along")
     base_url: str | None = Field(
         None, description="endpoint: e.g. http://host:8000/v1; its key is the environment's RAR_API_KEY"
     )
     timeout_s: float = Field(60.0, gt=0, description="endpoint: of one request")
     attempts: int = Field(5, ge=1, description="endpoint: tries of one request before its image is a fallback")
     cache: str | None = Field(None, description="folder of answers by content, shared by runs; deterministic requests only")
-    min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(1, ge=1)
+    min_replicas: int = Field(1, ge=1, description="replicas of the ranker that stay up")
+    max_replicas: int = Field(1, ge=1, description="replicas of the ranker under load")
     num_gpus: float = Field(0.0, ge=0, description="GPUs (or a fraction of one) per replica")
     in_flight: int = Field(4, ge=1, description="requests each pipeline worker keeps in flight")
 
@@ -162,14 +172,19 @@ class Route(Strict):
     `always`: the MLLM is asked for every image and its order is final, as in the paper.
     """
 
-    mode: Literal["calibrated", "always"] = "calibrated"
+    mode: Literal["calibrated", "always"] = Field(
+        "calibrated",
+        description="calibrated: ask only where it pays, as fitted on the memory; always: every image, as in the paper",
+    )
     coverage: float | None = Field(
         None,
         gt=0,
         lt=1,
         description="conformal: show the ranker as few candidates as hold the truth this often; default: top_k",
     )
-    max_calibration_images: int = Field(1024, ge=0)
+    max_calibration_images: int = Field(
+        1024, ge=0, description="entries of the memory that the fit may use; 0: no fit with the MLLM"
+    )
 
 
 class Crop(Strict):
@@ -179,11 +194,12 @@ class Crop(Strict):
     scale_small: float = Field(1.5, ge=1, description="growth of boxes of at most 32x32 pixels")
     scale_medium: float = Field(1.25, ge=1, description="growth of boxes of at most 96x96 pixels")
     scale_large: float = Field(1.1, ge=1, description="growth of larger boxes")
-    scale_context: float = Field(2.0, ge=1, description="growth of every box in the window `context`")
     views: list[Literal["adaptive", "tight", "context"]] = Field(
         ["adaptive"], min_length=1, max_length=3, description="windows averaged by the retriever; the ranker sees the first"
     )
-    outside: Literal["blur", "grey", "none", "black"] = "blur"
+    outside: Literal["blur", "grey", "none", "black"] = Field(
+        "blur", description="what stands around the box: blurred, grey or black, or none: left as it is"
+    )
     sigma: float = Field(0.06, gt=0, description="Gaussian sigma of the blur, as a fraction of the crop's side")
 
 
@@ -194,10 +210,10 @@ class Detector(Strict):
     prompt: str = Field("object", description="what Grounding DINO is asked for; OWLv2's objectness needs none")
     threshold: float = Field(0.05, ge=0, le=1, description="least score of a box")
     nms_iou: float = Field(0.7, gt=0, le=1, description="of two boxes that overlap more, the better one stays")
-    batch_size: int = Field(8, ge=1)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: str = "auto"
-    workers: int = Field(1, ge=1)
+    batch_size: int = Field(8, ge=1, description="images per forward pass")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the weights on a GPU")
+    device: str = Field("auto", description="auto, cpu, cuda or mps")
+    workers: int = Field(1, ge=1, description="processes that detect at the same time")
 
 
 class Detect(Strict):
@@ -207,7 +223,7 @@ class Detect(Strict):
         None, description="COCO-results JSON or parquet; default: the ground-truth boxes of the corpus"
     )
     detector: Detector | None = Field(None, description="makes the proposals itself, instead of `proposals`")
-    style: Literal["coco", "lvis", "v3det"] = "coco"
+    style: Literal["coco", "lvis", "v3det"] = Field("coco", description="definition of AP")
     crop: Crop = Crop()
     max_boxes: int = Field(300, ge=1, description="proposals kept per image, best first")
     classes_per_box: int = Field(5, ge=1, description="candidates of a box that become detections")
@@ -220,31 +236,33 @@ class Serve(Strict):
     """`rar serve`: the HTTP API. Its bearer token, where it asks for one, is the environment's RAR_API_TOKEN."""
 
     host: str = Field("127.0.0.1", description="address to listen on; any but loopback needs RAR_API_TOKEN")
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(8000, ge=1, le=65535, description="to listen on")
     endpoints: list[Literal["rank", "recognize"]] = Field(
         ["rank", "recognize"], min_length=1, description="`rank` alone needs no memory"
     )
     url_prefixes: list[str] = Field([], description="images may be named by URLs that begin so; default: no URL is fetched")
-    max_body_bytes: int = Field(16 << 20, ge=1024)
-    max_pixels: int = Field(50_000_000, ge=1)
-    max_candidates: int = Field(100, ge=1)
-    max_name_chars: int = Field(200, ge=1)
+    max_body_bytes: int = Field(16 << 20, ge=1024, description="of one request; larger ones are refused unread")
+    max_pixels: int = Field(50_000_000, ge=1, description="of one picture")
+    max_candidates: int = Field(100, ge=1, description="names in one request")
+    max_name_chars: int = Field(200, ge=1, description="of one name")
     adapters: dict[str, str] = Field({}, description="name a request may ask for -> folder of a LoRA adapter")
     loaded_adapters: int = Field(2, ge=1, description="adapters a replica keeps loaded, each with its model")
     batch_tokens: int = Field(16384, ge=1, description="tokens of one forward pass, padding included")
     batch_wait_s: float = Field(0.005, ge=0, description="how long an idle replica waits for a fuller batch")
     max_queued: int = Field(256, ge=0, description="requests a gateway keeps waiting; beyond, 429 with Retry-After")
     timeout_s: float = Field(60.0, gt=0, description="of one request, waiting included; beyond, 503")
-    min_gateways: int = Field(1, ge=1)
-    max_gateways: int = Field(1, ge=1)
+    min_gateways: int = Field(1, ge=1, description="HTTP gateways that stay up")
+    max_gateways: int = Field(1, ge=1, description="HTTP gateways under load")
     upscale_delay_s: float = Field(10.0, ge=0, description="load must last this long before a replica is added")
     downscale_delay_s: float = Field(120.0, ge=0, description="quiet must last this long before a replica is taken away")
 
 
 class Run(Strict):
+    """How a run is cut into pieces, drawn and judged."""
+
     shard_size: int = Field(256, ge=1, description="images per shard: the unit of work, of writing and of resuming")
-    max_failed_fraction: float = Field(0.05, ge=0, le=1)
-    seed: int = 0
+    max_failed_fraction: float = Field(0.05, ge=0, le=1, description="a run with more failed rows ends with exit code 3")
+    seed: int = Field(0, description="of every draw: shots, splits, calibration")
 
 
 class Config(Strict):
@@ -288,15 +306,33 @@ SPEED_ONLY = (
 )
 
 
+class KeyTwice(Exception):
+    """One mapping holds a key twice; YAML itself would forget the first."""
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which nothing is lost in silence. Raises KeyTwice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value != "<<" and isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise KeyTwice(f"{key.value!r} stands twice, in lines {lines[key.value]} and {line}; put both parts under one")
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply overrides of the form `dotted.key=value` (values are YAML). Raises UserError."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"config file not found: {path}")
     try:
-        data = yaml.safe_load(file.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.load(file.read_text(encoding="utf-8-sig"), UniqueKeys) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except KeyTwice as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a mapping of settings, not a {type(data).__name__}")
     return build(data, overrides)
@@ -309,9 +345,11 @@ def build(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
         if not equals:
             raise UserError(f"--set needs dotted.key=value, got {override!r}")
         try:
-            _assign(data, key.strip().split("."), yaml.safe_load(value))
-        except yaml.YAMLError:
+            _assign(data, key.strip().split("."), yaml.load(value, UniqueKeys))
+        except (yaml.YAMLError, RecursionError, ValueError):
             raise UserError(f"--set {key}: {value!r} is not valid YAML; put it in quotes") from None
+        except KeyTwice as error:
+            raise UserError(f"--set {key}: {error}") from None
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -328,14 +366,65 @@ def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _explain(error: ValidationError) -> str:
     """The first fault in plain words; for an unknown key, the nearest valid one."""
-    fault = error.errors()[0]
-    where = ".".join(str(part) for part in fault["loc"])
+    faults = error.errors()
+    fault = next((one for one in faults if _no_text(one)), faults[0])
+    where = ".".join(str(part) for part in fault["loc"] if part not in ("[key]", "str", "list[str]"))
+    if _no_text(fault):
+        return (
+            f"config: {where}: YAML reads {fault['input']!r} here, which is no text; put it in quotes, "
+            'as in ["yes", "no"] (so too on, off, true, false, null, numbers and dates)'
+        )
     if not where:
         return f"config: {fault['msg'].removeprefix('Value error, ')}"
     if fault["type"] != "extra_forbidden":
         return f"config: {where}: {fault['msg'].removeprefix('Value error, ')}, got {fault.get('input')!r}"
     nearest = difflib.get_close_matches(where, _known_keys(Config), n=1, cutoff=0.0)
     return f"config: unknown key {where!r}; did you mean {nearest[0]!r}?"
+
+
+def _no_text(fault: Any) -> bool:
+    """Whether a fault is a value that YAML made of an unquoted word (yes, no, on, off, 12, 2024-01-01)."""
+    value = fault.get("input")
+    return fault["type"] in ("string_type", "invalid_key") and not isinstance(value, str | list | dict | BaseModel)
+
+
+def reference() -> str:
+    """Every key with its default and meaning, as YAML that loads as the defaults; sections that are off are comments."""
+    return "# Every key of a config, with its default. A file holds only what it changes.\n" + "\n".join(_lines(Config, ""))
+
+
+def _lines(model: type[BaseModel], indent: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Strict)), None)
+        if section is None:
+            yield from wrap(_meaning(field), 118, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+            yield f"{indent}{name}: {_shown(field)}"
+            continue
+        if not indent:
+            yield ""
+        what = field.description or " ".join((section.__doc__ or "").split("\n\n")[0].split())
+        yield from wrap(what, 118, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        yield f"{indent}{name}:" if field.default is not None else f"{indent}# {name}:"
+        if field.default is not None:
+            yield from _lines(section, f"{indent}  ")
+        elif section is Corpus and model is not Config:
+            yield f"{indent}#   (the keys of corpus)"
+        else:
+            yield from (f"{indent}# {line}" for line in _lines(section, "  "))
+
+
+def _meaning(field: FieldInfo) -> str:
+    """The description, and the choices where there are some."""
+    kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+    choices = next((kind.__args__ for kind in kinds if get_origin(kind) is Literal), ())
+    return f"{field.description}" + (f" ({', '.join(map(str, choices))})" if choices else "")
+
+
+def _shown(field: FieldInfo) -> str:
+    """A default in one line of YAML."""
+    value = "..." if field.is_required() else field.default
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -12,6 +12,7 @@ from rar import config
 from rar.config import Config
 from rar.identity import fingerprint
 from rar.schema import UserError
+from tests.conftest import SHARED_DATA
 
 
 def written(folder: Path, text: str) -> Path:
@@ -303,3 +304,55 @@ def test_a_config_that_was_written_down_has_the_same_fingerprint(tmp_path: Path)
     text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
     assert fingerprint(config.load(written(tmp_path, text))) == fingerprint(settings)
     assert len(fingerprint(settings)) == 16 and int(fingerprint(settings), 16) >= 0
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("memory: {name: a}\nrun: {}\nmemory: {uri: b}\n", "'memory' stands twice, in lines 1 and 3; put both parts under one"),
+        ("memory:\n  shots: 4\n  shots: 8\n", "'shots' stands twice, in lines 2 and 3; put both parts under one"),
+    ],
+)
+def test_a_key_that_stands_twice_is_told(tmp_path: Path, text: str, told: str) -> None:
+    file = written(tmp_path, text)
+    with pytest.raises(UserError) as raised:
+        config.load(file)
+    assert str(raised.value) == f"{file}: {told}"
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "read"),
+    [
+        ("memory: {classes: [yes, no, unsure]}", "memory.classes.0", "True"),
+        ("memory: {classes: [se, dk, no]}", "memory.classes.2", "False"),
+        ("memory: {classes: [off, lamp]}", "memory.classes.0", "False"),
+        ("memory: {classes: [1, 2]}", "memory.classes.0", "1"),
+        ("memory: {classes: [cat, ~]}", "memory.classes.1", "None"),
+        ("memory: {classes: [cat, 2024-01-31]}", "memory.classes.1", "datetime.date"),
+        ("memory: {name: on}", "memory.name", "True"),
+        ("serve: {adapters: {no: folder}}", "serve.adapters", "False"),
+    ],
+)
+def test_words_that_yaml_takes_for_values_are_to_be_quoted(tmp_path: Path, text: str, where: str, read: str) -> None:
+    with pytest.raises(UserError) as raised:
+        config.load(written(tmp_path, text))
+    assert str(raised.value).startswith(f"config: {where}") and f"YAML reads {read}" in str(raised.value)
+    assert "put it in quotes" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_the_reference_loads_as_the_defaults_and_holds_every_key(tmp_path: Path) -> None:
+    text = config.reference()
+    assert config.load(written(tmp_path, text)) == Config()
+    for key in config._known_keys(Config):
+        assert f"{key.rpartition('.')[2]}:" in text
+    sections = [one for one in vars(config).values() if isinstance(one, type) and issubclass(one, config.Strict)]
+    for section in sections:
+        for name, field in section.model_fields.items():
+            assert field.description or section is Config or isinstance(field.default, config.Strict), (section, name)
+
+
+@pytest.mark.skipif(not (SHARED_DATA.parent / "cases").exists(), reason="needs ../shared/cases")
+@pytest.mark.parametrize(("name", "told"), [("norway", "put it in quotes"), ("section_twice", "'memory' stands twice")])
+def test_configs_as_people_have_them(name: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        config.load(SHARED_DATA.parent / "cases" / "config" / f"{name}.yaml")

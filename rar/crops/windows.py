@@ -32,6 +32,7 @@ View = Literal["adaptive", "tight", "context"]
 Outside = Literal["blur", "grey", "black", "none"]
 
 GREY = 128
+CONTEXT_SCALE = 2.0  # growth of every box in the window `context`
 WIDE, NARROW, FEW = 32, 16, 128  # crop pixels in a band, for windows of at most FEW pixels and for larger ones; measured
 ROUNDING = 1e-6  # crop pixels: a corner on a pixel's border is no touch of the next
 KEPT = 2e-3  # factors of the blur below this singular value change no pixel by more than rounding does
@@ -50,7 +51,7 @@ def windows_xyxy(boxes_xyxy: np.ndarray, crop: Crop, view: View = "adaptive") ->
     """The square windows shown for boxes: (B, 4) pixels -> (B, 4) int64 whole pixels; they may leave the image.
 
     Each is centred on its box to within half a pixel and holds every pixel that the box touches. Its side is max(w, h) times
-    1 (`tight`), crop.scale_context (`context`), or a scale chosen by the box's area (`adaptive`), rounded up.
+    1 (`tight`), CONTEXT_SCALE (`context`), or a scale chosen by the box's area (`adaptive`), rounded up.
     """
     low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
     touched = (np.ceil(high) - np.floor(low)).max(axis=1)
@@ -61,7 +62,7 @@ def windows_xyxy(boxes_xyxy: np.ndarray, crop: Crop, view: View = "adaptive") ->
 
 def _scale(boxes_xyxy: np.ndarray, crop: Crop, view: View) -> np.ndarray:
     if view != "adaptive":
-        return np.full(len(boxes_xyxy), 1.0 if view == "tight" else crop.scale_context)
+        return np.full(len(boxes_xyxy), 1.0 if view == "tight" else CONTEXT_SCALE)
     group = np.searchsorted([SMALL_AREA, MEDIUM_AREA], area(boxes_xyxy))
     return np.array([crop.scale_small, crop.scale_medium, crop.scale_large])[group]
 

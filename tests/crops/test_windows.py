@@ -38,13 +38,13 @@ def test_the_window_is_a_square_of_whole_pixels_around_the_box(box: np.ndarray, 
 
 
 def test_the_window_grows_by_object_size() -> None:
-    crop = Crop(scale_small=2.0, scale_medium=1.5, scale_large=1.25, scale_context=3.0)
+    crop = Crop(scale_small=2.0, scale_medium=1.5, scale_large=1.25)
     boxes = np.array([[0.0, 0, 32, 32], [0, 0, 33, 32], [0, 0, 96, 96], [0, 0, 96, 97], [0, 0, 100, 4]])
     squares = windows.windows_xyxy(boxes, crop)
     assert (squares[:, 2] - squares[:, 0]).tolist() == [64, 50, 144, 122, 200]
     assert squares[0].tolist() == [-16, -16, 48, 48]
     assert windows.windows_xyxy(boxes, crop, "tight")[[0, 4]].tolist() == [[0, 0, 32, 32], [0, -48, 100, 52]]
-    assert windows.windows_xyxy(boxes, crop, "context")[[0, 4]].tolist() == [[-32, -32, 64, 64], [-100, -148, 200, 152]]
+    assert windows.windows_xyxy(boxes, crop, "context")[[0, 4]].tolist() == [[-16, -16, 48, 48], [-50, -98, 150, 102]]
 
 
 def test_a_tight_window_holds_every_pixel_that_the_box_touches() -> None:
@@ -75,7 +75,7 @@ def slow_crop(image: np.ndarray, box_xyxy: np.ndarray, crop: Crop, view: str = "
     x0, y0, x1, y1 = max(0, box_xyxy[0]), max(0, box_xyxy[1]), min(width, box_xyxy[2]), min(height, box_xyxy[3])
     size = (x1 - x0) * (y1 - y0)
     scale = crop.scale_small if size <= 1024 else crop.scale_medium if size <= 9216 else crop.scale_large
-    scale = {"adaptive": scale, "tight": 1.0, "context": crop.scale_context}[view]
+    scale = {"adaptive": scale, "tight": 1.0, "context": windows.CONTEXT_SCALE}[view]
     touched = max(math.ceil(x1) - math.floor(x0), math.ceil(y1) - math.floor(y0))
     side = max(math.ceil(scale * max(x1 - x0, y1 - y0)), touched)
     left = min(max(round((x0 + x1 - side) / 2), math.ceil(x1) - side), math.floor(x0))
