@@ -1,7 +1,7 @@
 """The HTTP API as a FastAPI app: what a request may look like, what an answer looks like, and the way every mistake is told.
 
-One way in: JSON, with the picture in base64 (a third more bytes than a raw upload, but one schema, one parser and one kind of
-error for everything) or, where `serve.url_prefixes` allows it, by its URL. A wrong request is a 4xx with one line,
+JSON with the picture in base64 or, where `serve.url_prefixes` allows it, by its URL; a form; or the bare picture (`body`): one
+schema and one kind of error for all. A wrong request is a 4xx with one line,
 {"error": "..."}; nothing a client sends is a 500. Token and size are checked before a byte of the body is parsed. The app knows
 neither Ray nor models: `Backend` is all it asks for, so that it is tested and fuzzed in one process.
 
@@ -21,7 +21,7 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import aiohttp
 from fastapi import FastAPI, HTTPException, Request, Security
@@ -29,11 +29,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPBearer
 from PIL import Image, UnidentifiedImageError
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from rar import __version__, config
 from rar.corpus.decode import FORMATS
+from rar.gateway import body
+from rar.gateway.body import picture_bytes
 from rar.schema import Candidate, Ranking, RankStatus, RowError, Unavailable, UserError
 
 OPEN_PATHS = ("/", "/health", "/openapi.json")  # answered without a token
@@ -72,7 +74,9 @@ class Backend(Protocol):
 class Picture(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    image: Base64Bytes | None = Field(None, description="JPEG, PNG, WebP, GIF, BMP, TIFF or PPM in base64")
+    image: Annotated[bytes, BeforeValidator(picture_bytes)] | None = Field(
+        None, description="JPEG, PNG, WebP, GIF, BMP, TIFF or PPM in base64"
+    )
     image_url: str | None = Field(None, description="instead of `image`, where the server allows it")
     adapter: str = Field("", description="name of a LoRA adapter that the server knows; default: the model as it is")
 
@@ -130,9 +134,10 @@ def create_app(backend: Backend, online: config.Serve, token_digest: bytes | Non
 
     if "rank" in online.endpoints:
 
-        @app.post("/rank", responses=wrong, dependencies=bearer)
-        async def rank(query: RankRequest) -> RankResponse:
+        @app.post("/rank", responses=wrong, dependencies=bearer, openapi_extra=_accepts(RankRequest))
+        async def rank(request: Request) -> RankResponse:
             """Rank candidates by how well they name what the image shows."""
+            query = await body.read(request, RankRequest)
             check_names(query.candidates, online)
             image = await picture(query, online)
             ranking = await backend.rank(image, query.candidates, query.adapter)
@@ -147,9 +152,10 @@ def create_app(backend: Backend, online: config.Serve, token_digest: bytes | Non
 
     if "recognize" in online.endpoints:
 
-        @app.post("/recognize", responses=wrong, dependencies=bearer)
-        async def recognize(query: RecognizeRequest) -> RecognizeResponse:
+        @app.post("/recognize", responses=wrong, dependencies=bearer, openapi_extra=_accepts(RecognizeRequest))
+        async def recognize(request: Request) -> RecognizeResponse:
             """Name what the image shows: the memory proposes candidates, the MLLM ranks them where that pays."""
+            query = await body.read(request, RecognizeRequest)
             found = await backend.recognize(await picture(query, online), query.adapter)
             best = found.order[0]
             return RecognizeResponse(
@@ -185,6 +191,17 @@ def create_app(backend: Backend, online: config.Serve, token_digest: bytes | Non
 
     _tell_mistakes(app)
     return app
+
+
+def _accepts(model: type[BaseModel]) -> dict[str, Any]:
+    """The request body in the schema: JSON, a form of the same fields, or a picture."""
+    fields = {"schema": model.model_json_schema()}
+    kinds = {
+        "application/json": fields,
+        "multipart/form-data": fields,
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+    }
+    return {"requestBody": {"required": True, "content": kinds}}
 
 
 def usage(ranking: Ranking) -> Usage:
@@ -309,7 +326,7 @@ def _tell_mistakes(app: FastAPI) -> None:
             return wrong(400, "the body is not valid JSON")
         if fault["type"] == "extra_forbidden":
             return wrong(422, f"unknown key {where[:80]!r}")
-        return wrong(422, f"{where or 'the body'}: {fault['msg']}")
+        return wrong(422, f"{where or 'the body'}: {fault['msg'].removeprefix('Value error, ')}")
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:

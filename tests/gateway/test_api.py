@@ -237,6 +237,42 @@ def test_other_paths_methods_and_types() -> None:
     assert post("/recognize", {"image": text(png())}, only).status == 404
 
 
+def multipart(fields: list[tuple[str, str]], image: bytes | None) -> tuple[bytes, dict[str, str]]:
+    parts = [f'--cut\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'.encode() for key, value in fields]
+    if image is not None:
+        parts.append(b'--cut\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + image + b"\r\n")
+    return b"".join(parts) + b"--cut--\r\n", {"content-type": "multipart/form-data; boundary=cut"}
+
+
+def test_a_form_a_bare_picture_and_json_without_a_type_are_all_read() -> None:
+    names = [("candidates", name) for name in NAMES]
+    for fields in (names, [("candidates", json.dumps(NAMES))]):
+        form, headers = multipart(fields, png())
+        assert call(plain(), "POST", "/rank", [form], headers).json["best"] == NAMES[-1]
+    assert call(plain(), "POST", "/recognize", [png()], {"content-type": "image/png"}).status == 200
+    assert call(plain(), "POST", "/recognize", [png()], {"content-type": ""}).status == 200
+    for kind in ("", "text/plain", "application/x-www-form-urlencoded"):
+        assert call(plain(), "POST", "/rank", [json.dumps(good()).encode()], {"content-type": kind}).status == 200
+
+
+def test_base64_as_people_write_it() -> None:
+    data = png(33, 17)
+    plainly, safe = text(data), base64.urlsafe_b64encode(data).decode()
+    lines = "\n".join(plainly[at : at + 76] for at in range(0, len(plainly), 76))
+    for written in (plainly, safe, safe.rstrip("="), lines, f"data:image/png;base64,{plainly}", f"DATA:;base64,{safe}"):
+        assert post("/recognize", {"image": written}).status == 200, written[:30]
+
+
+def test_what_to_send_is_told() -> None:
+    broken, headers = multipart([], None)
+    assert "`image`" in call(plain(), "POST", "/recognize", [broken], headers).error
+    assert "a form with the file" in call(plain(), "POST", "/rank", [b"--cut"], {"content-type": "multipart/form-data"}).error
+    assert "send JSON" in call(plain(), "POST", "/rank", [b""], {"content-type": ""}).error
+    assert "send JSON" in call(plain(), "POST", "/rank", [b"{"]).error
+    assert "in base64" in post("/recognize", {"image": "$$$"}).error
+    assert "comma" in post("/recognize", {"image": "data:image/png;base64"}).error
+
+
 def test_a_full_queue_is_429_with_retry_after() -> None:
     reply = post("/rank", good(candidates=["busy", "b"]))
     assert reply.status == 429 and int(reply.headers["retry-after"]) > 0 and reply.error
