@@ -47,6 +47,8 @@ def run(verb: str, config_file: Path, out: Path | None, sets: list[str], dry_run
     for key in ("top1", "top5", "candidate_recall", "ranked_fraction", "ap", "ap_rare"):
         if metrics.get(key) is not None:
             say(f"  {key} {metrics[key]:.4f}")
+    if leaked := metrics.get("leaked"):
+        say(f"  {leaked:,.0f} of the pictures are in the memory as well, and known by heart; leave them out of memory.support")
     return verdict(folder, settings)
 
 

@@ -251,9 +251,9 @@ def _manifest(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
                 f"{file} has no column {corpus.label_column!r}, so no labels; corpus.label_column may be one of {names.columns}"
             )
         base = _base(corpus, file)
-        uris = pa.chunked_array(
-            [pa.array([join(base, uri or "") for uri in part.to_pylist()]) for part in names.uris.chunks], pa.string()
-        )
+        uris = pc.fill_null(names.uris, "")
+        whole = pc.or_(pc.match_substring_regex(uris, "^(/|~/|$)"), pc.match_substring(uris, "://"))
+        uris = pc.if_else(whole, uris, pc.binary_join_element_wise(join(base, "x")[:-1], uris, ""))
         yield _rows(uris, names.labels)
 
 

@@ -99,20 +99,22 @@ class Settled:
     """What one entry a picture leaves. keep: (N,) bool, the rows that become entries.
 
     copies: rows left out because an equal picture of the same class stays. conflicts: pictures under several labels;
-    overruled: their rows whose label lost.
+    overruled: their rows whose label lost; example: the labels of one of them.
     """
 
     keep: np.ndarray
     copies: int
     conflicts: int
     overruled: int
+    example: tuple[str, ...] = ()
 
     def remarks(self) -> list[str]:
         lines = [f"{self.copies:,} copies of a picture under the same label are one entry"] if self.copies else []
         if self.conflicts:
+            example = " and ".join(map(repr, self.example))
             lines.append(
-                f"{self.conflicts:,} pictures stand under several labels; the label of most copies (or first by name) counts, "
-                f"{self.overruled:,} rows are left out"
+                f"{self.conflicts:,} pictures stand under several labels, e.g. {example}; the label of most copies (or first "
+                f"by name) counts, {self.overruled:,} rows are left out"
             )
         return lines
 
@@ -124,16 +126,18 @@ def settle(image_ids: Sequence[str], labels: Sequence[str]) -> Settled:
     copies_of: dict[int, list[int]] = defaultdict(list)
     for row in np.flatnonzero(counts[numbers] > 1).tolist():
         copies_of[int(numbers[row])].append(row)
-    copies = conflicts = overruled = 0
+    copies = overruled = 0
+    examples: list[tuple[str, ...]] = []
     for rows in copies_of.values():
         votes = Counter(labels[row] for row in rows)
         label = min(votes, key=lambda name: (-votes[name], name))
         keep[rows] = False
         keep[next(row for row in rows if labels[row] == label)] = True
         copies += votes[label] - 1
-        conflicts += len(votes) > 1
+        if len(votes) > 1:
+            examples.append(tuple(sorted(votes)))
         overruled += len(rows) - votes[label]
-    return Settled(keep, copies, conflicts, overruled)
+    return Settled(keep, copies, len(examples), overruled, min(examples, default=()))
 
 
 def leaks(image_ids: Iterable[str | None], remembered: Collection[str]) -> int:

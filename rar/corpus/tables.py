@@ -19,6 +19,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from typing import IO, Any
 
 import pyarrow as pa
@@ -188,11 +189,13 @@ def _read_csv(corpus: Corpus, file: str, stream: IO[bytes]) -> Names:
         raise UserError(f"corpus: {file} is empty; give it a header and a row an image")
     label = label_column(corpus, columns, file)
     places = [[at for at, name in enumerate(columns) if name == wanted] for wanted in (corpus.uri_column.strip(), label)]
+    for own in places:
+        rows = _agreeing(rows, own, columns, file) if len(own) > 1 else rows
+    pairs = map(itemgetter(*(own[0] if own else 0 for own in places)), rows)  # of other cells, however large, none is kept
     parts: list[list[pa.Array]] = [[], []]
-    while batch := list(islice(rows, HEAD)):
-        for own, part in zip(places, parts, strict=True):
-            cells = [_same(row, own, columns, file) if own else None for row in batch]
-            part.append(pa.array([cell.strip() if padded and cell else cell for cell in cells], pa.string()))
+    while batch := list(islice(pairs, HEAD)):
+        for cells, part in zip(zip(*batch, strict=True), parts, strict=True):
+            part.append(pa.array([(cell.strip() if padded else cell) or None for cell in cells], pa.string()))
     text.detach()
     uris, found = (pa.chunked_array(part, pa.string()) if own else None for own, part in zip(places, parts, strict=True))
     return Names(uris, None if found is None else labels(found), columns)
@@ -208,6 +211,9 @@ def _checked(reader: Any, file: str) -> Iterator[list[str]]:
             return
         except csv.Error as error:
             raise UserError(f"corpus: {file}, line {reader.line_num}: {error}; check the quotes of this row") from None
+        if len(row) == width and width:
+            yield row
+            continue
         if not row or (len(row) == 1 < width and not row[0].strip()):
             continue
         width = width or len(row)
@@ -218,12 +224,12 @@ def _checked(reader: Any, file: str) -> Iterator[list[str]]:
         yield row[:width]
 
 
-def _same(row: Sequence[str], places: Sequence[int], columns: Sequence[str], file: str) -> str | None:
-    """The cell of a column, which may be there twice if it says the same; None where it is empty."""
-    cell = row[places[0]]
-    if len(places) > 1 and any(row[place] != cell for place in places):
-        raise UserError(f"corpus: {file} has column {columns[places[0]]!r} twice, with different cells; rename one of them")
-    return cell or None
+def _agreeing(rows: Iterator[list[str]], places: Sequence[int], columns: Sequence[str], file: str) -> Iterator[list[str]]:
+    """The rows, of which each says the same in all places of a column."""
+    for row in rows:
+        if any(row[place] != row[places[0]] for place in places):
+            raise UserError(f"corpus: {file} has column {columns[places[0]]!r} twice, with different cells; rename one of them")
+        yield row
 
 
 def _separator(start: str) -> str | None:

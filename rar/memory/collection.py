@@ -303,6 +303,11 @@ class Collection:
         entry_ids, class_ids, class_names = ([row[name] for row in rows] for name in FIELDS[:3])
         return Entries(entry_ids, np.array(class_ids, np.int64), class_names, np.concatenate(parts))
 
+    def entry_ids(self) -> Iterator[str]:
+        """Of every entry, in their order."""
+        for page in self._pages(["entry_id"]):
+            yield from (row["entry_id"] for row in page)
+
     def _pages(self, columns: list[str], condition: str = "") -> Iterator[list[dict[str, Any]]]:
         """Columns of all entries, or of those that a condition holds for, in the order of entry_ids."""
         dim, after = self.meta()["dim"], ""

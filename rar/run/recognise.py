@@ -16,7 +16,7 @@ from ray.data import Dataset
 
 from rar import fusion
 from rar.config import Config
-from rar.corpus import coco
+from rar.corpus import coco, support
 from rar.engine import client, pipeline, stages
 from rar.engine.session import Session
 from rar.engine.sinks import ShardSink
@@ -106,6 +106,9 @@ def finish(
         values = measure.detection(settings, predictions, work.index, names, calibration, folder.path / "detections.json")
     else:
         values = measure.classification(predictions, work.index, names)
+        if (images := vocabulary.retrieve.images).exists():
+            remembered = {entry.rsplit("-", 1)[0] for entry in images.entry_ids()}
+            values["leaked"] = float(support.leaks(predictions["image_id"].to_pylist(), remembered))
     values["mean_k"] = _mean_k(folder)
     folder.finish(counts, values, seconds)
     return values

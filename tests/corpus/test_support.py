@@ -44,7 +44,7 @@ def test_a_picture_is_one_entry_whatever_the_order(pictures: list[tuple[str, str
 def test_settled_sets_say_what_they_left_out() -> None:
     assert support.settle([], []).remarks() == [] == support.settle(["a", "b"], ["x", "x"]).remarks()
     copies, conflict = support.settle(["a", "a", "b", "b", "b"], ["x", "x", "y", "x", "x"]).remarks()
-    assert copies.startswith("2 copies") and conflict.startswith("1 pictures stand under several labels")
+    assert copies.startswith("2 copies") and conflict.startswith("1 pictures stand under several labels, e.g. 'x' and 'y';")
 
 
 def slow_draw(labels: list[str], shots: int, seed: int) -> list[int]:

@@ -72,7 +72,7 @@ def test_every_mode_classifies_embeddings_of_ones_own(mode: str, session: Sessio
     given = settings("modes", support, memory=memory, corpus={"uri": queries}, retriever={"mode": mode, "top_k": 3})
     build.build_memory(session, given, fresh=False)
     folder, metrics = run(given, session, tmp_path / "run")
-    assert metrics["top1"] > 0.8 and metrics["images"] == 30
+    assert metrics["top1"] > 0.8 and metrics["images"] == 30 and metrics["leaked"] == 0
     for row in folder.predictions().to_pylist():
         scores = [candidate["score"] for candidate in row["candidates"]]
         assert len(scores) == 3 and scores == sorted(scores, reverse=True) and np.exp(scores).sum() <= 1 + 1e-4
@@ -116,6 +116,12 @@ def test_a_snapshot_stays_as_it_was(session: Session, tmp_path: Path) -> None:
         build.build_memory(session, frozen, fresh=False)
     with pytest.raises(UserError, match="no version 7"):
         open_memory(session, live.model_copy(update={"memory": live.memory.model_copy(update={"version": 7})}))
+
+
+def test_pictures_that_the_memory_holds_are_counted(session: Session, tmp_path: Path) -> None:
+    given = settings("leaks", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1), corpus={"uri": str(tmp_path / "a.npz")})
+    build.build_memory(session, given, fresh=False)
+    assert run(given, session, tmp_path / "run")[1]["leaked"] == 6
 
 
 def test_a_run_is_not_resumed_on_a_memory_that_changed(session: Session, tmp_path: Path) -> None:
