@@ -74,6 +74,7 @@ def list_images(corpus: Corpus) -> pa.Table:
             parts.append(part)
             if corpus.limit and sum(map(len, parts)) >= corpus.limit:
                 break
+    told = [str(_text(" ".join(line.split()))) for line in told]  # names of files may hold anything
     table = pa.concat_tables(parts).slice(0, corpus.limit)
     if not table.num_rows:
         more = f" ({told[0]})" if told else ""

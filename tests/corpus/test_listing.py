@@ -131,6 +131,14 @@ def test_what_is_left_out_is_counted_by_suffix(root: str) -> None:
     ]
 
 
+def test_remarks_are_one_line_each_whatever_names_hold(tmp_path: Path) -> None:
+    write(tmp_path, {"1.png": b"x"})
+    for name in (b"a.t\nxt", b"b.\xe9"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"")
+    (line,) = remarks(index(str(tmp_path)))
+    assert "\n" not in line and "1 .t xt" in line and line.encode()
+
+
 def test_a_folder_of_files_without_a_suffix(root: str) -> None:
     write(root, {f"{number}": picture(number) for number in range(300)} | {"notes": b"text"})
     table = index(root)

@@ -123,6 +123,7 @@ def test_upsert_replaces_and_the_last_of_equal_ids_wins(collection: Collection) 
     assert collection.upsert(["b"], [4], ["four"], np.ones((1, 2), np.float32)) == 1
     collection.seal(2)
     entries = collection.fetch()
+    assert list(collection.entry_ids()) == entries.entry_ids
     assert (entries.entry_ids, entries.class_ids.tolist(), entries.class_names) == (["a", "b"], [2, 4], ["two", "four"])
     assert entries.vectors.tolist() == [[0.0, 1.0], [1.0, 1.0]]
 
