@@ -36,7 +36,7 @@ class Corpus(Strict):
     """
 
     uri: str = Field(
-        description="folder (labels = sub-folder names), .csv/.parquet manifest, .tar (globs allowed), .json (COCO/LVIS)"
+        description="folder (labels = sub-folder names), .csv/.tsv/.parquet table, .tar (globs allowed), .json (COCO/LVIS)"
     )
     format: Literal["auto", "folder", "manifest", "webdataset", "parquet", "coco", "embeddings"] = Field(
         "auto", description="how to read `uri`; auto: by its suffix and content"
