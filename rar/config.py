@@ -223,6 +223,9 @@ class Detect(Strict):
         None, description="COCO-results JSON or parquet; default: the ground-truth boxes of the corpus"
     )
     detector: Detector | None = Field(None, description="makes the proposals itself, instead of `proposals`")
+    proposal_scores: Literal["probability", "logit"] = Field(
+        "probability", description="what the scores of `proposals` are; logits become probabilities by a sigmoid"
+    )
     style: Literal["coco", "lvis", "v3det"] = Field("coco", description="definition of AP")
     crop: Crop = Crop()
     max_boxes: int = Field(300, ge=1, description="proposals kept per image, best first")

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from rar import storage
 from rar.config import Corpus
-from rar.corpus import decode, tables, tars, vectors
+from rar.corpus import decode, tables, tars, truth, vectors
 from rar.schema import INDEX, RowError, UserError
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -251,10 +251,10 @@ def _manifest(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
             told.append(
                 f"{file} has no column {corpus.label_column!r}, so no labels; corpus.label_column may be one of {names.columns}"
             )
-        base = _base(corpus, file)
+        base = truth.folder_of(corpus, file)
         uris = pc.fill_null(names.uris, "")
         whole = pc.or_(pc.match_substring_regex(uris, "^(/|~/|$)"), pc.match_substring(uris, "://"))
-        uris = pc.if_else(whole, uris, pc.binary_join_element_wise(join(base, "x")[:-1], uris, ""))
+        uris = pc.if_else(whole, uris, pc.binary_join_element_wise(truth.joined(base, "x")[:-1], uris, ""))
         yield _rows(uris, names.labels)
 
 
@@ -282,21 +282,9 @@ def _parquet(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
 
 
 def _coco(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
-    """COCO and LVIS ground truth: only `images` is read here. LVIS names its files by `coco_url` alone."""
+    """COCO, LVIS and V3Det ground truth: only its pictures are asked for here; names are as `detect` finds them."""
     for file in storage.files(corpus.uri, ".json"):
-        with storage.open_file(file) as stream:
-            data = json.load(stream)
-        images = data.get("images") if isinstance(data, dict) else None
-        if not isinstance(images, list):
-            raise UserError(f"corpus: {file} has no list 'images'; give a COCO or LVIS file, or set corpus.format")
-        base = _base(corpus, file)
-        uris = []
-        for number, image in enumerate(images):
-            try:
-                uris.append(join(base, image.get("file_name") or image["coco_url"].rpartition("/")[2]))
-            except (AttributeError, KeyError):
-                raise UserError(f"corpus: {file}: images[{number}] has neither file_name nor coco_url; add one") from None
-        yield _rows(pa.array(uris, pa.string()), None)
+        yield _rows(pa.array(truth.uris(truth.read(file, boxes=False), truth.folder_of(corpus, file)), pa.string()), None)
 
 
 def _embeddings(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
@@ -312,24 +300,9 @@ def _rows(uris: pa.Array | pa.ChunkedArray, labels: pa.ChunkedArray | None) -> p
     return pa.table([uris, none, none, pa.nulls(len(uris), pa.string()) if labels is None else labels], schema=ROWS)
 
 
-def _base(corpus: Corpus, file: str) -> str:
-    """The folder that relative names of a table or COCO file start from."""
-    if corpus.images is None:
-        return file.rpartition("/")[0]
-    _require_folder(corpus.images, "corpus.images")
-    return storage.full_name(*storage.locate(corpus.images))
-
-
 def _require_folder(uri: str, key: str) -> None:
     if storage.kind_of(*storage.locate(uri)) != "directory":
         raise UserError(f"corpus: {uri} is not a folder; check {key}")
-
-
-def join(base: str, name: str) -> str:
-    """A name in a table or JSON, relative to a folder unless it is whole (or empty)."""
-    if not name or name.startswith(("/", "~/")) or "://" in name:
-        return name
-    return f"{base}{name}" if base.endswith("/") else f"{base}/{name}"
 
 
 def _text(name: str | None) -> str | None:
@@ -408,7 +381,7 @@ def _image_bytes(value: Any, folder: str) -> bytes | RowError:
     if data is not None or not path:
         return RowError("null instead of image bytes") if data is None else data
     try:
-        fs, place = storage.locate(join(folder, path))
+        fs, place = storage.locate(truth.joined(folder, path))
         return fs.cat_file(place)
     except Exception as error:  # as any file that cannot be read
         return _row_error(error)

@@ -21,6 +21,7 @@ from rar.boxes import check_boxes
 from rar.columns import candidates_of, rankings_of, vectors_column, vectors_of, with_candidates, with_errors, with_vectors
 from rar.corpus import listing, vectors
 from rar.corpus.decode import decode, fit_square
+from rar.corpus.frame import Frame, frame_of
 from rar.crops import windows
 from rar.memory.collection import Collection, Entries, Hits
 from rar.retriever import modes
@@ -104,20 +105,29 @@ class Propose:
         faults: list[str | None] = [None] * table.num_rows
         healthy = [row for row, error in enumerate(table["error"].to_pylist()) if error is None]
         for start in range(0, len(healthy), self.batch):
-            images = {}
+            images, frames = {}, {}
             for row in healthy[start : start + self.batch]:
                 try:
-                    images[row] = decode(table["bytes"][row].as_py())
+                    images[row], frames[row] = framed(table["bytes"][row].as_py(), *(table[key][row].as_py() for key in SIZE))
                 except RowError as error:
                     faults[row] = str(error)
             for row, (found, found_scores) in zip(
                 images, self.proposer.propose(list(images.values()), self.limit), strict=True
             ):
-                boxes[row], scores[row] = found.tolist(), found_scores.tolist()
+                boxes[row], scores[row] = frames[row].to_file(found).tolist(), found_scores.tolist()
         table = table.drop_columns(["bytes", *(name for name in PROPOSED.names if name in table.column_names)])
         for field, values in zip(PROPOSED, (boxes, scores), strict=True):
             table = table.append_column(field, pa.array(values, field.type))
         return with_errors(table, "decode", faults)
+
+
+SIZE = ("width", "height")  # the columns of schema coco.BOXES that tell the frame of boxes
+
+
+def framed(data: bytes, width: int | None, height: int | None) -> tuple[np.ndarray, Frame]:
+    """Encoded bytes and the size their JSON states -> upright pixels, and how its boxes lie on them. Raises RowError."""
+    image = decode(data)
+    return image, frame_of((width, height), (image.shape[1], image.shape[0]), data)
 
 
 PROPOSED = pa.schema([("boxes_xyxy", pa.list_(pa.list_(pa.float32()))), ("box_scores", pa.list_(pa.float32()))])
@@ -128,7 +138,8 @@ class Crop:
 
     `bytes` is the first view as PPM (a header and raw pixels, which costs no time to write), for the ranker; `views` holds the
     raw pixels of all views, for the encoder. An image is decoded once, however many boxes and views it has. A picture that
-    cannot be decoded yields one error row a box.
+    cannot be decoded, or whose size is not that of its boxes (see corpus.frame), yields one error row a box. `box_xyxy` stays
+    as in the file.
     """
 
     def __init__(self, settings: config.Crop) -> None:
@@ -147,13 +158,13 @@ class Crop:
         if picture["error"] is not None or not rows:
             return rows
         try:
-            image = decode(picture["bytes"])
+            image, frame = framed(picture["bytes"], picture["width"], picture["height"])
         except RowError as error:
             return [{**row, "stage": "decode", "error": str(error)} for row in rows]
-        height, width = image.shape[:2]
-        faults = check_boxes(boxes, width, height)
+        on_image = frame.to_pixels(boxes)
+        faults = check_boxes(on_image, image.shape[1], image.shape[0])
         good = [position for position, fault in enumerate(faults) if fault is None]
-        views = [windows.crops(image, boxes[good], self.settings, view) for view in self.settings.views]
+        views = [windows.crops(image, on_image[good], self.settings, view) for view in self.settings.views]
         for position, seen in zip(good, zip(*views, strict=True), strict=True):
             rows[position] |= {"bytes": ppm(seen[0]), "views": [pixels.tobytes() for pixels in seen]}
         for row, box, fault in zip(rows, boxes.tolist(), faults, strict=True):
@@ -170,7 +181,7 @@ CROPS = pa.schema(
         ("row", pa.int64()),
         ("uri", pa.string()),
         ("image_id", pa.string()),
-        ("coco_id", pa.int64()),
+        ("coco_id", pa.string()),
         ("label", pa.string()),
         ("box_xyxy", pa.list_(pa.float32())),
         ("box_score", pa.float32()),

@@ -1,12 +1,15 @@
 """Average precision of detections against a COCO, LVIS or V3Det ground truth, by the official definitions.
 
-The matching and accumulation are faster-coco-eval's (C++). Around it, four things are done here:
+The matching and accumulation are faster-coco-eval's (C++). Around it, five things are done here:
 
 - Everything is checked first, because the library skips what it does not know (a detection of an unknown category vanishes).
 - LVIS keeps the 300 best detections of an image over all its classes before anything else (lvis-api, `LVISResults`). The
   library's own limit is per image and class, as in COCO, so the cut is made here. The V3Det benchmark is COCO's definition with
   300 detections an image and class, from detectors that write at most 300 an image (mmdetection, configs/v3det), so style v3det
   makes the same cut.
+- LVIS knows neither crowds nor boxes without area, of truths or detections, and has an `ignore` flag of its own, which COCO's
+  definition overwrites with `iscrowd` (lvis-api, `LVISEval._prepare`, `LVIS.get_ann_ids`). The library knows COCO's alone; an
+  ignored truth is given an area beyond every area group, which means the same.
 - Categories are run a few at a time and only their means are kept: the library's precision array for V3Det's 13,204 categories
   would be 10 x 101 x 13204 x 4 areas x 3 limits x 8 bytes = 1.3 GB, and no two categories ever meet in it.
 - The numbers are means of those, not the library's printed summary, so that the frequency groups r/c/f exist for every truth
@@ -17,14 +20,16 @@ A group without any ground truth has the value -1, as in the official evaluators
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from rar.corpus.coco import read_json
+from rar.corpus import truth as truths
+from rar.corpus.coco import records
+from rar.corpus.truth import Truth
 from rar.evaluation.scoring import Detections
 from rar.schema import UserError
 
@@ -34,7 +39,7 @@ CLASS_LIMITS: dict[Style, list[int]] = {"coco": [1, 10, 100], "lvis": [300], "v3
 AREAS = {"small": 1, "medium": 2, "large": 3}  # positions on the area axis; 0 is "all"
 FREQUENCIES = {"rare": "r", "common": "c", "frequent": "f"}
 RESULT_KEYS = ("image_id", "category_id", "bbox", "score")
-LVIS_LISTS: dict[str, list[int]] = {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+BEYOND = 1e11  # square pixels: above every area group's bound, 1e5 ** 2
 OVERLAPS = {"ap": slice(0, 10), "ap50": slice(0, 1), "ap75": slice(5, 6)}  # of the thresholds .50, .55, ..., .95
 TOGETHER = 8  # categories a call: fewer pay more calls, more pay for pairs of image and category that are empty
 
@@ -48,133 +53,157 @@ class Means(NamedTuple):
     ar: np.ndarray  # (K, M limits, 4 areas), over the thresholds
 
 
-def evaluate(detections: Detections | list[Record] | str | Path, truth: Record | str | Path, style: Style) -> dict[str, float]:
+def evaluate(
+    detections: Detections | list[Record] | str | Path, truth: Truth | Record | str | Path, style: Style
+) -> dict[str, float]:
     """AP and AR in 0..1 of scored boxes against a truth.
 
     detections: columns, a list in COCO's results format ({image_id, category_id, bbox xywh, score}), or the path of its JSON.
-    truth: a COCO/LVIS/V3Det object, or the path of its JSON; never changed. Keys: ap, ap50, ap75, ap_small, ap_medium,
+    truth: a COCO/LVIS/V3Det object, never changed, or the path of its JSON, all of whose annotations must be usable; whoever
+    read a Truth was told of those that are not. Ids are compared as in corpus.truth. Keys: ap, ap50, ap75, ap_small, ap_medium,
     ap_large; coco: ar_1, ar_10, ar_100; lvis and v3det: ar_300; ar_small, ar_medium, ar_large; and ap_rare, ap_common,
     ap_frequent where the categories have `frequency` (lvis always has). No detections give zeros.
-    Raises UserError for files of another kind, detections that name an unknown image or category, and for style lvis on a truth
-    without LVIS' fields.
+    Raises UserError for files of another kind, annotations or detections that cannot be used (how many, and the first), and for
+    style lvis on a truth without LVIS' fields.
     """
-    known = check_truth(loaded(truth), style)
-    found = detections if isinstance(detections, Detections) else _columns(loaded(detections))
-    _refuse_unknown(found, known)
+    known = truth if isinstance(truth, Truth) else whole(truth)
+    known.refuse_ids_twice()
+    if style == "lvis":
+        _check_lvis(known)
+    found = detections if isinstance(detections, Detections) else read_detections(detections, known)
     limit = IMAGE_LIMITS[style]
     if limit is not None:
         found = best_of_each_image(found, limit)
     means = _accumulate(found, known, style)
-    return _summary(means, [category.get("frequency") for category in known["categories"]], CLASS_LIMITS[style])
+    return _summary(means, [category.frequency for category in known.categories], CLASS_LIMITS[style])
 
 
-def loaded(source: Any) -> Any:
-    """An object, or the JSON file of it."""
-    return read_json(str(source)) if isinstance(source, str | Path) else source
-
-
-def check_truth(truth: Any, style: Style) -> Record:
-    """A copy of the truth that the library may write into, annotations numbered from 1 (it takes 0 for "unmatched").
-
-    `area` is the segmentation's where the file has it, as officially defined, and the box's where it does not. Categories are
-    sorted by id. Raises UserError for a file of another kind.
-    """
-    try:
-        annotations = [
-            {
-                "id": number,
-                "image_id": one["image_id"],
-                "category_id": one["category_id"],
-                "bbox": [float(value) for value in one["bbox"]],
-                "area": float(one.get("area", one["bbox"][2] * one["bbox"][3])),
-                "iscrowd": int(one.get("iscrowd", 0)),
-            }
-            for number, one in enumerate(truth["annotations"], start=1)
-        ]
-        images = [{**LVIS_LISTS, **one, "id": int(one["id"])} for one in truth["images"]]
-        categories = sorted(({**one, "id": int(one["id"])} for one in truth["categories"]), key=lambda one: one["id"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"the truth is no COCO object detection file: {type(error).__name__} {error}") from None
-    for key, ids in ("image_id", {one["id"] for one in images}), ("category_id", {one["id"] for one in categories}):
-        if unknown := [one for one in annotations if one[key] not in ids]:
-            raise UserError(f"{len(unknown)} annotations of the truth name an unknown {key}, the first is {unknown[0]!r:.200}")
-    if style == "lvis" and not all(LVIS_LISTS.keys() <= one.keys() for one in truth["images"]):
-        raise UserError(f"style lvis needs {' and '.join(LVIS_LISTS)} on every image; use style coco")
-    if style == "lvis" and not all(one.get("frequency") in FREQUENCIES.values() for one in categories):
-        raise UserError("style lvis needs a frequency r, c or f on every category; use style coco")
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _columns(detections: Any) -> Detections:
-    """A list in COCO's results format as columns. Raises UserError with a count and the first fault of a kind."""
-    if not isinstance(detections, list):
-        raise UserError(f"detections must be a list of objects with {RESULT_KEYS}: COCO's results format")
-    if malformed := [one for one in detections if not _well_formed(one)]:
+def whole(source: Record | str | Path) -> Truth:
+    """A truth all of whose annotations can be used; else UserError: an AP without some of the truth is of another data set."""
+    truth = truths.read(source, "truth")
+    if missing := [key for key in ("annotations", "categories") if key not in truth.keys]:
+        raise UserError(f"{truth.source} is no COCO object detection file: it has no list `{missing[0]}`")
+    if truth.faults:
+        count = sum(fault.count for fault in truth.faults)
         raise UserError(
-            f"{len(malformed)} detections lack one of {RESULT_KEYS} or a number, the first is {malformed[0]!r:.200}"
+            f"{count} annotations of {truth.source} cannot be used, the first: {truth.faults[0].text}; mend or remove them"
         )
-    return Detections(
-        np.array([one["image_id"] for one in detections], np.int64),
-        np.array([one["category_id"] for one in detections], np.int64),
-        np.array([one["bbox"] for one in detections], np.float64).reshape(-1, 4),
-        np.array([one["score"] for one in detections], np.float64),
-    )
+    return truth
 
 
-def _well_formed(one: Any) -> bool:
-    if not isinstance(one, Mapping) or not one.keys() >= set(RESULT_KEYS):
-        return False
-    bbox = one["bbox"]
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(one[key], int) for key in RESULT_KEYS[:2]):
-        return False
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in [*bbox, one["score"]])
+def _check_lvis(truth: Truth) -> None:
+    if any(picture.negative is None or picture.not_exhaustive is None for picture in truth.pictures):
+        raise UserError("style lvis needs neg_category_ids and not_exhaustive_category_ids on every image; use style coco")
+    if any(category.frequency not in FREQUENCIES.values() for category in truth.categories):
+        raise UserError("style lvis needs a frequency r, c or f on every category; use style coco")
 
 
-def _refuse_unknown(found: Detections, truth: Record) -> None:
-    for column, key, records in (found.image_ids, "image_id", "images"), (found.category_ids, "category_id", "categories"):
-        unknown = np.flatnonzero(~np.isin(column, [one["id"] for one in truth[records]]))
-        if len(unknown):
-            raise UserError(f"{len(unknown)} detections name an unknown {key}, the first is {key} {column[unknown[0]]}")
+def read_detections(source: list[Record] | str | Path, truth: Truth) -> Detections:
+    """COCO's results format as columns. Raises UserError with a count and the first fault of a kind."""
+    columns: dict[str, array] = {"image_id": array("q"), "category_id": array("q"), "numbers": array("d")}
+    ids = {"image_id": truth.picture_ids, "category_id": truth.category_ids}
+    malformed, unknown = (0, ""), dict.fromkeys(ids, (0, ""))
+    for one in records(source, "detections"):
+        if (
+            not isinstance(one, dict)
+            or not one.keys() >= set(RESULT_KEYS)
+            or truths.bbox_fault(one["bbox"])
+            or not truths.is_number(one["score"])
+        ):
+            malformed = (malformed[0] + 1, malformed[1] or f"{one!r:.200}")
+            continue
+        for key, known in ids.items():
+            place = known.place(one[key])
+            columns[key].append(place)
+            if place < 0:
+                unknown[key] = (unknown[key][0] + 1, unknown[key][1] or f"{key} {one[key]!r:.60}")
+        columns["numbers"].extend((*one["bbox"], one["score"]))
+    if malformed[0]:
+        raise UserError(f"{malformed[0]} detections lack one of {RESULT_KEYS} or a number, the first is {malformed[1]}")
+    for key, (count, first) in unknown.items():
+        if count:
+            raise UserError(f"{count} detections name an unknown {key}, the first is {first}")
+    numbers = np.array(columns["numbers"], np.float64).reshape(-1, 5)
+    images, categories = (np.array(columns[key], np.int64) for key in ids)
+    return Detections(images, categories, numbers[:, :4], numbers[:, 4])
 
 
 def best_of_each_image(found: Detections, limit: int) -> Detections:
     """At most `limit` detections of each image, over all its classes, by score (ties: as given); image by image, best first."""
-    order = np.lexsort((-found.scores, found.image_ids))
-    images = found.image_ids[order]
-    kept = order[np.arange(len(order)) - np.searchsorted(images, images) < limit]
-    return Detections(*(column[kept] for column in found))
+    order = np.lexsort((-found.scores, found.images))
+    images = found.images[order]
+    return _take(found, order[np.arange(len(order)) - np.searchsorted(images, images) < limit])
 
 
-def _accumulate(found: Detections, truth: Record, style: Style) -> Means:
+def _take(found: Detections, rows: np.ndarray) -> Detections:
+    return Detections(*(column[rows] for column in found))
+
+
+def _accumulate(found: Detections, truth: Truth, style: Style) -> Means:
     """The categories that have ground truth, TOGETHER at a time, on the images where they occur.
 
     The library keeps an entry for every pair of image and category that it is given, and nearly all pairs of a large vocabulary
     are empty.
     """
-    categories = truth["categories"]
-    wanted: dict[int, list[Record]] = {one["id"]: [] for one in categories}
-    for one in truth["annotations"]:
-        wanted[one["category_id"]].append(one)
-    images = {one["id"]: one for one in truth["images"]}
-    order = np.argsort(found.category_ids, kind="stable")
-    sorted_ids = found.category_ids[order]
-    count = len(categories)
+    boxes, images = truth.boxes, _images(truth, style)
+    if style == "lvis":
+        boxes = truths.take(boxes, np.flatnonzero((boxes.area > 0) & (boxes.area < np.inf)))
+        area = np.prod(found.boxes_xywh[:, 2:], axis=1)
+        found = _take(found, np.flatnonzero((area > 0) & (area < np.inf)))
+    count = len(truth.categories)
     means = Means(np.full((count, len(OVERLAPS), 4), np.nan), np.full((count, len(CLASS_LIMITS[style]), 4), np.nan))
-    present = [k for k, category in enumerate(categories) if wanted[category["id"]]]
-    for start in range(0, len(present), TOGETHER):
-        at = present[start : start + TOGETHER]
-        ids = [categories[k]["id"] for k in at]
-        hits = _records(found, np.concatenate([order[slice(*np.searchsorted(sorted_ids, [i, i + 1]))] for i in ids]))
-        mine = [one for category_id in ids for one in wanted[category_id]]
-        seen = sorted({one["image_id"] for one in mine + hits})
-        part = {"images": [images[i] for i in seen], "annotations": mine, "categories": [categories[k] for k in at]}
-        means.ap[at], means.ar[at] = _run(hits, part, style)
+    rows_of, hits_of = _by_category(boxes.category), _by_category(found.categories)
+    present = np.unique(boxes.category)
+    for at in (present[start : start + TOGETHER] for start in range(0, len(present), TOGETHER)):
+        rows, hits = (np.concatenate([of(category) for category in at.tolist()]) for of in (rows_of, hits_of))
+        seen = np.unique(np.concatenate([boxes.image[rows], found.images[hits]]))
+        part = {
+            "images": [images[place] for place in seen.tolist()],
+            "annotations": _annotations(truths.take(boxes, rows), images, style),
+            "categories": [{"id": place, "frequency": truth.categories[place].frequency} for place in at.tolist()],
+        }
+        means.ap[at], means.ar[at] = _run(_records(_take(found, hits), images), part, style)
     return means
 
 
-def _records(found: Detections, rows: np.ndarray) -> list[Record]:
-    columns = zip(*(column[rows].tolist() for column in found), strict=True)
-    return [dict(zip(RESULT_KEYS, one, strict=True)) for one in columns]
+def _by_category(categories: np.ndarray) -> Callable[[int], np.ndarray]:
+    """Rows of a category, in order."""
+    order = np.argsort(categories, kind="stable")
+    ordered = categories[order]
+    return lambda category: order[slice(*np.searchsorted(ordered, [category, category + 1]))]
+
+
+def _images(truth: Truth, style: Style) -> list[Record]:
+    """The images as the library knows them. Its ids follow the order of the file's, in which ties of scores are broken."""
+    ids = [picture.id for picture in truth.pictures]
+    sortable = all(isinstance(one, int | float) for one in ids) or all(isinstance(one, str) for one in ids)
+    rank = sorted(range(len(ids)), key=ids.__getitem__) if sortable else range(len(ids))
+    images: list[Record] = [{} for _ in ids]
+    for number, place in enumerate(rank):
+        images[place] = {"id": number}
+        if style == "lvis":
+            for key, listed in zip(truths.LVIS_LISTS, truth.pictures[place][-2:], strict=True):
+                images[place][key] = [truth.category_ids.place(one) for one in listed or ()]
+    return images
+
+
+def _annotations(boxes: truths.Columns, images: list[Record], style: Style) -> list[Record]:
+    """Numbered from 1: the library takes 0 for "unmatched"."""
+    lvis = style == "lvis"
+    area = np.where(boxes.ignore & lvis, BEYOND, boxes.area)
+    crowd = boxes.crowd & (not lvis)
+    columns = (boxes.image, boxes.category, boxes.xywh, area, crowd.astype(int))
+    return [
+        {"id": number, "image_id": images[image]["id"], "category_id": category, "bbox": bbox, "area": one, "iscrowd": many}
+        for number, (image, category, bbox, one, many) in enumerate(
+            zip(*(column.tolist() for column in columns), strict=True), start=1
+        )
+    ]
+
+
+def _records(found: Detections, images: list[Record]) -> list[Record]:
+    columns = zip(*(column.tolist() for column in found), strict=True)
+    return [dict(zip(RESULT_KEYS, (images[image]["id"], *rest), strict=True)) for image, *rest in columns]
 
 
 def _run(detections: list[Record], truth: Record, style: Style) -> tuple[np.ndarray, np.ndarray]:

@@ -15,14 +15,16 @@ import numpy as np
 
 from rar.boxes import MEDIUM_AREA, SMALL_AREA, xywh_to_xyxy
 from rar.boxes import iou as box_iou
-from rar.evaluation.ap import FREQUENCIES, Record, check_truth
+from rar.corpus.truth import Truth, take
+from rar.evaluation.ap import FREQUENCIES
 from rar.evaluation.metrics import Outcomes, wilson
 
 
-def frequencies(truth: Record) -> dict[str, str]:
+def frequencies(truth: Truth) -> dict[str, str]:
     """{class name: "rare" | "common" | "frequent"} of a truth's categories; empty where they carry no `frequency`."""
     names = {letter: name for name, letter in FREQUENCIES.items()}
-    return {one["name"]: names[one["frequency"]] for one in truth["categories"] if one.get("frequency") in names}
+    known = ((one.name, one.frequency) for one in truth.categories if isinstance(one.frequency, str) and one.name is not None)
+    return {name: names[letter] for name, letter in known if letter in names}
 
 
 def by_size(areas: np.ndarray) -> dict[str, np.ndarray]:
@@ -50,26 +52,24 @@ def group_accuracies(found: Outcomes, groups: Mapping[str, np.ndarray]) -> dict[
     return values
 
 
-def proposal_recall(truth: Record, image_ids: np.ndarray, boxes_xyxy: np.ndarray, iou: float = 0.5) -> dict[str, float]:
+def proposal_recall(truth: Truth, images: np.ndarray, boxes_xyxy: np.ndarray, iou: float = 0.5) -> dict[str, float]:
     """The share of objects that some box overlaps by at least `iou`: proposal_recall, and proposal_recall_GROUP of each group.
 
-    truth: a COCO/LVIS object; crowds are left out. image_ids (P,), boxes_xyxy (P, 4): class-agnostic, all of them count, so cut
-    them to the number per image that is meant first. A box may serve several objects, which a matching one to one would not
-    allow: it can be named several times, too. Sizes are the evaluator's (`area` of the file: the segmentation's where there is
-    one). Every value comes with `.ci_low` and `.ci_high`. Raises UserError for a truth of another kind.
+    Crowds are left out of the truth. images (P,): place of each box's picture in it; boxes_xyxy (P, 4): class-agnostic, all of
+    them count, so cut them to the number per image that is meant first. A box may serve several objects, which a matching one
+    to one would not allow: it can be named several times, too. Sizes are the evaluator's (`area` of the file: the
+    segmentation's where there is one). Every value comes with `.ci_low` and `.ci_high`.
     """
-    known = check_truth(truth, "coco")
-    objects = [one for one in known["annotations"] if not one["iscrowd"]]
+    objects = take(truth.boxes, np.flatnonzero(~truth.boxes.crowd))
     hit = _overlapped(
-        np.array([one["image_id"] for one in objects], np.int64),
-        xywh_to_xyxy(np.array([one["bbox"] for one in objects], np.float64).reshape(-1, 4)),
-        np.asarray(image_ids, np.int64),
+        objects.image,
+        xywh_to_xyxy(objects.xywh),
+        np.asarray(images, np.int64),
         np.asarray(boxes_xyxy, np.float64).reshape(-1, 4),
         iou,
     )
-    letters = {one["id"]: one.get("frequency") for one in known["categories"]}
-    of_object = np.array([letters[one["category_id"]] for one in objects], dtype=object)
-    groups = by_size(np.array([one["area"] for one in objects], np.float64))
+    of_object = np.array([*(one.frequency for one in truth.categories), None], dtype=object)[objects.category]
+    groups = by_size(objects.area)
     groups |= {name: of_object == letter for name, letter in FREQUENCIES.items()}
     values = _share("proposal_recall", hit)
     for name, members in groups.items():

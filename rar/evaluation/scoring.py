@@ -22,7 +22,8 @@ class and costs little there, while it may be all that a rare class gets. All ru
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -30,6 +31,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from rar.boxes import xyxy_to_xywh
+from rar.corpus.truth import Truth, as_written
 from rar.schema import UserError
 
 Rule = Literal["product", "geometric", "class", "proposal"]
@@ -41,8 +43,8 @@ CHUNK = 50_000  # detections formatted at once
 class Detections(NamedTuple):
     """D detections in columns: 56 bytes each, where the objects of a JSON list measured 456."""
 
-    image_ids: np.ndarray  # (D,) int64, as in the COCO file
-    category_ids: np.ndarray  # (D,) int64
+    images: np.ndarray  # (D,) int64, place among the truth's pictures: ids of any type become numbers
+    categories: np.ndarray  # (D,) int64, place among its categories
     boxes_xywh: np.ndarray  # (D, 4) float64 pixels
     scores: np.ndarray  # (D,) float64
 
@@ -61,20 +63,20 @@ def class_scores(rule: Rule, proposal_scores: np.ndarray, probabilities: np.ndar
 
 
 def detections(
-    image_ids: Sequence[int] | np.ndarray,
+    images: Sequence[int] | np.ndarray,
     boxes_xyxy: np.ndarray,
     proposal_scores: Sequence[float] | np.ndarray,
     class_names: Sequence[Sequence[str]],
     probabilities: Sequence[Sequence[float]],
-    categories: Mapping[int, str],
+    categories: Sequence[str | None],
     rule: Rule,
     classes_per_box: int,
 ) -> Detections:
     """The `classes_per_box` likeliest classes of each of N boxes as detections: box by box, likeliest first (ties: as given).
 
-    image_ids (N,): the COCO file's. boxes_xyxy (N, 4) pixels. proposal_scores (N,). class_names and probabilities: for each
-    box, its candidates in any one order, 0 or more. categories: {id: name} of the file to be evaluated against. Numbers are
-    rounded as they are written, so that the file and these give the same AP. Raises UserError for a class that is no category.
+    images (N,): places in the truth's. boxes_xyxy (N, 4) pixels. proposal_scores (N,). class_names and probabilities: for each
+    box, its candidates in any one order, 0 or more. categories: names of the truth's. Numbers are rounded as they are written,
+    so that the file and these give the same AP. Raises UserError for a class that is no category, or several.
     """
     ids, shares = _padded(class_names, probabilities, categories)
     order = np.argsort(-shares, axis=1, kind="stable")[:, :classes_per_box]
@@ -83,15 +85,17 @@ def detections(
     box, column = np.nonzero(ids >= 0)
     boxes = xyxy_to_xywh(np.asarray(boxes_xyxy, np.float64).reshape(-1, 4))
     return Detections(
-        np.asarray(image_ids, np.int64)[box], ids[box, column], np.round(boxes, 2)[box], _rounded(scores[box, column])
+        np.asarray(images, np.int64)[box], ids[box, column], np.round(boxes, 2)[box], _rounded(scores[box, column])
     )
 
 
 def _padded(
-    names: Sequence[Sequence[str]], probabilities: Sequence[Sequence[float]], categories: Mapping[int, str]
+    names: Sequence[Sequence[str]], probabilities: Sequence[Sequence[float]], categories: Sequence[str | None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged rows -> (N, K) category ids, -1 where a row has ended, and (N, K) probabilities, -1 there."""
-    id_of = {name: category_id for category_id, name in categories.items()}
+    """Ragged rows -> (N, K) categories' places, -1 where a row has ended, and (N, K) probabilities, -1 there."""
+    id_of = {name: place for place, name in enumerate(categories) if name is not None}
+    if twice := [name for name, count in Counter(categories).items() if count > 1 and name is not None]:
+        raise UserError(f"{len(twice)} category names stand for several ids, the first is {twice[0]!r}; make them unique")
     if unknown := sorted(set(chain.from_iterable(names)) - id_of.keys()):
         raise UserError(
             f"{len(unknown)} classes are no category of the truth, the first is {unknown[0]!r}; use its class names"
@@ -112,17 +116,19 @@ def _rounded(values: np.ndarray) -> np.ndarray:
     return np.round(values * scale) / scale
 
 
-def write_coco_results(path: Path, parts: Iterable[Detections]) -> int:
+def write_coco_results(path: Path, parts: Iterable[Detections], truth: Truth) -> int:
     """Write COCO's results format, one detection a line, and return how many.
 
-    parts: as they come; one of them and a few megabytes of text are in memory at a time. The file appears when it is whole.
+    Ids are written as they are in the truth. parts: as they come; one of them and a few megabytes of text are in memory at a
+    time. The file appears when it is whole.
     """
+    ids = [[as_written(one.id) for one in ones] for ones in (truth.pictures, truth.categories)]
     written = 0
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with scratch.open("w") as file:
             file.write("[")
-            for lines in chain.from_iterable(map(_lines, parts)):
+            for lines in chain.from_iterable(_lines(part, *ids) for part in parts):
                 file.write(("\n" if written == 0 else ",\n") + ",\n".join(lines))
                 written += len(lines)
             file.write("\n]\n")
@@ -132,7 +138,7 @@ def write_coco_results(path: Path, parts: Iterable[Detections]) -> int:
     return written
 
 
-def _lines(part: Detections) -> Iterable[list[str]]:
+def _lines(part: Detections, images: list[str], categories: list[str]) -> Iterable[list[str]]:
     for start in range(0, len(part.scores), CHUNK):
         rows = zip(*(column[start : start + CHUNK].tolist() for column in part), strict=True)
-        yield [f'{{"image_id":{i},"category_id":{c},"bbox":{b},"score":{s!r}}}' for i, c, b, s in rows]
+        yield [f'{{"image_id":{images[i]},"category_id":{categories[c]},"bbox":{b},"score":{s!r}}}' for i, c, b, s in rows]

@@ -46,7 +46,7 @@ def detection(
     found = [
         at[uri, tuple(box)] for uri, box in zip(*(predictions[key].to_pylist() for key in ("uri", "box_xyxy")), strict=True)
     ]
-    image_ids, box_scores, labels = ([row[column] for row in found] for column in range(3))
+    images, box_scores, labels = ([row[column] for row in found] for column in range(3))
     xyxy = np.array(predictions["box_xyxy"].to_pylist(), np.float64).reshape(-1, 4)
     truth = coco.truth_of(settings.corpus)
     if truth is None:
@@ -58,22 +58,21 @@ def detection(
         groups |= box_groups.by_frequency(labels, box_groups.frequencies(truth))
         values |= box_groups.group_accuracies(metrics.outcomes(predictions, labels), groups)
     else:
-        values = box_groups.proposal_recall(truth, np.array(image_ids, np.int64), xyxy)
-    categories = {one["id"]: one["name"] for one in truth["categories"]}
-    if not set(categories.values()).issuperset(names):
+        values = box_groups.proposal_recall(truth, np.array(images, np.int64), xyxy)
+    if not set(truth.names).issuperset(names):
         return values
     candidates = candidates_of(predictions)
     detections = scoring.detections(
-        image_ids,
+        images,
         xyxy,
         box_scores,
         [[candidate.class_name for candidate in row] for row in candidates],
         [chances(row, ranking, calibration) for row, ranking in zip(candidates, rankings_of(predictions), strict=True)],
-        categories,
+        truth.names,
         settings.detect.score,
         settings.detect.classes_per_box,
     )
-    scoring.write_coco_results(file, [detections])
+    scoring.write_coco_results(file, [detections], truth)
     return values | evaluate(detections, truth, settings.detect.style)
 
 
@@ -85,10 +84,10 @@ def chances(candidates: Sequence[Candidate], ranking: Ranking, calibration: fusi
 
 
 def _boxes_of(index: pa.Table) -> Mapping[tuple[str, tuple[float, ...]], tuple[Any, ...]]:
-    """(uri, box) -> (the JSON's image id, proposal score, label)."""
-    columns = (index[name].to_pylist() for name in ("uri", "coco_id", "boxes_xyxy", "box_scores", "box_labels"))
+    """(uri, box) -> (the picture's place in the JSON, proposal score, label)."""
+    columns = (index[name].to_pylist() for name in ("uri", "row", "boxes_xyxy", "box_scores", "box_labels"))
     return {
-        (uri, tuple(box)): (coco_id, box_score, label)
-        for uri, coco_id, found, scores, labels in zip(*columns, strict=True)
+        (uri, tuple(box)): (row, box_score, label)
+        for uri, row, found, scores, labels in zip(*columns, strict=True)
         for box, box_score, label in zip(found, scores, labels, strict=True)
     }

@@ -50,23 +50,32 @@ def proposal(image_id: object, bbox: object, score: object, **more: object) -> d
 
 
 def test_ground_truth_boxes(tmp_path: Path) -> None:
-    table, errors = coco.read_boxes(Corpus(uri=written(tmp_path / "truth.json", TRUTH), images="/photos"), Detect())
+    photos = str(tmp_path)
+    table, errors = coco.read_boxes(Corpus(uri=written(tmp_path / "truth.json", TRUTH), images=photos), Detect())
     assert errors == []
     assert table.schema == coco.BOXES
     assert table.schema.names[:5] == INDEX.names
-    assert table.to_pylist() == [
-        {"row": 0, "uri": "/photos/b.jpg", "offset": None, "size": None, "label": None, "coco_id": 7}
-        | {
-            "boxes_xyxy": [[1, 2, 4, 6], [5.5, 6, 12.5, 14]],
-            "box_scores": [1, 1],
-            "box_labels": ["dog", "cat"],
-            "box_ids": [11, 12],
-        },
-        {"row": 1, "uri": "/photos/sub/a.jpg", "offset": None, "size": None, "label": None, "coco_id": 3}
-        | {"boxes_xyxy": [[0, 0, 5, 5]], "box_scores": [1], "box_labels": ["cat"], "box_ids": [10]},
-        {"row": 2, "uri": "/photos/val2017/c.jpg", "offset": None, "size": None, "label": None, "coco_id": 9}
-        | {"boxes_xyxy": [], "box_scores": [], "box_labels": [], "box_ids": []},
-    ]
+    none = {"offset": None, "size": None, "label": None, "width": 50, "height": 40}
+    assert table.to_pylist() == [  # in the file's order
+        {"row": 0, "uri": f"{photos}/b.jpg", "coco_id": "7", "box_scores": [1, 1], "box_labels": ["dog", "cat"]}
+        | {"boxes_xyxy": [[1, 2, 4, 6], [5.5, 6, 12.5, 14]], "box_ids": [11, 12]} | none,
+        {"row": 1, "uri": f"{photos}/sub/a.jpg", "coco_id": "3", "box_scores": [1], "box_labels": ["cat"]}
+        | {"boxes_xyxy": [[0, 0, 5, 5]], "box_ids": [10]} | none,
+        {"row": 2, "uri": f"{photos}/c.jpg", "coco_id": "9"}
+        | {"boxes_xyxy": [], "box_scores": [], "box_labels": [], "box_ids": []} | none,
+    ]  # fmt: skip
+
+
+def test_the_same_box_under_two_labels_is_two_boxes_and_a_picture_twice_two_rows(tmp_path: Path) -> None:
+    box = {"image_id": 1, "bbox": [8, 8, 21, 21]}
+    truth = {
+        "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "a.jpg"}],
+        "annotations": [box | {"category_id": 1}, box | {"category_id": 2}, box | {"category_id": 1, "image_id": 2}],
+        "categories": TRUTH["categories"],
+    }
+    table, errors = coco.read_boxes(Corpus(uri=written(tmp_path / "truth.json", truth)), Detect())
+    assert errors == [] and table["box_labels"].to_pylist() == [["cat", "dog"], ["cat"]]
+    assert table["uri"].to_pylist() == [f"{tmp_path}/a.jpg"] * 2 and table["box_ids"].to_pylist() == [[0, 1], [2]]
 
 
 def test_images_lie_beside_the_json_by_default(tmp_path: Path) -> None:
@@ -92,13 +101,13 @@ def test_proposals(tmp_path: Path, kind: str) -> None:
         written(Path(path), rows)
     else:
         pq.write_table(pa.Table.from_pylist(rows), path)
-    corpus = Corpus(uri=written(tmp_path / "truth.json", TRUTH), images="/photos")
+    corpus = Corpus(uri=written(tmp_path / "truth.json", TRUTH), images=str(tmp_path))
     table, errors = coco.read_boxes(corpus, Detect(proposals=path, max_boxes=2))
-    assert table["coco_id"].to_pylist() == [7, 3, 9]
+    assert table["coco_id"].to_pylist() == ["7", "3", "9"]
     assert table["box_ids"].to_pylist() == [[1], [2, 4], []]
     assert table["box_scores"].to_pylist() == [[0.5], pytest.approx([0.9, 0.3]), []]
     assert table["box_labels"].to_pylist() == [[None], [None, None], []]
-    assert [(error["uri"], error["stage"]) for error in errors] == [("/photos/b.jpg", "boxes"), (path, "boxes")]
+    assert [(error["uri"], error["stage"]) for error in errors] == [(f"{tmp_path}/b.jpg", "boxes"), (path, "boxes")]
     assert "box 7" in str(errors[0]["error"]) and "bbox None" in str(errors[0]["error"])
     assert "2 boxes of image_id 77" in str(errors[1]["error"])
 
@@ -122,26 +131,47 @@ def test_a_broken_row_is_found_whatever_slice_it_is_in(tmp_path: Path, kind: str
 
 
 def test_columns_refuse_what_only_looks_like_numbers() -> None:
-    def boxes(rows: list[dict[str, Any]]) -> coco.Boxes | None:
+    def well_formed(rows: list[dict[str, Any]]) -> bool:
         columns = coco._columns(rows)
-        return coco._as_boxes(columns, 3) if columns is not None else None
+        return columns is not None and coco._well_formed(columns)
 
     good = proposal(7, [1, 2, 3, 4.5], 1)
-    found = boxes([good, good])
-    assert found is not None and found.ids.tolist() == [3, 4] and found.xyxy.tolist() == [[1, 2, 4, 6.5]] * 2
+    assert well_formed([good, good])
     for bad in (
-        proposal(7.0, [1, 2, 3, 4], 1),
-        proposal("7", [1, 2, 3, 4], 1),
         proposal(7, [1, 2, 3, "4"], 1),
         proposal(7, "1234", 1),
         proposal(7, [1, 2, 3], 1),
         proposal(7, [1, 2, 3, None], 1),
         proposal(7, [1, 2, 3, float("inf")], 1),
         proposal(7, [1, 2, 3, 4], None),
+        proposal(7, [1, 2, 3, 4], [1.0]),
         proposal(7, [1, 2, 3, 4], float("nan")),
         {"image_id": 7, "bbox": [1, 2, 3, 4]},
     ):
-        assert boxes([good, bad]) is None and boxes([bad]) is None
+        assert not well_formed([good, bad]) and not well_formed([bad])
+
+
+@pytest.mark.parametrize("broken", [[], [proposal(7, None, 0.5)]])
+def test_ids_of_proposals_are_compared_as_written_and_as_numbers(tmp_path: Path, broken: list[Any]) -> None:
+    """By columns, and (a malformed row among them) row by row."""
+    written_ids = [7, 7.0, "7", " 007 ", "7.0"]
+    strangers = [True, None, "seven", 7.5, [7]]
+    rows = [proposal(one, [i, 0, 5, 5], 0.5) for i, one in enumerate(written_ids + strangers)] + broken
+    path = written(tmp_path / "proposals.json", rows)
+    table, errors = coco.read_boxes(Corpus(uri=written(tmp_path / "truth.json", TRUTH)), Detect(proposals=path))
+    assert table["box_ids"].to_pylist() == [[0, 1, 2, 3, 4], [], []]
+    assert len(errors) == len(strangers) + len(broken)
+
+
+def test_scores_must_be_probabilities_or_be_made_so(tmp_path: Path) -> None:
+    corpus = Corpus(uri=written(tmp_path / "truth.json", TRUTH))
+    path = written(tmp_path / "logits.json", [proposal(7, [0, 0, 5, 5], -1.5), proposal(7, [1, 1, 5, 5], 800.0)])
+    with pytest.raises(UserError, match=r"lie in -1.5 .. 800, .* set detect.proposal_scores: logit"):
+        coco.read_boxes(corpus, Detect(proposals=path))
+    table, _ = coco.read_boxes(corpus, Detect(proposals=path, proposal_scores="logit"))
+    assert table["box_scores"].to_pylist()[0] == pytest.approx([1, 1 / (1 + np.exp(1.5))])  # best first
+    path = written(tmp_path / "rounded.json", [proposal(7, [0, 0, 5, 5], 1.00001), proposal(7, [1, 1, 5, 5], -0.00001)])
+    assert coco.read_boxes(corpus, Detect(proposals=path))[0]["box_scores"].to_pylist()[0] == [1, 0]
 
 
 def test_broken_proposals_are_rows_of_errors(tmp_path: Path) -> None:
@@ -151,13 +181,12 @@ def test_broken_proposals_are_rows_of_errors(tmp_path: Path) -> None:
         proposal(7, [1, 2, 3, float("nan")], 0.5),
         proposal(7, [1, 2, 3, 4], None),
         proposal(7, "1234", 0.5),
-        proposal("7", [1, 2, 3, 4], 0.5),
         {},
     ]
     path = written(tmp_path / "proposals.json", [*bad, proposal(7, [1, 2, 3, 4], 0.5)])
     table, errors = coco.read_boxes(Corpus(uri=written(tmp_path / "truth.json", TRUTH)), Detect(proposals=path))
     assert len(errors) == len(bad)
-    assert table["box_ids"].to_pylist() == [[7], [], []]
+    assert table["box_ids"].to_pylist() == [[6], [], []]
 
 
 def test_a_broken_annotation_is_a_row_of_errors(tmp_path: Path) -> None:
@@ -173,9 +202,9 @@ def test_wrong_files_are_user_errors(tmp_path: Path) -> None:
         coco.read_boxes(corpus, Detect(proposals=other))
     with pytest.raises(UserError, match="not found"):
         coco.read_boxes(corpus, Detect(proposals=str(tmp_path / "absent.json")))
-    with pytest.raises(UserError, match="list of objects"):
+    with pytest.raises(UserError, match="must be a list"):
         coco.read_boxes(corpus, Detect(proposals=corpus.uri))
-    with pytest.raises(UserError, match="no COCO `images`"):
+    with pytest.raises(UserError, match="is a list, no COCO file"):
         coco.read_boxes(Corpus(uri=other), Detect())
     (tmp_path / "half.json").write_text('{"images": [')
     with pytest.raises(UserError, match="not valid JSON"):
@@ -183,8 +212,11 @@ def test_wrong_files_are_user_errors(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image_id": [7]}), tmp_path / "thin.parquet")
     with pytest.raises(UserError, match="lacks the columns"):
         coco.read_boxes(corpus, Detect(proposals=str(tmp_path / "thin.parquet")))
-    twice = TRUTH | {"images": [TRUTH["images"][0]] * 2}
-    with pytest.raises(UserError, match="used twice"):
+    with pytest.raises(UserError, match=r"image id 7 is used twice \('b.jpg', 'b.jpg'\)"):
+        twice = TRUTH | {"images": [TRUTH["images"][0]] * 2}
+        coco.read_boxes(Corpus(uri=written(tmp_path / "twice.json", twice)), Detect())
+    with pytest.raises(UserError, match=r"category id 1.0 is used twice \('cat', 'dog'\)"):
+        twice = TRUTH | {"categories": [{"id": 1, "name": "cat"}, {"id": 1.0, "name": "dog"}]}
         coco.read_boxes(Corpus(uri=written(tmp_path / "twice.json", twice)), Detect())
 
 
@@ -217,15 +249,6 @@ def test_best_boxes_equals_the_slow_definition(rows: list[tuple[int, tuple[int, 
     assert coco.best_boxes(boxes, max_boxes).ids.tolist() == slow_best(rows, max_boxes)
 
 
-def test_category_names(tmp_path: Path) -> None:
-    assert coco.category_names(written(tmp_path / "truth.json", TRUTH)) == {1: "cat", 2: "dog"}
-    twice = {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]}
-    with pytest.raises(UserError, match="'cat'"):
-        coco.category_names(written(tmp_path / "twice.json", twice))
-    with pytest.raises(UserError, match="categories"):
-        coco.category_names(written(tmp_path / "none.json", [1]))
-
-
 @needs_data
 def test_real_photos_crop() -> None:
     folder = SHARED_DATA / "coco"
@@ -251,4 +274,3 @@ def test_real_lvis_reads() -> None:
     table, errors = coco.read_boxes(Corpus(uri=path), Detect(style="lvis"))
     assert errors == []
     assert (table.num_rows, sum(map(len, table["box_ids"].to_pylist()))) == (100, 977)
-    assert len(coco.category_names(path)) == 1230

@@ -113,7 +113,7 @@ def boxes_table(photos: Path, pictures: dict[str, list[list[float]]]) -> pa.Tabl
         {
             "row": row,
             "uri": str(photos / f"{name}.png"),
-            "coco_id": 100 + row,
+            "coco_id": str(100 + row),
             "boxes_xyxy": boxes,
             "box_scores": [0.5 + position / 8 for position in range(len(boxes))],
             "box_labels": [f"{name} {position}" for position in range(len(boxes))],
@@ -135,7 +135,7 @@ def test_crop_gives_one_row_a_box(photos: Path) -> None:
     assert table["label"].to_pylist() == ["good-0 0", "good-0 1", "good-1 0"]
     assert table["box_xyxy"].to_pylist() == [*boxes, boxes[0]]
     assert table["box_score"].to_pylist() == [0.5, 0.625, 0.5]
-    assert table["coco_id"].to_pylist() == [100, 100, 101]
+    assert table["coco_id"].to_pylist() == ["100", "100", "101"]
     assert table["shard"].to_pylist() == [3, 3, 3]
     assert table["error"].null_count == 3
 
@@ -165,6 +165,22 @@ def test_a_box_that_shows_nothing_is_an_error_row_among_good_ones(photos: Path) 
     assert "outside the 48 x 48 image" in table["error"][2].as_py()
     image = decode((photos / "good-0.png").read_bytes())
     np.testing.assert_array_equal(decode(table["bytes"][3].as_py()), windows.crops(image, np.array(boxes[3:]), CROP)[0])
+
+
+def test_boxes_of_a_scaled_picture_are_scaled_and_those_of_another_picture_are_errors(photos: Path) -> None:
+    boxes = [[8.0, 12.0, 40.0, 60.0], [20.0, 20.0, 80.0, 88.0]]
+    table = boxes_table(photos, {"good-0": boxes, "good-1": boxes})
+    for name, sizes in (("width", [96, 64]), ("height", [96, 48])):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, coco.BOXES.field(name), pa.array(sizes, pa.int64()))
+    cut = stages.Crop(CROP)(table)
+    assert cut["box_xyxy"].to_pylist() == boxes * 2  # as in the file
+    image = decode((photos / "good-0.png").read_bytes())
+    expected = windows.crops(image, np.array(boxes) / 2, CROP)
+    for data, crop in zip(cut["bytes"].to_pylist()[:2], expected, strict=True):
+        np.testing.assert_array_equal(decode(data), crop)
+    assert cut["stage"].to_pylist() == [None, None, "decode", "decode"]
+    assert all("64 x 48" in error and "48 x 48" in error for error in cut["error"].to_pylist()[2:])
 
 
 @pytest.mark.parametrize("views", [["adaptive"], ["tight", "context"], ["context", "adaptive", "tight"]])
@@ -208,7 +224,7 @@ def test_a_picture_without_boxes_gives_no_row(photos: Path) -> None:
     table = stages.Crop(CROP)(boxes_table(photos, {"good-0": [], "broken": [], "missing": []}))
     assert table.num_rows == 0 and table.schema.equals(stages.CROPS)
     some = stages.Crop(CROP)(boxes_table(photos, {"good-0": [], "good-1": [[4.0, 6.0, 20.0, 30.0]]}))
-    assert some["coco_id"].to_pylist() == [101]
+    assert some["coco_id"].to_pylist() == ["101"]
 
 
 def test_ppm_is_read_back_as_it_was() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rar.corpus.truth import read
 from rar.evaluation.ap import Style, best_of_each_image, evaluate
 from rar.evaluation.scoring import Detections, detections, write_coco_results
 from rar.schema import UserError
@@ -148,7 +149,7 @@ def test_lvis_keeps_300_of_an_image_over_all_classes() -> None:
 def test_best_of_each_image() -> None:
     scores = np.array([0.2, 0.9, 0.1, 0.2, 0.5])
     found = Detections(np.array([1, 1, 2, 1, 1]), np.arange(5), np.zeros((5, 4)), scores)
-    assert best_of_each_image(found, 3).category_ids.tolist() == [1, 4, 0, 2]
+    assert best_of_each_image(found, 3).categories.tolist() == [1, 4, 0, 2]
 
 
 def test_v3det_is_coco_with_300_of_an_image() -> None:
@@ -190,14 +191,14 @@ def test_the_numbers_do_not_depend_on_how_many_categories_run_together(style: St
 def test_columns_a_list_and_the_written_file_are_the_same(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     truth = small_truth()
-    names = {one["id"]: one["name"] for one in truth["categories"]}
+    names = [one["name"] for one in truth["categories"]]
     boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in truth["annotations"])] * 9)
     boxes = boxes + rng.normal(0, 2, boxes.shape)
     found = detections(
-        [5, 6] * 18, boxes, rng.random(36), [list(names.values())] * 36, rng.dirichlet(np.ones(3), 36).tolist(), names,
+        [0, 1] * 18, boxes, rng.random(36), [names] * 36, rng.dirichlet(np.ones(3), 36).tolist(), names,
         "product", 2,
     )  # fmt: skip
-    write_coco_results(tmp_path / "found.json", [found])
+    write_coco_results(tmp_path / "found.json", [found], read(truth))
     listed = json.loads((tmp_path / "found.json").read_text())
     assert len(listed) == 72
     for style in ("coco", "lvis", "v3det"):
@@ -239,7 +240,8 @@ def test_inputs_are_left_alone_and_nothing_is_printed(capfd: pytest.CaptureFixtu
         ([detection(5, 4, [0, 0, 1, 1], 1.0)], "1 detections name an unknown category_id, the first is category_id 4"),
         ([detection(5, 1, [0, 0, 1], 1.0)], "1 detections lack"),
         ([detection(5, 1, [0, 0, 1, float("nan")], 1.0)], "1 detections lack"),
-        ([detection("5", 1, [0, 0, 1, 1], 1.0)], "1 detections lack"),  # type: ignore[arg-type]
+        ([detection("five", 1, [0, 0, 1, 1], 1.0)], "1 detections name an unknown image_id, the first is image_id 'five'"),  # type: ignore[arg-type]
+        ([detection(5, True, [0, 0, 1, 1], 1.0)], "1 detections name an unknown category_id"),
         ([detection(5, 1, [0, 0, 1, 1], None)], "1 detections lack"),  # type: ignore[arg-type]
         ([{"image_id": 5}, "text"], "2 detections lack"),
         ({"annotations": []}, "must be a list"),
@@ -254,9 +256,9 @@ def test_wrong_truths_are_user_errors(tmp_path: Path) -> None:
     truth = small_truth()
     with pytest.raises(UserError, match="not found"):
         evaluate([], str(tmp_path / "absent.json"), "coco")
-    with pytest.raises(UserError, match="KeyError 'annotations'"):
+    with pytest.raises(UserError, match="no list `annotations`"):
         evaluate([], {"images": []}, "coco")
-    with pytest.raises(UserError, match="no COCO object detection file"):
+    with pytest.raises(UserError, match="is a list, no COCO file"):
         evaluate([], [], "coco")  # type: ignore[arg-type]
     del truth["images"][1]["neg_category_ids"]
     with pytest.raises(UserError, match="neg_category_ids"):
@@ -267,7 +269,7 @@ def test_wrong_truths_are_user_errors(tmp_path: Path) -> None:
         evaluate([], truth, "lvis")
     truth = small_truth()
     truth["annotations"][0]["category_id"] = 8
-    with pytest.raises(UserError, match="1 annotations of the truth name an unknown category_id"):
+    with pytest.raises(UserError, match=r"1 annotations of the truth cannot be used, .* annotation 0 .* unknown category_id 8"):
         evaluate([], truth, "coco")
 
 

@@ -13,10 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from rar.corpus import truth
 from rar.evaluation.scoring import Detections, Rule, class_scores, detections, write_coco_results
 from rar.schema import UserError
 
-CATEGORIES = {1: "cat", 2: "dog", 7: "cow"}
+CATEGORIES = ["cat", "dog", "cow"]
+TRUTH = truth.read(
+    {
+        "images": [{"id": f"{i:03}"} for i in range(9)],
+        "categories": [{"id": i, "name": name} for i, name in ((1, "cat"), (2, "dog"), (7.5, "cow"))],
+    }
+)
 
 
 def test_the_rules_by_hand() -> None:
@@ -82,20 +89,20 @@ def two_boxes(rule: Rule = "product", classes_per_box: int = 5) -> Detections:
 
 def test_detections_are_a_box_and_a_class_each() -> None:
     found = two_boxes()
-    assert found.image_ids.tolist() == [7, 7, 7, 3]
-    assert found.category_ids.tolist() == [1, 2, 7, 1]  # likeliest first; dog before cow as given
+    assert found.images.tolist() == [7, 7, 7, 3]
+    assert found.categories.tolist() == [0, 1, 2, 0]  # likeliest first; dog before cow as given
     assert found.boxes_xywh.tolist() == [[10, 20, 3, 4]] * 3 + [[0, 0, 5, 5]]
     assert found.scores.tolist() == [0.25, 0.125, 0.125, 0.9]
 
 
 def test_classes_per_box_keeps_the_likeliest() -> None:
-    assert two_boxes(classes_per_box=2).category_ids.tolist() == [1, 2, 1]
+    assert two_boxes(classes_per_box=2).categories.tolist() == [0, 1, 0]
     assert two_boxes("proposal", 1).scores.tolist() == [0.5, 1.0]
 
 
 def test_boxes_without_candidates_and_no_boxes() -> None:
     one = detections([7, 8], np.zeros((2, 4)), [1, 1], [[], ["cow"]], [[], [0.0]], CATEGORIES, "class", 3)
-    assert (one.image_ids.tolist(), one.category_ids.tolist(), one.scores.tolist()) == ([8], [7], [0.0])
+    assert (one.images.tolist(), one.categories.tolist(), one.scores.tolist()) == ([8], [2], [0.0])
     none = detections([], np.zeros((0, 4)), [], [], [], CATEGORIES, "product", 3)
     assert [len(column) for column in none] == [0, 0, 0, 0] and none.boxes_xywh.shape == (0, 4)
 
@@ -103,6 +110,8 @@ def test_boxes_without_candidates_and_no_boxes() -> None:
 def test_faults_of_the_caller() -> None:
     with pytest.raises(UserError, match=r"1 classes .* 'horse'"):
         detections([7], np.zeros((1, 4)), [1.0], [["horse"]], [[1.0]], CATEGORIES, "product", 1)
+    with pytest.raises(UserError, match="1 category names stand for several ids, the first is 'cat'"):
+        detections([7], np.zeros((1, 4)), [1.0], [["cat"]], [[1.0]], [*CATEGORIES, "cat"], "product", 1)
     with pytest.raises(ValueError, match="differ in number"):
         detections([7], np.zeros((1, 4)), [1.0], [["cat"]], [[1.0, 0.5]], CATEGORIES, "product", 1)
 
@@ -118,17 +127,18 @@ def test_scores_have_six_digits(values: list[float]) -> None:
 
 def test_the_file_is_coco_s_results_format(tmp_path: Path) -> None:
     path = tmp_path / "detections.json"
-    assert write_coco_results(path, [two_boxes(), two_boxes(classes_per_box=1)]) == 6
+    assert write_coco_results(path, [two_boxes(), two_boxes(classes_per_box=1)], TRUTH) == 6
     rows = json.loads(path.read_text())
-    assert len(rows) == 6 and rows[3] == {"image_id": 3, "category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.9}
+    assert len(rows) == 6 and rows[3] == {"image_id": "003", "category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.9}
     whole = two_boxes()
+    assert [row["category_id"] for row in rows] == [1, 2, 7.5, 1, 1, 1]  # as the truth writes them
     assert [row["score"] for row in rows[:4]] == whole.scores.tolist()
     assert [row["bbox"] for row in rows[:4]] == whole.boxes_xywh.tolist()
 
 
 def test_no_detections_are_an_empty_list(tmp_path: Path) -> None:
     for parts in ([], [detections([], np.zeros((0, 4)), [], [], [], CATEGORIES, "product", 3)]):
-        assert write_coco_results(tmp_path / "none.json", parts) == 0
+        assert write_coco_results(tmp_path / "none.json", parts, TRUTH) == 0
         assert json.loads((tmp_path / "none.json").read_text()) == []
 
 
@@ -137,8 +147,8 @@ def test_a_broken_write_leaves_what_was_there(tmp_path: Path) -> None:
         yield two_boxes()
         raise RuntimeError("the disk is full")
 
-    write_coco_results(tmp_path / "found.json", [two_boxes()])
+    write_coco_results(tmp_path / "found.json", [two_boxes()], TRUTH)
     before = (tmp_path / "found.json").read_text()
     with pytest.raises(RuntimeError):
-        write_coco_results(tmp_path / "found.json", broken())
+        write_coco_results(tmp_path / "found.json", broken(), TRUTH)
     assert (tmp_path / "found.json").read_text() == before and len(list(tmp_path.iterdir())) == 1

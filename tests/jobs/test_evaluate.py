@@ -57,7 +57,7 @@ def test_the_table_then_one_json_line(tmp_path: Path, style: str) -> None:
         ([FOUND | {"image_id": 9}], TRUTH, "1 detections name an unknown image_id, the first is image_id 9"),
         ([FOUND | {"category_id": 4}], TRUTH, "unknown category_id"),
         (None, TRUTH, "file not found"),
-        ([FOUND], {"images": []}, "no COCO object detection file: KeyError 'annotations'"),
+        ([FOUND], {"images": []}, "no COCO object detection file: it has no list `annotations`"),
     ],
 )
 def test_a_mistake_is_one_line(
