@@ -96,11 +96,11 @@ class Category(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What cannot be used. image: the place of its picture, or -1; count: how many annotations it stands for."""
+    """What cannot be used. image: the place of its picture, or -1; annotations: how many it stands for."""
 
     image: int
     text: str
-    count: int = 1
+    annotations: int = 1
 
 
 class Columns(NamedTuple):

@@ -84,7 +84,7 @@ def whole(source: Record | str | Path) -> Truth:
     if missing := [key for key in ("annotations", "categories") if key not in truth.keys]:
         raise UserError(f"{truth.source} is no COCO object detection file: it has no list `{missing[0]}`")
     if truth.faults:
-        count = sum(fault.count for fault in truth.faults)
+        count = sum(fault.annotations for fault in truth.faults)
         raise UserError(
             f"{count} annotations of {truth.source} cannot be used, the first: {truth.faults[0].text}; mend or remove them"
         )

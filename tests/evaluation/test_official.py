@@ -49,7 +49,7 @@ def random_file(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             bbox = (np.array(one["bbox"]) + jitter).round(2)
             bbox[2:] = np.maximum(bbox[2:], 0)
             found.append((one["image_id"], one["category_id"], bbox.tolist()))
-    crowded = int(rng.integers(0, 400)) if seed % 5 == 0 else int(rng.integers(0, 20))
+    crowded = int(rng.integers(0, 400)) if seed % 10 == 0 else int(rng.integers(0, 20))
     found += [(int(rng.choice(images)), int(rng.choice(categories)), box()) for _ in range(1 + crowded)]
     digits = int(rng.choice([1, 9]))  # ties
     detections = [
