@@ -1,4 +1,4 @@
-"""Boxes: formats, areas, what of a box lies in the image, and suppression of near duplicates.
+"""Boxes: formats, areas, overlaps, and what of a box lies in the image.
 
 Coordinates are continuous pixels: pixel i covers [i, i + 1), so a box of a whole (H, W) image is (0, 0, W, H).
 """
@@ -53,25 +53,6 @@ def _box_fault(box_xyxy: np.ndarray, width: int, height: int) -> str:
         return f"box {box} lies outside the {width} x {height} image"
     w, h = xyxy_to_xywh(clip_xyxy(box_xyxy, width, height))[2:]
     return f"box {box} covers {w:.2f} x {h:.2f} pixels of the image, less than one pixel a side"
-
-
-def nms(boxes_xyxy: np.ndarray, scores: np.ndarray, iou: float) -> np.ndarray:
-    """Greedy non-maximum suppression: of two boxes with an intersection over union above `iou`, the better one stays.
-
-    boxes_xyxy (B, 4), scores (B,). Returns the positions kept (K,) int64, best score first, ties by position. One array
-    operation per kept box: B x K comparisons, which is milliseconds for a detector's few thousand boxes.
-    """
-    boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
-    left = np.argsort(-np.asarray(scores), kind="stable")
-    sizes = area(boxes)
-    kept = []
-    while len(left):
-        best, left = left[0], left[1:]
-        kept.append(best)
-        low, high = np.maximum(boxes[best, :2], boxes[left, :2]), np.minimum(boxes[best, 2:], boxes[left, 2:])
-        shared = np.prod(np.maximum(high - low, 0), axis=1)
-        left = left[shared <= iou * (sizes[best] + sizes[left] - shared)]
-    return np.array(kept, dtype=np.int64)
 
 
 def iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rar.boxes import area, check_boxes, clip_xyxy, iou, nms, xywh_to_xyxy, xyxy_to_xywh
+from rar.boxes import area, check_boxes, clip_xyxy, iou, xywh_to_xyxy, xyxy_to_xywh
 
 numbers = st.floats(-2000, 2000, width=32)
 sides = st.floats(1, 900, width=32)
@@ -80,37 +78,6 @@ def slow_iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     shared = max(w, 0) * max(h, 0)
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
     return shared / union if union else 0.0
-
-
-def slow_nms(boxes: Sequence[tuple[float, ...]], scores: list[float], iou: float) -> list[int]:
-    """The definition: walk down the scores and keep a box unless one kept before overlaps it too much."""
-    kept: list[int] = []
-    for i in sorted(range(len(boxes)), key=lambda i: (-scores[i], i)):
-        if all(slow_iou(boxes[i], boxes[other]) <= iou for other in kept):
-            kept.append(i)
-    return kept
-
-
-def test_nms_keeps_the_better_of_two_that_overlap() -> None:
-    boxes = np.array([[0.0, 0, 10, 10], [1, 0, 11, 10], [20, 20, 30, 30], [0, 0, 10, 5]])
-    scores = np.array([0.5, 0.9, 0.1, 0.5])
-    assert nms(boxes, scores, 0.8).tolist() == [1, 3, 2]  # the first two share 9/11
-    assert nms(boxes, scores, 0.9).tolist() == [1, 0, 3, 2]  # equal scores: the earlier first
-    assert nms(boxes, scores, 0.4).tolist() == [1, 2]
-    assert nms(boxes[[0, 3]], scores[[0, 3]], 0.5).tolist() == [0, 1]  # an overlap of exactly the limit stays
-    assert nms(boxes[[0, 0]], scores[[0, 0]], 1.0).tolist() == [0, 1]
-    assert nms(np.zeros((0, 4)), np.zeros(0), 0.5).tolist() == []
-    assert nms(np.array([[3.0, 3, 3, 9], [3, 3, 3, 9]]), np.ones(2), 0.5).tolist() == [0, 1]  # empty boxes share nothing
-
-
-coarse = st.integers(0, 6)
-tuples = st.tuples(coarse, coarse, coarse, coarse).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
-
-
-@given(st.lists(st.tuples(tuples, st.sampled_from([0.1, 0.2, 0.3])), max_size=25), st.sampled_from([0.0, 0.35, 0.55, 0.75]))
-def test_nms_equals_the_slow_definition(rows: list[tuple[tuple[int, ...], float]], iou: float) -> None:
-    boxes, scores = [row[0] for row in rows], [row[1] for row in rows]
-    assert nms(np.array(boxes, float).reshape(-1, 4), np.array(scores), iou).tolist() == slow_nms(boxes, scores, iou)
 
 
 def test_iou_equals_counted_pixels() -> None:

@@ -25,11 +25,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torchvision.ops import nms
 from transformers import AutoModelForZeroShotObjectDetection
 
 from rar import checkpoint
-from rar.boxes import MIN_SIDE, clip_xyxy, nms
+from rar.boxes import MIN_SIDE, clip_xyxy
 from rar.config import Detector
+from rar.device import pick_device
 from rar.schema import UserError
 
 KEY = "detect.detector.model"
@@ -53,10 +55,9 @@ class Proposer:
         self.family = checkpoint.model_type(settings.model, KEY)
         if self.family not in FAMILIES:
             raise UserError(f"{KEY} {settings.model!r} is a {self.family} model; proposals need one of {', '.join(FAMILIES)}")
-        self.device = checkpoint.pick_device(settings.device, "detect.detector.device")
-        self.processor, self.model = checkpoint.load(
-            settings.model, KEY, AutoModelForZeroShotObjectDetection, settings.precision, self.device
-        )
+        self.device = pick_device(settings.device, "detect.detector.device")
+        self.processor, model = checkpoint.load(settings.model, KEY, AutoModelForZeroShotObjectDetection, settings.precision)
+        self.model = model.to(self.device).eval()
         self.phrases = [part.strip() for part in settings.prompt.split(".") if part.strip()]
         if self.family in GROUNDED and not self.phrases:
             raise UserError("detect.detector.prompt has no word; Grounding DINO must be asked for something, e.g. 'object'")
@@ -113,5 +114,5 @@ class Proposer:
         boxes = clip_xyxy(boxes_xyxy, size[1], size[0]).astype(np.float32)
         usable = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1) & np.isfinite(scores)
         boxes, scores = boxes[usable], scores[usable]
-        kept = nms(boxes, scores, self.settings.nms_iou)[:max_boxes]
+        kept = nms(torch.from_numpy(boxes), torch.from_numpy(scores), self.settings.nms_iou).numpy()[:max_boxes]
         return boxes[kept], scores[kept]

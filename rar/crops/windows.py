@@ -19,11 +19,9 @@ no values and no code. The choices here, and what they cost:
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import product
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from rar.boxes import MEDIUM_AREA, SMALL_AREA, area, check_boxes, clip_xyxy
 from rar.config import Crop
@@ -197,19 +195,3 @@ def _blur_factors(size: int, sigma: float) -> tuple[np.ndarray, np.ndarray]:
     left, values, right = np.linalg.svd(np.linalg.matrix_power(once, 3))
     rank = np.count_nonzero(values > KEPT)
     return (left[:, :rank] * values[:rank]).astype(np.float32), right[:rank].astype(np.float32)
-
-
-def options_sheet(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Crop) -> np.ndarray:
-    """Every way to show boxes, as one picture: a row a box, a column for each view and outside, under its name.
-
-    image (H, W, 3) uint8, boxes (B, 4) -> (16 + B * S', 12 * S', 3) uint8 with S' = crop.size + 2.
-    """
-    options = list(product(get_args(View), get_args(Outside)))
-    cell, head = crop.size + 2, 16
-    sheet = Image.new("RGB", (cell * len(options), head + cell * len(boxes_xyxy)), "white")
-    for column, (view, outside) in enumerate(options):
-        ImageDraw.Draw(sheet).text((cell * column + 2, 2), f"{view} {outside}", fill="black")
-        shown = crops(image, boxes_xyxy, crop.model_copy(update={"outside": outside}), view)
-        for row, pixels in enumerate(shown):
-            sheet.paste(Image.fromarray(pixels), (cell * column + 1, head + cell * row + 1))
-    return np.asarray(sheet)

@@ -35,10 +35,10 @@ import torch
 import torch.nn.functional as F
 
 from rar import config, miniature
+from rar.device import PRECISIONS, pick_device
 from rar.encoder.templates import filled, read_descriptions, templates_of
 from rar.schema import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CORNER = 7 / 8  # side of a corner view, of the square's
 TEXT_BATCH = 256
 PANGRAM = "The quick brown fox jumps over the lazy dog."  # its tokens stand for the tokenizer in the fingerprint
@@ -83,8 +83,8 @@ class _Encoder:
         preprocess.check(settings.model)
         self.settings, self.model, self.preprocess, self.identity = settings, model, preprocess, identity
         self.side, self.resize_mode, self.interpolation = preprocess.side, preprocess.resize_mode, preprocess.interpolation
-        self.device = pick_device(settings.device)
-        self.dtype = DTYPES[settings.precision]
+        self.device = pick_device(settings.device, "encoder.device")
+        self.dtype = PRECISIONS[settings.precision]
         self.model.to(self.device, self.dtype).eval()
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(1, 3, 1, 1) * 255 for values in (preprocess.mean, preprocess.std)
@@ -201,15 +201,6 @@ def load_encoder(settings: config.Encoder) -> ClipEncoder | ImageEncoder:
     if (folder / "config.json").is_file():
         return ImageEncoder(settings)
     raise UserError(f"encoder.model: folder {folder} has neither open_clip_config.json (a CLIP) nor config.json (a timm model)")
-
-
-def pick_device(wanted: str) -> str:
-    """`auto` is the GPU where there is one. Raises UserError for a device that is not there."""
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {wanted!r} was asked for, but torch sees no GPU here; use device: cpu")
-    return wanted
 
 
 def views(batch: torch.Tensor, kind: str, interpolation: str) -> Iterator[torch.Tensor]:

@@ -19,16 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
-from transformers.utils import logging
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
 
-from rar.checkpoint import first_line, pick_device
+from rar import checkpoint
 from rar.config import Ranker
+from rar.device import PRECISIONS, first_line, pick_device
 from rar.ranker.wording import LABELS, PICTURE
 from rar.schema import UserError
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MAX_ASPECT = 100  # some processors refuse stripes (Qwen's from 200:1 on); thinner images are thickened
 
 
@@ -187,21 +185,9 @@ def _user_turn(text: str) -> list[dict[str, Any]]:
 
 
 def _load(config: Ranker, model_path: str, device: torch.device) -> tuple[Any, Any]:
-    """(processor, model in inference mode). A checkpoint with weights missing is refused: it would rank at random."""
-    local = Path(model_path).is_dir()
-    if not local and not HUB_NAME.fullmatch(model_path):
-        raise UserError(f"ranker.model {model_path!r} is no folder; give a local model folder or a hub name")
-    logging.disable_progress_bar()
-    options = {"trust_remote_code": config.trust_remote_code, "local_files_only": local}
-    weights = {"dtype": PRECISIONS[config.precision], **_quantized(config, device)}
-    try:
-        processor = AutoProcessor.from_pretrained(model_path, **options)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(model_path, output_loading_info=True, **weights, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"ranker.model {model_path!r} cannot be loaded: {first_line(error)}") from None
-    model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-    if missing:
-        raise UserError(f"ranker.model {model_path!r} lacks {len(missing)} of its weights, the first is {missing[0]!r}")
+    """(processor, model in inference mode), greedy, with the adapter in it."""
+    more = {"trust_remote_code": config.trust_remote_code, **_quantized(config, device)}
+    processor, model = checkpoint.load(model_path, "ranker.model", AutoModelForImageTextToText, config.precision, **more)
     if not getattr(processor, "chat_template", None):
         raise UserError(f"ranker.model {model_path!r} has no chat template; use an instruction-tuned model")
     _make_greedy(processor.tokenizer, model, config.max_new_tokens)
@@ -230,7 +216,7 @@ def _adapted(model: Any, folder: Path, merge: bool) -> Any:
     try:
         from peft import PeftModel
     except ImportError:
-        raise UserError("ranker.adapter needs the package peft: pip install peft") from None
+        raise UserError("ranker.adapter needs the package peft: pip install 'rar[adapters]'") from None
     try:
         kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -32,8 +32,6 @@ PICTURES = 12  # a gallery shows at most this many
 SCENES = 6
 DRAWN = 40  # boxes drawn into a picture at most
 SHOWN_CANDIDATES = 6
-OPTION_SIZE = 88  # side of the crops of the options' sheet, so that it fits the page; the blur is relative to it
-OPTION_SIZES = (0.05, 0.35, 0.65, 0.95)  # boxes of the options' sheet, as quantiles of the run's by area
 
 
 def sections(run: RunView) -> list[dict[str, Any]]:
@@ -238,32 +236,3 @@ def _verdict(run: RunView, row: int) -> dict[str, Any]:
         "change": "won" if run.won[row] else "lost" if run.lost[row] else None,
         "score": run.predictions["score"][row].as_py(),
     }
-
-
-def options(run: RunView) -> dict[str, Any] | None:
-    """Every way to crop (`windows.options_sheet`) for boxes of different sizes; None where no picture can be read."""
-    if run.boxes is None:
-        return None
-    by_area = np.argsort(boxes.area(run.boxes.xyxy), kind="stable")
-    chosen = by_area[(np.array(OPTION_SIZES) * (len(by_area) - 1)).round().astype(int)] if len(by_area) else by_area
-    sheets: list[np.ndarray] = []
-    rows = []
-    for row in dict.fromkeys(chosen.tolist()):
-        try:
-            sheets.append(_sheet(run.boxes, row, picture(run, int(run.places[row])), bool(sheets)))
-        except RowError:
-            continue  # a card or a scene says so
-        x0, y0, x1, y1 = run.boxes.xyxy[row].tolist()
-        rows.append({"name": run.predictions["class_name"][row].as_py(), "width": x1 - x0, "height": y1 - y0})
-    if not sheets:
-        return None
-    sheet = np.concatenate(sheets)
-    crop = run.boxes.crop
-    return {"src": data_uri(sheet, sheet.shape[1]), "width": sheet.shape[1], "rows": rows, "crop": crop.model_dump()}
-
-
-def _sheet(seen: BoxView, row: int, image: np.ndarray, headless: bool) -> np.ndarray:
-    """One row of the sheet, under its headings or not."""
-    seen_crop(seen, row, image)  # raises RowError for a box outside
-    sheet = windows.options_sheet(image, seen.xyxy[[row]], seen.crop.model_copy(update={"size": OPTION_SIZE}))
-    return sheet[-(OPTION_SIZE + 2) :] if headless else sheet

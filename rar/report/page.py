@@ -3,8 +3,8 @@
 The page holds everything (pictures as small data URIs, plots as inline SVG, no script) and forbids itself the network, so that
 it can be mailed, archived and opened anywhere. Names, paths and model answers are foreign text: the template escapes them.
 Numbers come from `metrics.json`; predictions are read again only for plots and pictures, which takes memory in proportion to
-their number. Which runs get pictures: those that asked the ranker, else the best of their group. Whole scenes and the options
-of the crop are shown of one run a group, the one whose pictures are unfolded.
+their number. Which runs get pictures: those that asked the ranker, else the best of their group. Whole scenes
+are shown of one run a group, the one whose pictures are unfolded.
 """
 
 from __future__ import annotations
@@ -107,7 +107,6 @@ def _group(name: str, folders: Sequence[RunView]) -> dict[str, Any]:
         "opened": opened.name,
         "scenes": cards.scenes(opened),
         "galleries": [{"name": run.name, "open": run is opened, "sections": cards.sections(run)} for run in asking or [best]],
-        "options": cards.options(opened),
     }
 
 

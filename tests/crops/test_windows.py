@@ -238,18 +238,6 @@ def test_crops_refuse_what_check_boxes_refuses() -> None:
         windows.crops(photo(20, 20), np.array([[0, 0, 5, 5], [30, 30, 40, 40]]), Crop())
 
 
-def test_the_sheet_shows_every_option() -> None:
-    image, boxes = photo(90, 120), np.array([[30, 20, 60, 55], [0, 0, 120, 90]])
-    crop = Crop(size=24, outside="grey")
-    sheet = windows.options_sheet(image, boxes, crop)
-    assert sheet.shape == (16 + 2 * 26, 12 * 26, 3) and sheet.dtype == np.uint8
-    for column, (view, outside) in enumerate((view, outside) for view in VIEWS for outside in OUTSIDES):
-        expected = windows.crops(image, boxes, Crop(size=24, outside=outside), view)  # type: ignore[arg-type]
-        for row in range(2):
-            cell = sheet[17 + 26 * row : 41 + 26 * row, 1 + 26 * column : 25 + 26 * column]
-            np.testing.assert_array_equal(cell, expected[row])
-
-
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data")
 def test_real_photos_crop_as_pillow_crops_them() -> None:
     for image, boxes in read_photos(SHARED_DATA / "coco")[:6]:

@@ -173,15 +173,7 @@ def test_a_scene_that_is_gone_says_so(root: Path) -> None:
     run = read_run(detect_run(root, root / "truth.json", "gone", {}))
     gone = dataclasses.replace(run, index=run.index.set_column(1, "uri", [["/gone.jpg"] * 8]))
     assert all("found" in scene["unreadable"] and scene["drawing"] is None for scene in cards.scenes(gone))
-    assert cards.options(gone) is None
 
 
-def test_the_sheet_shows_every_option_of_boxes_from_small_to_large(proposed: RunView, classified: RunView) -> None:
-    sheet = cards.options(proposed)
-    assert sheet is not None
-    sizes = [(row["width"], row["height"]) for row in sheet["rows"]]
-    assert sizes[0] == (26, 26) and sizes[-1] == (80, 80) and sizes == sorted(sizes)
-    cell = cards.OPTION_SIZE + 2
-    assert opened(sheet["src"]).shape == (16 + len(sizes) * cell, 12 * cell, 3) and sheet["width"] == 12 * cell
-    assert sheet["crop"]["views"] == ["context", "tight"]
-    assert cards.options(classified) is None and cards.scenes(classified) == []
+def test_whole_images_have_no_scenes(classified: RunView) -> None:
+    assert cards.scenes(classified) == []

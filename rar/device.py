@@ -1,0 +1,23 @@
+"""Where a model of torch runs and in what precision; what every room that loads one shares."""
+
+from __future__ import annotations
+
+import torch
+
+from rar.schema import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str, key: str) -> torch.device:
+    """'auto' is the first of cuda, mps, cpu that is there. Raises UserError, naming the config key, for one that is not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"{key} {name!r} cannot be used here: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
