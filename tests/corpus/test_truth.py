@@ -148,13 +148,15 @@ def test_pictures_are_found_in_both_layouts_by_classify_and_detect(tmp_path: Pat
         coco.list_pictures(Corpus(uri=str(tmp_path / "truth.json"), images=str(tmp_path / "none")))
 
 
-odd = st.sampled_from([None, 0, 1, 2, 1.0, "1", "01", "two", True, [], {}, math.nan, math.inf, -1, 10**30, "\ud800"])
+odd: st.SearchStrategy[Any] = st.sampled_from(
+    [None, 0, 1, 2, 1.0, "1", "01", "two", True, [], {}, math.nan, math.inf, -1, 10**30, "\ud800"]
+)
 numbers = st.sampled_from([0, 1, -3, 8.5, 1e308, 10**400, math.nan, None, "4"])
-boxes = st.lists(numbers, min_size=3, max_size=5) | odd | st.just([1, 2, 3, 4])
+boxes: st.SearchStrategy[Any] = st.lists(numbers, min_size=3, max_size=5) | odd | st.just([1, 2, 3, 4])
 pictures = st.fixed_dictionaries({}, optional={"id": odd, "file_name": odd, "coco_url": odd, "width": odd, "height": odd})
 few = st.integers(0, 2)
 good = st.fixed_dictionaries({"id": few, "image_id": few, "category_id": few, "bbox": st.just([1, 2, 3, 4])})
-annotations = good | st.fixed_dictionaries(
+annotations: st.SearchStrategy[Any] = good | st.fixed_dictionaries(
     {}, optional={"id": odd, "image_id": odd, "category_id": odd, "bbox": boxes, "area": odd, "iscrowd": odd, "ignore": odd}
 )
 categories = st.fixed_dictionaries({}, optional={"id": odd, "name": odd, "frequency": odd})

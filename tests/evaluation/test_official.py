@@ -37,8 +37,14 @@ def random_file(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for number in range(int(rng.integers(0, 60))):
         x, y, w, h = box()
         area = w * h * rng.choice([1, 0.7])
-        one = {"id": number + 1, "image_id": int(rng.choice(images)), "category_id": int(rng.choice(categories))}
-        one |= {"bbox": [x, y, w, h], "area": area, "iscrowd": int(rng.random() < 0.1), "segmentation": [[0, 0, 1, 0, 1, 1]]}
+        one: dict[str, Any] = {"id": number + 1, "image_id": int(rng.choice(images))}
+        one |= {
+            "category_id": int(rng.choice(categories)),
+            "bbox": [x, y, w, h],
+            "area": area,
+            "iscrowd": int(rng.random() < 0.1),
+        }
+        one |= {"segmentation": [[0, 0, 1, 0, 1, 1]]}
         if rng.random() < 0.15:
             one["ignore"] = int(rng.integers(0, 2))
         annotations.append(one)
