@@ -156,14 +156,14 @@ boxes: st.SearchStrategy[Any] = st.lists(numbers, min_size=3, max_size=5) | odd 
 pictures = st.fixed_dictionaries({}, optional={"id": odd, "file_name": odd, "coco_url": odd, "width": odd, "height": odd})
 few = st.integers(0, 2)
 good = st.fixed_dictionaries({"id": few, "image_id": few, "category_id": few, "bbox": st.just([1, 2, 3, 4])})
-annotations: st.SearchStrategy[Any] = good | st.fixed_dictionaries(
+notes: st.SearchStrategy[Any] = good | st.fixed_dictionaries(
     {}, optional={"id": odd, "image_id": odd, "category_id": odd, "bbox": boxes, "area": odd, "iscrowd": odd, "ignore": odd}
 )
 categories = st.fixed_dictionaries({}, optional={"id": odd, "name": odd, "frequency": odd})
 files = st.fixed_dictionaries(
     {
         "images": st.lists(pictures | st.builds(lambda i: {"id": i, "file_name": f"{i}.jpg"}, few), max_size=3),
-        "annotations": st.lists(annotations | odd, max_size=6),
+        "annotations": st.lists(notes | odd, max_size=6),
         "categories": st.lists(categories | st.builds(lambda i: {"id": i, "name": f"c{i}"}, few), max_size=3),
     }
 )
