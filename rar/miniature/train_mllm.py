@@ -15,6 +15,7 @@ as the MLLM is, so pixels and minutes are equal and only the ranking differs.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     CLIPImageProcessor,
@@ -48,6 +50,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 IGNORE = -100
+TOWER = re.compile(r"^vision_tower\.(?!vision_model\.)")
 MATCH_LAYER = 3  # of five: after it two layers are left to find the label of the candidate that matches
 ATTRIBUTES = (("shape", SHAPES), ("colour", COLOURS), ("pattern", PATTERNS), ("marking", MARKINGS), ("marking", MARKINGS))
 KINDS = ("caption", "word", "random", "letter", "list")
@@ -304,7 +307,11 @@ def letters_accuracy(
 
 
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Write the standard transformers folder: config, bf16 weights, processor with chat template."""
+    """Write the standard transformers folder: config, bf16 weights, processor with chat template.
+
+    The tower's tensors get the prefix `vision_model.` that checkpoints of CLIP have always had: transformers reads both names,
+    vLLM only this one.
+    """
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(
             size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=list(MEAN), image_std=list(STD)
@@ -318,4 +325,7 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.bfloat16().save_pretrained(folder)
     processor.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    named = {TOWER.sub("vision_tower.vision_model.", name): tensor for name, tensor in weights.items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     model.float()

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
 
 from rar import miniature
 from rar.miniature import data
@@ -363,3 +364,9 @@ def test_a_trained_retriever_can_be_saved_and_loaded(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = train_clip.encode_names(model, names).numpy()
     assert (encoder.prototypes(names) * expected).sum(axis=1) == pytest.approx(1, abs=1e-3)  # saved as fp16
+
+
+def test_the_towers_tensors_have_the_names_that_vllm_looks_for() -> None:
+    with safe_open(miniature.MLLM / "model.safetensors", "pt") as weights:
+        tower = [name for name in weights.keys() if name.startswith("vision_tower.")]  # noqa: SIM118
+    assert len(tower) > 50 and all(name.startswith("vision_tower.vision_model.") for name in tower)
