@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from jobs.ask import ask
 from jobs.bench import bench
 from jobs.classify import classify
 from jobs.config import config
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, memory, classify, detect, evaluate, serve, report, config):
+for verb in (demo, memory, classify, detect, evaluate, serve, ask, report, config):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 
