@@ -69,7 +69,7 @@ def through_serve(images: int = 96, repeats: int = 5) -> dict[str, Any]:
     with session.opened() as opened:
         client.deploy(opened, settings)
         ask = client.ask(settings)
-        assert ask is not None
+        assert isinstance(ask, client.Ask)
         ranker = MllmRanker(settings, str(miniature.MLLM))
         return {"serve": against(lambda: ask(batches), ranker, work, repeats)}
 

@@ -1,5 +1,7 @@
 """The ranker's applications on Ray Serve: starting them, and asking them from pipeline tasks and from an event loop.
 
+Jobs that rank by an endpoint need none: their workers ask it themselves (see direct).
+
 Two applications of one replica class: `ranker-...` takes batches of a shard from jobs, `online-...` takes single requests from
 the gateway. Equal settings share an application.
 """
@@ -20,6 +22,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from rar import config
+from rar.engine import direct
 from rar.engine.replica import FAULTS, Batch, Exemplars, Prior, RankerReplica, model_path
 from rar.engine.session import Session
 from rar.ranker.cache import AnswerCache, fingerprint
@@ -42,8 +45,11 @@ def deploy(session: Session, settings: config.Ranker) -> None:
     """Start the application for a ranker in batch jobs and return when it answers; does nothing where it runs already.
 
     It ends with this command's own Ray; on a cluster that was joined it stays, for the jobs that share it.
-    Raises UserError where its model cannot be loaded.
+    Raises UserError where its model cannot be loaded, and for an endpoint what asking it for its offers raises.
     """
+    if settings.method == "endpoint":
+        direct.offers(settings.model_dump_json())
+        return
     serve.start(proxy_location="Disabled", logging_config=QUIET)  # called by handle: no HTTP proxy
     limits = {"max_ongoing_requests": 4, "max_queued_requests": 64}
     scale = {"target_ongoing_requests": 2}
@@ -127,14 +133,28 @@ class Ask:
         return serve.get_app_handle(self.app).rank.remote(*batch, self.prior, shown).result()
 
 
-def ask(settings: config.Ranker, prior: Prior | None = None, exemplars: Exemplars | None = None) -> Ask | None:
-    """How pipeline workers reach a ranker; None where no ranker is configured. Raises UserError for a cache that cannot be."""
+def undeploy(settings: config.Ranker) -> None:
+    """End what `deploy` started."""
+    if settings.method != "endpoint":
+        serve.delete(app_name(settings))
+
+
+def ask(
+    settings: config.Ranker, prior: Prior | None = None, exemplars: Exemplars | None = None, max_calls: int | None = None
+) -> Ask | direct.AskServers | None:
+    """How pipeline workers reach a ranker; None where no ranker is configured. Raises UserError for a cache that cannot be.
+
+    max_calls: of an endpoint, over all workers.
+    """
     if settings.method == "none":
         return None
     kept = None
     if settings.cache is not None:
         kept = (os.path.abspath(settings.cache), fingerprint(settings, model_path(settings), json.dumps([prior, exemplars])))
         AnswerCache(*kept)
+    if settings.method == "endpoint":
+        budget = direct.Budget.remote(max_calls) if max_calls is not None else None  # type: ignore[attr-defined]
+        return direct.AskServers(settings, direct.offers(settings.model_dump_json()), kept, budget)
     return Ask(app_name(settings), settings.in_flight, kept, prior, exemplars)
 
 

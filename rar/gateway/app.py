@@ -216,7 +216,7 @@ def learn(session: Session, settings: Config, folder: RunFolder) -> Known:
     vocabulary = recognise.prepare(session, settings) if fitting else open_memory(session, settings)
     calibration = calibrate(session, settings, vocabulary, folder)
     if fitting:
-        ray_serve.delete(client.app_name(settings.ranker))
+        client.undeploy(settings.ranker)
     return Known(vocabulary, calibration, session.encoder(settings.encoder))
 
 

@@ -25,7 +25,7 @@ from rar.run.calibrate import calibrate, exemplars, label_prior
 from rar.run.vocabulary import Vocabulary, open_memory
 from rar.run.work import Work
 from rar.runfolder import RunFolder
-from rar.schema import ERRORS, RankStatus
+from rar.schema import ERRORS, RankStatus, UserError
 
 
 def prepare(session: Session, settings: Config) -> Vocabulary:
@@ -60,14 +60,25 @@ def run(
     prior = label_prior(session, settings, work, vocabulary, folder)
     calibration = calibrate(session, settings, vocabulary, folder, prior)
     if numbers:
-        ask = client.ask(settings.ranker, prior, exemplars(settings))
+        ask = client.ask(settings.ranker, prior, exemplars(settings), settings.ranker.max_calls)
         rows = embedded or steps.embedded(session, settings, work, vocabulary.facts, numbers)
         rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
         rows = pipeline.through(rows, "rank", stages.Rank(ask, calibration, settings.ranker.batch_size))
         rows = pipeline.through(rows, "fuse", stages.Fuse(calibration))
         with pipeline.progress(folder, sum(expected.values()), folder.path.name):
             rows.write_datasink(ShardSink(folder.path, expected))
+    check_spent(settings, folder, len(expected))
     return finish(settings, work, folder, calibration, vocabulary, time.monotonic() - started)
+
+
+def check_spent(settings: Config, folder: RunFolder, shards: int) -> None:
+    """Raises UserError where `ranker.max_calls` left shards undone."""
+    left = len(folder.pending(shards))
+    if left and settings.ranker.max_calls is not None:
+        raise UserError(
+            f"ranker.max_calls {settings.ranker.max_calls:,} are spent: {shards - left:,} of {shards:,} shards are done and in "
+            f"{folder.path}; the same command goes on with the rest (a shard takes about run.shard_size calls)"
+        )
 
 
 def propose(session: Session, settings: Config, work: Work, folder: RunFolder) -> Work:

@@ -277,7 +277,7 @@ def test_health_and_page(service: Service) -> None:
 def test_batch_jobs_are_served_beside_it(service: Service, ray_session: Session) -> None:
     client.deploy(ray_session, service.settings.ranker)
     ask = client.ask(service.settings.ranker)
-    assert ask is not None
+    assert isinstance(ask, client.Ask)
     ((ranking,),) = ask([([png()], [["a", "b", "c"]])])
     assert sorted(ranking.order) == [0, 1, 2]
     ray_serve.delete(client.app_name(service.settings.ranker))

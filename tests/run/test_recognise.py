@@ -28,6 +28,7 @@ from rar.run.vocabulary import collection, open_memory
 from rar.run.work import classify_work, detect_work
 from rar.runfolder import RunFolder
 from rar.schema import PREDICTIONS, UserError
+from tests.chat_server import serving, token_model, tokenizer
 from tests.crops.test_detector import save_owlv2
 
 
@@ -145,6 +146,26 @@ def test_bad_files_become_errors_and_counts_add_up(lab: Lab, tmp_path: Path) -> 
     assert {Path(row["uri"]).name for row in errors} == {"empty.jpg", "text.png", "cut.png"}
     assert all(row["stage"] == "decode" and row["error"] for row in errors)
     assert folder.read("run.json")["counts"] == {"input": 6, "ok": 3, "failed": 3, "skipped": 0}
+
+
+def test_workers_ask_a_server_themselves_within_a_budget_of_calls(lab: Lab, tmp_path: Path) -> None:
+    """120 images in shards of 40, 90 calls a start: two shards, then the third, and nothing is asked twice."""
+    with serving() as server:
+        server.answer, server.tokenize = token_model(), tokenizer
+        ranker = {"method": "endpoint", "model": "colours", "base_url": server.url, "max_calls": 90}
+        settings = lab.settings(ranker=ranker, route={"mode": "always"}, run={"shard_size": 40})
+        with pytest.raises(UserError, match=r"max_calls 90 are spent: 2 of 3 shards"):
+            lab.run(settings, tmp_path / "run")
+        asked = [body for _, _, body in server.seen if "logprob_token_ids" in body]
+        assert RunFolder(tmp_path / "run").progress() == (80, 0) and len(asked) == 80 + 1  # and the probe's one
+        folder, metrics = lab.run(settings, tmp_path / "run")
+        asked = [body for _, _, body in server.seen if "logprob_token_ids" in body]
+        assert len(asked) == 120 + 1  # offers are asked once a process
+    found = rows(folder)
+    assert len(found) == 120 and {row["rank_status"] for row in found} == {"ranked"}
+    assert [row["label_mass"] for row in found] == pytest.approx([0.95] * 120)
+    assert (metrics["label_mass"], metrics["label_first"]) == (pytest.approx(0.95), 1.0)
+    assert folder.read("run.json")["mllm"]["calls"] == 120
 
 
 def test_every_box_is_accounted_for(lab: Lab, tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""Jobs ask servers directly: no replica stands between a pipeline worker and an endpoint.
+
+A worker process keeps one ranker, with one event loop and one HTTP session, for all shards that it gets, so that connections
+and what was learnt of a server's pace last. The driver probes once and passes on what is on offer, so all workers ask alike.
+
+`ranker.max_calls` is given out by one actor, a shard at a time: a shard whose calls are not granted is not begun, goes through
+without its rows and stays pending in the run folder, while those begun are finished. So nothing that was paid for is lost. It
+costs reading and embedding what is then not ranked; calls of the calibration are not counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import ray
+
+from rar import config
+from rar.engine.replica import Batch, try_decode
+from rar.ranker.cache import AnswerCache
+from rar.ranker.endpoint import EndpointRanker
+from rar.ranker.requests import Offers
+from rar.schema import Ranking, RankStatus, RowError
+
+
+@lru_cache
+def offers(settings: str) -> Offers:
+    """What the servers of a config.Ranker (as JSON) offer, asked once a process. Raises UserError and Unavailable."""
+    return EndpointRanker(config.Ranker.model_validate_json(settings)).probe()
+
+
+@ray.remote(num_cpus=0)
+class Budget:
+    """Calls that are left."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def take(self, calls: int) -> bool:
+        granted = calls <= self.left
+        self.left -= calls * granted
+        return granted
+
+
+@dataclass
+class AskServers:
+    """Ranks all batches of a shard together; None where the budget does not reach. Picklable.
+
+    cache: folder and fingerprint of the answers that are looked up before anything is sent. budget: a Budget.
+    """
+
+    settings: config.Ranker
+    offers: Offers
+    cache: tuple[str, str] | None = None
+    budget: Any = None
+
+    def __call__(self, batches: Sequence[Batch]) -> list[list[Ranking]] | None:
+        images = [image for batch, _ in batches for image in batch]
+        names = [listed for _, batch in batches for listed in batch]
+        answers = AnswerCache(*self.cache) if self.cache is not None else None
+        kept = answers.get(images, names) if answers else [None] * len(images)
+        rows = [row for row, ranking in enumerate(kept) if ranking is None]
+        lacking = ([images[row] for row in rows], [names[row] for row in rows])
+        if self.budget is not None and rows and not ray.get(self.budget.take.remote(self._calls(lacking[1]))):
+            return None
+        found = _worker(self.settings.model_dump_json(), self.offers).rank(*lacking)
+        if answers:
+            answers.put(*lacking, found)
+        new = iter(found)
+        ranked = iter([next(new) if ranking is None else ranking for ranking in kept])
+        return [[next(ranked) for _ in batch] for batch, _ in batches]
+
+    def _calls(self, names: Sequence[Sequence[str]]) -> int:
+        """At most."""
+        rotations = self.settings.permutations if self.offers.logprobs else 1
+        return sum(min(len(listed), rotations) for listed in names if len(listed) > 1)
+
+
+class Worker:
+    """A process's ranker, loop and session. They end with the process."""
+
+    def __init__(self, settings: str, offered: Offers) -> None:
+        self.ranker = EndpointRanker(config.Ranker.model_validate_json(settings), offered)
+        self.decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+        self.loop = asyncio.new_event_loop()
+        self.session = self.loop.run_until_complete(self._session())
+        atexit.register(lambda: self.loop.run_until_complete(self.session.close()))
+
+    def rank(self, images: Sequence[bytes], names: Sequence[Sequence[str]]) -> list[Ranking]:
+        """A picture that cannot be decoded is a FALLBACK with its reason as the response."""
+        pixels = list(self.decoders.map(try_decode, images))
+        good = [row for row, picture in enumerate(pixels) if not isinstance(picture, RowError)]
+        shown: list[Any] = [pixels[row] for row in good]
+        asking = self.ranker.ranked(self.session, shown, [names[row] for row in good])
+        rankings = dict(zip(good, self.loop.run_until_complete(asking), strict=True))
+        return [
+            rankings.get(row) or Ranking(tuple(range(len(names[row]))), RankStatus.FALLBACK, response=f"[{picture}]")
+            for row, picture in enumerate(pixels)
+        ]
+
+    async def _session(self) -> Any:
+        return self.ranker.servers.session()
+
+
+@lru_cache(maxsize=4)
+def _worker(settings: str, offered: Offers) -> Worker:
+    return Worker(settings, offered)

@@ -1,0 +1,49 @@
+"""Asking servers without a replica between, in process. The whole way through Ray is in tests/run/test_recognise.
+
+Run: pytest tests/engine/test_direct.py. Not covered: a cluster whose workers reach a server by other ways than the driver.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rar.config import Ranker
+from rar.engine import direct
+from tests.chat_server import BEST, NAMES, colour_model, picture, serving
+
+
+def png(image: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_a_shard_is_ranked_in_one_session_and_comes_back_in_its_batches(tmp_path: Path) -> None:
+    """A picture that cannot be read costs no call, and what is in the cache none either."""
+    with serving() as server:
+        server.answer = colour_model()
+        settings = Ranker(method="endpoint", model="colours", base_url=server.url)
+        ask = direct.AskServers(settings, direct.offers(settings.model_dump_json()), (str(tmp_path / "cache"), "0" * 32))
+        first = [png(picture("red")), b"no picture"], [NAMES, NAMES]
+        second = [png(picture("blue"))], [NAMES]
+        probes = len(server.seen)
+        answers = ask([first, second])
+        assert answers is not None and [len(batch) for batch in answers] == [2, 1]
+        (red, bad), (blue,) = answers
+        assert (red.order[0], blue.order[0]) == (BEST["red"], BEST["blue"])
+        assert (bad.status, bad.calls) == ("fallback", 0) and "not a readable" in bad.response
+        assert len(server.seen) == probes + 2
+        again = ask([first, second])
+        assert again is not None and again[0][0].order == red.order and again[0][0].label_mass == red.label_mass
+        assert len(server.seen) == probes + 2
+
+
+def test_calls_of_a_shard_are_counted_before_it_is_begun() -> None:
+    settings = Ranker(method="endpoint", model="colours", base_url="http://host/v1", permutations=3)
+    lists = [NAMES, NAMES[:2], NAMES[:1]]
+    assert direct.AskServers(settings, direct.Offers(True, True))._calls(lists) == 3 + 2
+    assert direct.AskServers(settings, direct.Offers(False, True))._calls(lists) == 1 + 1
