@@ -153,8 +153,18 @@ class Ranker(Strict):
     batch_size: int = Field(32, ge=1, description="images per forward pass, and per request to a replica")
     max_new_tokens: int = Field(256, ge=1, description="generate, endpoint: longest reply")
     trust_remote_code: bool = Field(False, description="run code that a model's folder brings along")
-    base_url: str | None = Field(
-        None, description="endpoint: e.g. http://host:8000/v1; its key is the environment's RAR_API_KEY"
+    base_url: str | list[str] | None = Field(
+        None,
+        description="endpoint: e.g. http://host:8000/v1, or several servers of one model; key: the environment's RAR_API_KEY",
+    )
+    tokenizer: str | None = Field(
+        None, description="endpoint: folder or hub name of the model's tokenizer, for servers that have no /tokenize"
+    )
+    concurrency: int = Field(
+        64, ge=1, description="endpoint: most requests a worker keeps in flight at each server; fewer where it does not keep up"
+    )
+    max_calls: int | None = Field(
+        None, ge=1, description="endpoint: calls that a run may make each time it is started; then it stops, to be resumed"
     )
     timeout_s: float = Field(60.0, gt=0, description="endpoint: of one request")
     attempts: int = Field(5, ge=1, description="endpoint: tries of one request before its image is a fallback")
@@ -162,7 +172,7 @@ class Ranker(Strict):
     min_replicas: int = Field(1, ge=1, description="replicas of the ranker that stay up")
     max_replicas: int = Field(1, ge=1, description="replicas of the ranker under load")
     num_gpus: float = Field(0.0, ge=0, description="GPUs (or a fraction of one) per replica")
-    in_flight: int = Field(4, ge=1, description="requests each pipeline worker keeps in flight")
+    in_flight: int = Field(4, ge=1, description="batches each pipeline worker keeps in flight at the replicas of a local model")
 
 
 class Route(Strict):
@@ -300,6 +310,8 @@ SPEED_ONLY = (
     "ranker.max_replicas",
     "ranker.num_gpus",
     "ranker.in_flight",
+    "ranker.concurrency",
+    "ranker.max_calls",
     "ranker.timeout_s",
     "ranker.attempts",
     "ranker.cache",

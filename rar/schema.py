@@ -60,7 +60,9 @@ class Ranking:
     """The ranker's answer for one image.
 
     order: permutation of the candidates' positions, best first. scores: one log-probability a candidate position
-    (empty where the method has none). response: the raw text of the model, or "" where it wrote none.
+    (empty where the method has none). response: the raw text of the model, or "" where it wrote none. label_mass: how much of
+    the whole vocabulary's probability the candidates' labels hold; label_first: whether the likeliest token is one of them;
+    averaged, and all, over rotations; None where no labels are read.
     """
 
     order: tuple[int, ...]
@@ -70,6 +72,8 @@ class Ranking:
     calls: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    label_mass: float | None = None
+    label_first: bool | None = None
 
     def __post_init__(self) -> None:
         if sorted(self.order) != list(range(len(self.order))):
@@ -104,6 +108,8 @@ PREDICTIONS = pa.schema(
         ("class_id", pa.int64()),
         ("class_name", pa.string()),
         ("score", pa.float32()),
+        ("label_mass", pa.float32()),
+        ("label_first", pa.bool_()),
     ]
 )
 

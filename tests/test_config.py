@@ -195,6 +195,8 @@ SPEED = {
     "ranker.max_replicas": st.integers(1, 64),
     "ranker.num_gpus": st.floats(0, 8),
     "ranker.in_flight": st.integers(1, 64),
+    "ranker.concurrency": st.integers(1, 64),
+    "ranker.max_calls": st.none() | st.integers(1, 64),
     "memory.token": st.none() | st.text(max_size=8),
     "run.max_failed_fraction": st.floats(0, 1),
     "serve.host": st.sampled_from(["127.0.0.1", "0.0.0.0"]),

@@ -339,16 +339,17 @@ class Recall:
 
 
 class Rank:
-    """candidates -> ranking, scores, rank_status and response, by `ask` for the images that need the MLLM.
+    """candidates -> the columns of a Ranking, by `ask` for the images that need the MLLM.
 
     The others keep the retriever's order as `skipped`. The ranking is the ranker's own; what is made of it is up to `Fuse`.
     ask(batches) -> one list of Rankings a batch of (encoded images, candidates' names). It is called once a shard with batches
-    of `batch` images: what a batch holds depends on the shard alone, never on timing.
+    of `batch` images: what a batch holds depends on the shard alone, never on timing. Where it answers None, the calls that a
+    run may make are spent, and the shard loses its rows: it stays to be done.
     """
 
     def __init__(
         self,
-        ask: Callable[[list[tuple[list[bytes], list[list[str]]]]], list[list[Ranking]]] | None,
+        ask: Callable[[list[tuple[list[bytes], list[list[str]]]]], list[list[Ranking]] | None] | None,
         calibration: fusion.Calibration,
         batch: int,
     ) -> None:
@@ -364,14 +365,18 @@ class Rank:
             names = [[candidate.class_name for candidate in proposed[row][: shown[row]]] for row in rows]
             starts = range(0, len(rows), self.batch)
             batches = [(images[s : s + self.batch], names[s : s + self.batch]) for s in starts]
-            answers = [ranking for answered in self.ask(batches) for ranking in answered]
-            for row, ranking in zip(rows, answers, strict=True):
+            answers = self.ask(batches)
+            if answers is None:
+                return self(table.slice(0, 0))
+            for row, ranking in zip(rows, (ranking for answered in answers for ranking in answered), strict=True):
                 rankings[row] = fusion.among(ranking, len(proposed[row]))
         else:
             shown = [0] * len(proposed)
         columns = {
             "ranking": pa.array([ranking.order for ranking in rankings], pa.list_(pa.int64())),
             "rank_status": pa.array([ranking.status.value for ranking in rankings], pa.string()),
+            "label_mass": pa.array([ranking.label_mass for ranking in rankings], pa.float32()),
+            "label_first": pa.array([ranking.label_first for ranking in rankings], pa.bool_()),
             "response": pa.array([ranking.response for ranking in rankings], pa.string()),
             "scores": pa.array([fusion.rank_scores(ranking) for ranking in rankings], pa.list_(pa.float64())),
             "mllm_candidates": pa.array(shown, pa.int64()),

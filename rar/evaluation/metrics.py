@@ -55,6 +55,7 @@ def classification(
     true name is a candidate and whose ranker was asked; answers that could not be parsed count. rank_gain: top1 minus
     retriever_top1, interval from `paired_difference` over classes. flips_won, flips_lost: rows that ranking set right, wrong.
     ranked_fraction: rows whose ranker was asked, of all rows. parse_failures, repaired: rows of status fallback, repaired.
+    label_mass, label_first: mean, and share of the rows, where labels were read (schema.Ranking); NaN where none were.
     Raises ValueError where the lengths differ or a ranking does not fit its candidates.
     """
     found = outcomes(predictions, truth)
@@ -74,6 +75,8 @@ def classification(
         "ranked_fraction": _mean(found.asked),
         "parse_failures": float(statuses[RankStatus.FALLBACK]),
         "repaired": float(statuses[RankStatus.REPAIRED]),
+        "label_mass": _mean(predictions["label_mass"].drop_null().to_numpy()),
+        "label_first": _mean(predictions["label_first"].drop_null().to_numpy()),
         "mean_candidates": _mean(_lengths(predictions["candidates"])),
         "images": float(len(predictions)),
         "labelled": float(len(names)),

@@ -22,8 +22,9 @@ from rar import config
 from rar.ranker import wording
 from rar.schema import Ranking, RankStatus, Unavailable, UserError
 
-FORMAT = 1  # of the files and of the key
+FORMAT = 2  # of the files and of the key
 SAMPLE_BYTES = 1 << 16
+KEPT = ("order", "status", "scores", "response", "label_mass", "label_first")
 
 
 def fingerprint(settings: config.Ranker, model_path: str, *extras: str) -> str:
@@ -97,7 +98,7 @@ class AnswerCache:
 
 
 def _packed(ranking: Ranking) -> bytes:
-    fields = {"order": ranking.order, "status": ranking.status, "scores": ranking.scores, "response": ranking.response}
+    fields = {name: getattr(ranking, name) for name in KEPT}
     text = json.dumps(fields).encode()
     return _checksum(text) + b"\n" + text
 
@@ -108,7 +109,10 @@ def _unpacked(data: bytes, count: int) -> Ranking:
     if checksum != _checksum(text):
         raise ValueError("damaged")
     fields = json.loads(text)
-    ranking = Ranking(tuple(fields["order"]), RankStatus(fields["status"]), tuple(fields["scores"]), fields["response"])
+    labels = {name: fields[name] for name in ("label_mass", "label_first")}
+    ranking = Ranking(
+        tuple(fields["order"]), RankStatus(fields["status"]), tuple(fields["scores"]), fields["response"], **labels
+    )
     if len(ranking.order) != count:
         raise ValueError("of another list")
     return ranking

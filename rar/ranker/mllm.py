@@ -24,7 +24,8 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Genera
 from rar import checkpoint
 from rar.config import Ranker
 from rar.device import PRECISIONS, first_line, pick_device
-from rar.ranker.wording import LABELS, PICTURE
+from rar.ranker import labels
+from rar.ranker.wording import PICTURE
 from rar.schema import UserError
 
 MAX_ASPECT = 100  # some processors refuse stripes (Qwen's from 200:1 on); thinner images are thickened
@@ -69,14 +70,16 @@ class Mllm:
         turns = [_user_turn(text) for text in texts]
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
-    def label_ids(self) -> list[int]:
-        """Token ids of A, B, ... as the first token of a reply, as many as the tokenizer tells apart; maybe none.
+    def label_forms(self) -> list[tuple[int, ...]]:
+        """Token ids of A, B, ... as the first token of a reply, as many labels as the tokenizer tells apart; maybe none.
 
-        Where the template's own way to begin a reply gives no single tokens, no space and a space before it are tried.
+        The template's own way to begin a reply counts, and so do no space and a space before the label.
         """
-        prompt = self.render(["?"])[0]
-        leads = dict.fromkeys([self.lead, "", " "])
-        return max((_single_tokens(self.processor.tokenizer, prompt, lead) for lead in leads), key=len)
+        tokenizer, prompt = self.processor.tokenizer, self.render(["?"])[0]
+        leads = list(dict.fromkeys([self.lead, *labels.LEADS]))
+        texts = labels.label_texts(prompt, leads)
+        ids_of = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+        return labels.label_forms(ids_of, prompt, leads, tokenizer.unk_token_id)
 
     def first_ids(self, word: str) -> list[int]:
         """Token ids that begin the reply `word`, as written and capitalised, less those that the tokenizer does not know."""
@@ -149,10 +152,10 @@ class Mllm:
 
     @torch.inference_mode()
     def next_logits(self, prompts: Sequence[Prompt], ids: list[int]) -> Iterator[tuple[Prompt, np.ndarray, int]]:
-        """Yield (prompt, logits (len(ids),) float64 of the reply's first token, prompt length), in no special order."""
+        """Yield (prompt, `of_ids` (len(ids) + 1,) of the reply's first token, prompt length), in no special order."""
         for batch, inputs, lengths in self.batches(prompts, 1):
             logits = self.model(**inputs, **self.last_only, use_cache=False).logits[:, -1]  # (B, V)
-            yield from zip(batch, logits[:, ids].double().cpu().numpy(), lengths, strict=True)
+            yield from zip(batch, of_ids(logits, ids), lengths, strict=True)
 
     @torch.inference_mode()
     def write(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, str, int, int]]:
@@ -167,6 +170,13 @@ class Mllm:
         ends = torch.tensor(_end_ids(self.model), dtype=new.dtype)
         ended = torch.isin(new, ends).nonzero()
         return int(ended[0]) + 1 if len(ended) else len(new)
+
+
+def of_ids(logits: torch.Tensor, ids: list[int]) -> np.ndarray:
+    """(B, V) logits -> (B, len(ids) + 1) float64: log-probabilities of the tokens `ids`, then that of the likeliest token."""
+    logits = logits.double()
+    chosen = torch.cat([logits[:, ids], logits.amax(dim=1, keepdim=True)], dim=1)
+    return (chosen - logits.logsumexp(dim=1, keepdim=True)).cpu().numpy()
 
 
 def thickened(image: np.ndarray) -> np.ndarray:
@@ -263,15 +273,3 @@ def _reply_frame(processor: Any, model: Any) -> tuple[str, int | None]:
     after = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1] if found else []
     end = next((token for token in [*after, *ends] if token in ends), None)
     return (lead if found and not lead.strip() else ""), end
-
-
-def _single_tokens(tokenizer: Any, prompt: str, lead: str) -> list[int]:
-    """Ids of the labels, in order, up to the first that is no single token of its own after prompt + lead."""
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids: list[int] = []
-    for label in LABELS:
-        *start, last = tokenizer(prompt + lead + label, add_special_tokens=False)["input_ids"]
-        if start != before or last in (*ids, tokenizer.unk_token_id):
-            break
-        ids.append(last)
-    return ids

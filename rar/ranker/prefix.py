@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from rar.ranker.mllm import Mllm, Prompt
+from rar.ranker.mllm import Mllm, Prompt, of_ids
 from rar.schema import UserError
 
 
@@ -45,7 +45,7 @@ class Branch(NamedTuple):
 
 @torch.inference_mode()
 def next_logits(mllm: Mllm, rows: Sequence[list[Prompt]], ids: list[int]) -> Iterator[tuple[Prompt, np.ndarray, int]]:
-    """`Mllm.next_logits` for rows of prompts that show the same one picture. Yields (prompt, logits (len(ids),), tokens read).
+    """`Mllm.next_logits` for rows of prompts that show the same one picture. Yields (prompt, (len(ids) + 1,), tokens read).
 
     A row's common tokens count for its first prompt. Rows with a prompt beyond the window are left out.
     """
@@ -56,7 +56,7 @@ def next_logits(mllm: Mllm, rows: Sequence[list[Prompt]], ids: list[int]) -> Ite
             for branch, steps in zip(chunk, logits, strict=True):
                 prompt = batch[branch.row].prompts[branch.place]
                 tokens = len(branch.ids) + (prefix.lengths[branch.row] if branch.place == 0 else 0)
-                yield prompt, steps[len(branch.ids) - 1, ids].double().cpu().numpy(), tokens
+                yield prompt, of_ids(steps[None, len(branch.ids) - 1], ids)[0], tokens
 
 
 @torch.inference_mode()

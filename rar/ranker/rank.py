@@ -21,13 +21,15 @@ import numpy as np
 from rar.config import Ranker
 from rar.ranker import prefix
 from rar.ranker.debias import Prior, label_prior, log_softmax, prior_of
+from rar.ranker.labels import Read, judged, together
 from rar.ranker.mllm import Mllm, Prompt
 from rar.ranker.prompt import generate_prompt, letters_prompt, likelihood_prompt, yes_no_prompt
 from rar.ranker.reply import parse
 from rar.ranker.wording import load_wording
 from rar.schema import Ranking, RankStatus, UserError
 
-Read = dict[tuple[int, int], tuple[np.ndarray, int]]  # (row, place of the question) -> (logits, prompt tokens)
+Found = dict[tuple[int, int], tuple[np.ndarray, int]]  # (row, place of the question) -> (log-probabilities, prompt tokens)
+Labels = dict[tuple[int, int], tuple[Read, int]]  # the same, read as labels
 
 
 class Question(NamedTuple):
@@ -59,7 +61,7 @@ class MllmRanker:
         self.wording = load_wording(config.prompts)
         self.mllm = Mllm(config, model_path)
         if config.method == "letters":
-            self.label_ids = self._labels()
+            self.label_forms = self._labels()
         if config.method == "yes_no":
             self.yes_ids, self.no_ids = self._yes_and_no()
         if config.exemplars:
@@ -79,9 +81,10 @@ class MllmRanker:
         prior: of `estimate_prior`; needed with ranker.debias 'prior'.
 
         Returns one Ranking a row. All but `generate` give one score a candidate, a log-probability among the candidates; order
-        sorts it, ties in retrieval order. `letters` gives one output token a call (a call a rotation), `yes_no` a call a
-        candidate, `likelihood` one call whose output tokens are those of the names; prompt tokens that questions share count
-        once. With none_of_these, the response tells that answer's probability. Rows of one candidate are RANKED without a call.
+        sorts it, ties in retrieval order; `letters` also tells the labels' mass, which decides the status (`labels.judged`).
+        `letters` gives one output token a call (a call a rotation), `yes_no` a call a candidate, `likelihood` one call whose
+        output tokens are those of the names; prompt tokens that questions share count once. With none_of_these, the response
+        tells that answer's probability. Rows of one candidate are RANKED without a call.
         Raises UserError where `letters` has more candidates than the model has labels.
         """
         asked = [row for row, listed in enumerate(names) if len(listed) > 1]
@@ -112,7 +115,9 @@ class MllmRanker:
             questions = [self._question(images[row], names[row][:count], None) for row in used]
             read = self._label_logits(questions, [list(range(count))] * len(used))
             keys = [[(row, shift) for shift in range(count)] for row in range(len(used))]
-            observed = [np.stack([log_softmax(read[key][0][:count]) for key in listed]) for listed in keys if listed[0] in read]
+            observed = [
+                np.stack([log_softmax(read[key][0].logprobs[:count]) for key in listed]) for listed in keys if listed[0] in read
+            ]
             if observed:
                 prior[str(count)] = label_prior(observed)
         return prior
@@ -147,12 +152,13 @@ class MllmRanker:
             for row, question in enumerate(questions)
         ]
 
-    def _averaged(self, count: int, read: dict[int, tuple[np.ndarray, int]], shifts: list[int], prior: Prior | None) -> Ranking:
-        """A row's rotations as one Ranking. read: by rotation, (label logits, prompt tokens); those too long are missing."""
+    def _averaged(self, count: int, read: dict[int, tuple[Read, int]], shifts: list[int], prior: Prior | None) -> Ranking:
+        """A row's rotations as one Ranking. read: by rotation, (labels, prompt tokens); those too long are missing."""
         if len(read) < len(shifts):
             return _unasked(count)
         total, none = np.zeros(count), 0.0
-        for shift, (logits, _) in read.items():
+        for shift, (one, _) in read.items():
+            logits = one.logprobs
             logits = logits - np.pad(prior_of(prior, count), (0, len(logits) - count)) if prior is not None else logits
             total += np.roll(log_softmax(logits[:count]), shift)
             none += float(np.exp(log_softmax(logits)[count:]).sum()) / len(shifts)
@@ -160,10 +166,11 @@ class MllmRanker:
         scores = total / len(shifts)
         if prior is not None or len(shifts) > 1:
             scores = log_softmax(scores)
-        return _scored(scores, response, len(shifts), sum(tokens for _, tokens in read.values()), len(shifts))
+        ranking = _scored(scores, response, len(shifts), sum(tokens for _, tokens in read.values()), len(shifts))
+        return judged(ranking, [one for one, _ in read.values()])
 
-    def _label_logits(self, questions: list[Question], shifts: list[list[int]]) -> Read:
-        """Logits (n,) of the labels of each question under each of its rotations; (n + 1,) with none_of_these."""
+    def _label_logits(self, questions: list[Question], shifts: list[list[int]]) -> Labels:
+        """The labels (n,) of each question under each of its rotations; (n + 1,) with none_of_these."""
         extra = [self.wording.none_of_these] if self.config.none_of_these else []
         self._check_label_count(max((len(question.names) for question in questions), default=0), len(extra))
         turned = [
@@ -178,21 +185,24 @@ class MllmRanker:
         )
         text = iter(texts)
         prompts = [[Prompt(row, shift, one.images, next(text)) for shift, one in listed] for row, listed in enumerate(turned)]
-        read = self._read(prompts, self.label_ids)
-        return {key: (logits[: len(questions[key[0]].names) + len(extra)], tokens) for key, (logits, tokens) in read.items()}
+        read = {}
+        for key, (logs, tokens) in self._read(prompts, [token for forms in self.label_forms for token in forms]).items():
+            shown = self.label_forms[: len(questions[key[0]].names) + len(extra)]
+            read[key] = (together(logs[: sum(map(len, shown))], shown, logs[-1]), tokens)
+        return read
 
-    def _labels(self) -> list[int]:
-        ids = self.mllm.label_ids()
-        if len(ids) < 2:
+    def _labels(self) -> list[tuple[int, ...]]:
+        forms = self.mllm.label_forms()
+        if len(forms) < 2:
             raise UserError(
                 "this model's tokenizer has no single tokens for the labels A, B, ...; set ranker.method to 'generate'"
             )
-        return ids
+        return forms
 
     def _check_label_count(self, count: int, extra: int) -> None:
-        if count + extra > len(self.label_ids):
+        if count + extra > len(self.label_forms):
             raise UserError(
-                f"ranker.method 'letters' can label {len(self.label_ids) - extra} candidates with {self.mllm.model_path!r}, "
+                f"ranker.method 'letters' can label {len(self.label_forms) - extra} candidates with {self.mllm.model_path!r}, "
                 f"not {count}: lower retriever.top_k or set ranker.method to 'likelihood'"
             )
 
@@ -215,7 +225,7 @@ class MllmRanker:
             if len(answers) < len(question.names):
                 rankings.append(_unasked(len(question.names)))
                 continue
-            odds = [np.logaddexp.reduce(logits[:yes]) - np.logaddexp.reduce(logits[yes:]) for logits, _ in answers]
+            odds = [np.logaddexp.reduce(logs[:yes]) - np.logaddexp.reduce(logs[yes:-1]) for logs, _ in answers]
             tokens = sum(tokens for _, tokens in answers)
             rankings.append(_scored(log_softmax(np.array(odds)), "", len(answers), tokens, len(answers)))
         return rankings
@@ -246,8 +256,8 @@ class MllmRanker:
             rankings[prompt.row] = Ranking(order, status, (), response, 1, length, written)
         return rankings
 
-    def _read(self, prompts: list[list[Prompt]], ids: list[int]) -> Read:
-        """Logits of the tokens `ids` as the first of the reply to each prompt; prompts beyond the window are missing."""
+    def _read(self, prompts: list[list[Prompt]], ids: list[int]) -> Found:
+        """`mllm.of_ids` of the first token of the reply to each prompt; prompts beyond the window are missing."""
         several = [row for row in prompts if len(row) > 1 and all(len(prompt.images) == 1 for prompt in row)]
         shared = {prompt.row for row in several for prompt in row}
         single = [prompt for row in prompts for prompt in row if prompt.row not in shared]

@@ -34,7 +34,7 @@ def test_the_reference_ranks_and_the_forward_is_that_of_letters():
     (logits,) = rank.bare_forward(ranker, rank.prepare(ranker, work))
     order = sorted(range(4), key=lambda row: len(rank._prompts(ranker, work)[row].text))
     rankings = ranker.rank(work.images, work.names)
-    labels = logits[:, ranker.label_ids[:5]].log_softmax(-1)
+    labels = logits[:, [forms[0] for forms in ranker.label_forms[:5]]].log_softmax(-1)
     torch.testing.assert_close(
         labels.double(), torch.tensor([rankings[row].scores for row in order]).double(), atol=1e-4, rtol=0
     )

@@ -30,6 +30,8 @@ def table(rows: Sequence[Row]) -> pa.Table:
             "class_id": 0,
             "class_name": predicted,
             "score": 0.5,
+            "label_mass": 1.0 - i / 10 if status == "ranked" else None,
+            "label_first": i == 0 if status == "ranked" else None,
         }
         for i, (names, ranking, status, predicted) in enumerate(rows)
     ]
@@ -61,6 +63,8 @@ def test_numbers_that_can_be_counted_by_hand() -> None:
         "parse_failures": 1,
         "repaired": 1,
         "mean_candidates": 2,
+        "label_mass": pytest.approx((1.0 + 0.6) / 2),  # of the rows where labels were read
+        "label_first": 1 / 2,
         "images": 5,
         "labelled": 4,
         "out_of_vocabulary": 1,

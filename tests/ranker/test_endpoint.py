@@ -1,6 +1,6 @@
-"""The endpoint ranker over real HTTP: a small server here that sees colours and can misbehave, and `transformers serve`.
+"""The endpoint ranker over real HTTP: a small server here that sees colours and can misbehave, `transformers serve` and vLLM.
 
-Run: pytest tests/test_endpoint.py, and with -m server for the real one. Not covered: TLS, hosted models.
+Run: pytest tests/ranker/test_endpoint.py, and with -m server for the real ones. Not covered: TLS, hosted models.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,154 +29,31 @@ from tenacity import wait_none
 
 from rar import miniature
 from rar.config import Ranker
-from rar.ranker import completions
-from rar.ranker.completions import Fault, data_url, read_reply, retry_after_s
-from rar.ranker.endpoint import EndpointRanker, Offers, label_scores, sorted_labels
+from rar.ranker import servers, wire
+from rar.ranker.endpoint import EndpointRanker
+from rar.ranker.readings import label_scores, sorted_labels
+from rar.ranker.requests import Offers
+from rar.ranker.wire import Fault, data_url, read_reply, retry_after_s
 from rar.ranker.wording import LABELS
 from rar.schema import RankStatus, Unavailable, UserError
-
-COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}
-NAMES = ["a blue cup", "a red cup", "a green cup"]
-BEST = {"red": 1, "green": 2, "blue": 0}
-EVERYTHING = {"logprobs", "response_format"}
-
-
-def picture(colour: str, side: int = 24) -> np.ndarray:
-    return np.full((side, side, 3), COLOURS[colour], np.uint8)
-
-
-# A server ------------------------------------------------------------------------------------------------------------------
-
-
-class Response(NamedTuple):
-    """What the server does with a request. drip_s: seconds between single bytes of the body; drop: hang up without a word."""
-
-    body: bytes
-    status: int = 200
-    headers: tuple[tuple[str, str], ...] = ()
-    wait_s: float = 0.0
-    drip_s: float = 0.0
-    drop: bool = False
-
-
-Answer = Callable[[dict[str, Any]], Response]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers by `answer`, and keeps what it was sent: (time, headers, body)."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answer: Answer = colour_model()
-        self.seen: list[tuple[float, dict[str, str], dict[str, Any]]] = []
-        self.busy = self.most_busy = 0
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that hung up is no news."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.seen.append((time.monotonic(), dict(self.headers), body))
-            self.server.busy += 1
-            self.server.most_busy = max(self.server.most_busy, self.server.busy)
-        try:
-            self.reply(self.server.answer(body) if self.path == "/v1/chat/completions" else Response(b"no such page", 404))
-        finally:
-            with self.server.lock:
-                self.server.busy -= 1
-
-    def reply(self, response: Response) -> None:
-        time.sleep(response.wait_s)
-        if response.drop:
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        self.send_response(response.status)
-        for name, value in response.headers:
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(response.body)))
-        self.end_headers()
-        for start in range(0, len(response.body), 1 if response.drip_s else 1 << 20):
-            time.sleep(response.drip_s)
-            self.wfile.write(response.body[start : start + (1 if response.drip_s else 1 << 20)])
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def completion(text: Any, top: list[tuple[str, Any]] | None = None) -> Response:
-    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    if top is not None:
-        alternatives = [{"token": token, "logprob": score} for token, score in top]
-        choice["logprobs"] = {"content": [{"token": "?", "logprob": 0, "top_logprobs": alternatives}]}
-    usage = {"prompt_tokens": 40, "completion_tokens": 3, "total_tokens": 43}
-    return Response(json.dumps({"choices": [choice], "usage": usage}).encode())
-
-
-def refusal(reason: str, status: int = 400) -> Response:
-    return Response(json.dumps({"error": {"message": reason}}).encode(), status)
-
-
-def text_of(body: dict[str, Any]) -> str:
-    return body["messages"][0]["content"][1]["text"]
-
-
-def pixels_of(body: dict[str, Any]) -> np.ndarray:
-    url = body["messages"][0]["content"][0]["image_url"]["url"]
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
-
-
-def colour_of(body: dict[str, Any]) -> str:
-    mean = pixels_of(body).mean(axis=(0, 1))
-    return min(COLOURS, key=lambda name: float(np.abs(mean - COLOURS[name]).sum()))
-
-
-def listed(text: str) -> list[str]:
-    return re.findall(r"^[A-Z]\. (.*)$", text, re.MULTILINE) or re.findall(r"'([^']*)'", text)
-
-
-def colour_model(offers: set[str] = EVERYTHING, ignores: bool = False) -> Answer:
-    """Puts the candidates that name the picture's colour first. ignores: accepts the fields that it does not know."""
-
-    def answer(body: dict[str, Any]) -> Response:
-        unknown = (body.keys() & EVERYTHING) - offers
-        if unknown and not ignores:
-            return refusal(f"unsupported: {sorted(unknown)}")
-        names = listed(text_of(body))
-        order = sorted(range(len(names)), key=lambda place: colour_of(body) not in names[place])
-        if "logprobs" in body and "logprobs" in offers:
-            assert (body["max_tokens"], body["top_logprobs"]) == (1, 20)
-            return completion(LABELS[order[0]], [(LABELS[place], -0.1 - 2 * rank) for rank, place in enumerate(order)])
-        if "response_format" in body and "response_format" in offers:
-            shape = body["response_format"]["json_schema"]["schema"]["properties"]["ranking"]
-            assert shape["items"]["enum"] == list(LABELS[: len(names)])
-            return completion(json.dumps({"ranking": [LABELS[place] for place in order]}))
-        return completion(str([names[place] for place in order]))
-
-    return answer
-
-
-@contextmanager
-def serving() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+from tests.chat_server import (
+    BEST,
+    EVERYTHING,
+    LABEL_IDS,
+    NAMES,
+    Answer,
+    Response,
+    Server,
+    colour_model,
+    colour_of,
+    completion,
+    picture,
+    refusal,
+    serving,
+    text_of,
+    token_model,
+    tokenizer,
+)
 
 
 @pytest.fixture
@@ -195,8 +70,8 @@ def shared_server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def no_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completions, "JITTER", wait_none())
-    monkeypatch.delenv(completions.KEY, raising=False)
+    monkeypatch.setattr(servers, "JITTER", wait_none())
+    monkeypatch.delenv(servers.KEY, raising=False)
 
 
 def ranker(server: Server, **changes: Any) -> EndpointRanker:
@@ -210,10 +85,10 @@ def ranker(server: Server, **changes: Any) -> EndpointRanker:
 @pytest.mark.parametrize(
     ("answer", "offers"),
     [
-        (colour_model(EVERYTHING), Offers(logprobs=True, structured=True)),
-        (colour_model({"response_format"}), Offers(logprobs=False, structured=True)),
-        (colour_model(set()), Offers(logprobs=False, structured=False)),
-        (colour_model(set(), ignores=True), Offers(logprobs=False, structured=False)),
+        (colour_model(EVERYTHING), Offers(logprobs=True, structured=True, switch=True)),
+        (colour_model({"response_format"}), Offers(logprobs=False, structured=True, switch=True)),
+        (colour_model(set()), Offers(logprobs=False, structured=False, switch=True)),
+        (colour_model(set(), ignores=True), Offers(logprobs=False, structured=False, switch=True)),
     ],
 )
 def test_each_picture_is_ranked_in_the_best_way_on_offer(server: Server, answer: Answer, offers: Offers) -> None:
@@ -231,14 +106,14 @@ def test_the_server_is_probed_once_and_always_asked_deterministically(server: Se
     asker = ranker(server)
     for _ in range(2):
         asker.rank([picture("red")] * 2, [NAMES] * 2)
-    assert len(server.seen) == 3 + 4
+    assert len(server.seen) == 4 + 4
     assert all((body["temperature"], body["seed"], body["model"]) == (0, 0, "colours") for _, _, body in server.seen)
-    assert all(json.dumps(server.seen[3][2]) == json.dumps(body) for _, _, body in server.seen[3:])
+    assert all(json.dumps(server.seen[4][2]) == json.dumps(body) for _, _, body in server.seen[4:])
 
 
 def test_a_model_whose_first_token_is_no_label_is_not_asked_for_logprobs(server: Server) -> None:
     server.answer = lambda body: completion("<think>", [("<think>", -0.01), ("The", -5)])
-    assert ranker(server).probe() == Offers(logprobs=False, structured=False)
+    assert ranker(server).probe() == Offers(logprobs=False, structured=False, switch=True)
 
 
 def test_fields_that_a_model_does_not_take_are_left_out_or_renamed(server: Server) -> None:
@@ -252,14 +127,14 @@ def test_fields_that_a_model_does_not_take_are_left_out_or_renamed(server: Serve
     server.answer, asker = newer, ranker(server)
     (ranking,) = asker.rank([picture("green")], [NAMES])
     assert ranking.order[0] == BEST["green"]
-    assert asker.offers == Offers(False, True, frozenset({"max_tokens", "temperature"}))
+    assert asker.offers == Offers(False, True, frozenset({"max_tokens", "temperature"}), switch=True)
     assert server.seen[-1][2]["max_completion_tokens"] == 256
 
 
 def test_a_server_that_fails_with_500_on_an_unknown_field_does_not_offer_it(server: Server) -> None:
     model = colour_model(set())
     server.answer = lambda body: model(body) if not body.keys() & EVERYTHING else refusal("oops", 500)
-    assert ranker(server).probe() == Offers(logprobs=False, structured=False)
+    assert ranker(server).probe() == Offers(logprobs=False, structured=False, switch=True)
 
 
 def test_more_candidates_than_labels_go_by_free_text(server: Server) -> None:
@@ -278,7 +153,7 @@ def test_a_row_of_one_or_none_costs_no_call(server: Server) -> None:
 def test_several_requests_are_in_flight_but_no_more_than_configured(server: Server) -> None:
     model = colour_model()
     server.answer = lambda body: model(body)._replace(wait_s=0.1)
-    asker = ranker(server, in_flight=3)
+    asker = ranker(server, concurrency=3)
     asker.probe()
     rankings = asker.rank([picture(colour) for colour in (*BEST, *BEST, *BEST)], [NAMES] * 9)
     assert [ranking.order[0] for ranking in rankings] == [*BEST.values()] * 3
@@ -309,6 +184,153 @@ def test_none_of_these_is_one_more_label_and_no_candidate(server: Server) -> Non
     assert ranking.order == (1, 0, 2)
     assert np.exp(ranking.scores) == pytest.approx([0.2, 0.6, 0.2])
     assert ranking.response == "none of these: 0.500000"
+
+
+# Labels by their tokens ------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_told_by_their_token_ids(server: Server) -> None:
+    """26 of them, though only 20 of the likeliest tokens would be told; both forms of a letter add up."""
+    server.answer, server.tokenize, asker = token_model(), tokenizer, ranker(server)
+    names = [f"thing {place}" for place in range(25)] + ["a red cup"]
+    (ranking,) = asker.rank([picture("red")], [names])
+    assert asker.offers == Offers(True, False, labels=LABEL_IDS, switch=True)
+    body = server.seen[-1][2]
+    assert body["logprob_token_ids"] == [token for forms in LABEL_IDS for token in forms] and "top_logprobs" not in body
+    assert body["chat_template_kwargs"] == {"enable_thinking": False} and body["max_tokens"] == 1
+    assert (ranking.order[0], ranking.status, ranking.calls) == (25, "ranked", 1)
+    shares = np.exp(-0.5 * np.array([*range(1, 26), 0]))
+    np.testing.assert_allclose(np.exp(ranking.scores), shares / shares.sum(), rtol=1e-6)
+    assert (ranking.label_mass, ranking.label_first) == (pytest.approx(0.95), True)
+    asker.rank([picture("red")], [NAMES])
+    assert server.seen[-1][2]["logprob_token_ids"] == [token for forms in LABEL_IDS[:3] for token in forms]
+
+
+@pytest.mark.parametrize(("ignored", "by_id"), [("return_tokens_as_token_ids", True), ("logprob_token_ids", False)])
+def test_a_server_that_ignores_half_of_the_fields(server: Server, ignored: str, by_id: bool) -> None:
+    server.answer, server.tokenize, asker = token_model(ignores=frozenset([ignored])), tokenizer, ranker(server)
+    (ranking,) = asker.rank([picture("green")], [NAMES])
+    assert asker.offers is not None and bool(asker.offers.labels) == by_id and asker.offers.logprobs
+    assert (ranking.order[0], ranking.status, ranking.label_mass) == (BEST["green"], "ranked", pytest.approx(0.95))
+
+
+@pytest.mark.parametrize(("mass", "status"), [(0.6, "ranked"), (0.3, "repaired"), (1e-5, "fallback")])
+@pytest.mark.parametrize("by_id", [True, False])
+def test_labels_that_the_model_would_hardly_say_are_not_read_as_its_answer(
+    server: Server, mass: float, status: str, by_id: bool
+) -> None:
+    server.answer, server.tokenize, asker = token_model(), tokenizer, ranker(server)
+    asker.offers = Offers(True, False, labels=LABEL_IDS if by_id else ())
+    server.answer = token_model(mass=mass)
+    (ranking,) = asker.rank([picture("red")], [NAMES])
+    assert (ranking.status, ranking.label_first, ranking.calls) == (status, False, 1)
+    assert ranking.label_mass == pytest.approx(mass)
+    assert ranking.order == ((0, 1, 2) if status == "fallback" else (1, 0, 2))
+    assert bool(ranking.scores) == (status != "fallback")
+
+
+def test_a_model_that_thinks_first_is_asked_in_words(server: Server) -> None:
+    server.answer, server.tokenize, asker = token_model(mass=1e-5), tokenizer, ranker(server)
+    (ranking,) = asker.rank([picture("red")], [NAMES])
+    assert asker.offers == Offers(False, False, switch=True)
+    assert (ranking.order, ranking.status, ranking.label_mass) == ((1, 0, 2), "ranked", None)
+
+
+def test_a_switch_that_a_server_refuses_is_not_sent(server: Server) -> None:
+    model = colour_model()
+    server.answer = lambda body: refusal("Unrecognized request argument") if "chat_template_kwargs" in body else model(body)
+    asker = ranker(server)
+    assert asker.rank([picture("red")], [NAMES])[0].order[0] == BEST["red"]
+    assert asker.offers == Offers(True, True) and "chat_template_kwargs" not in server.seen[-1][2]
+
+
+def test_a_local_tokenizer_finds_the_labels_where_the_server_has_none(server: Server) -> None:
+    """That of the miniature model, whose template has a space before a reply."""
+    asker = ranker(server, tokenizer=str(miniature.MLLM))
+
+    def by_id(body: dict[str, Any]) -> Response:
+        told = [(f"token_id:{token}", -3.5) for token in body.get("logprob_token_ids", [])]
+        return completion("A", told) if told else colour_model(set(), ignores=True)(body)
+
+    server.answer = by_id
+    offers = asker.probe()
+    ids = json.loads((miniature.MLLM / "tokenizer.json").read_text())["model"]["vocab"]
+    assert offers.labels == tuple((ids[label],) for label in LABELS)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        ranker(server, tokenizer="/no/such/folder").probe()
+
+
+# Several servers -------------------------------------------------------------------------------------------------------------
+
+
+def test_several_servers_share_the_work_and_a_dead_one_is_left_out(server: Server, shared_server: Server) -> None:
+    model = colour_model()
+    for each in (server, shared_server):
+        each.answer = lambda body: model(body)._replace(wait_s=0.02)
+        each.seen.clear()
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        asker = ranker(server, base_url=[dead, server.url, shared_server.url])
+        rankings = asker.rank([picture("red")] * 40, [NAMES] * 40)
+    assert [ranking.order[0] for ranking in rankings] == [BEST["red"]] * 40
+    shares = [len(each.seen) for each in (server, shared_server)]
+    assert sum(shares) == 4 + 40 and min(shares) > 10
+
+
+def test_a_server_that_dies_is_found_again_when_it_is_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "FIRST_REST_S", 0.05)
+    asker = ranker(server, attempts=6)
+    asker.probe()
+    address = server.server_address
+    asker.offers = Offers(True, True)
+    server.shutdown()
+    server.server_close()
+
+    def back() -> None:
+        time.sleep(0.2)
+        with serving(address) as again:
+            done.wait(10)
+            seen.append(len(again.seen))
+
+    done, seen = threading.Event(), list[int]()
+    thread = threading.Thread(target=back)
+    thread.start()
+    rankings = asker.rank([picture("red")] * 3, [NAMES] * 3)
+    done.set()
+    thread.join()
+    assert [ranking.order[0] for ranking in rankings] == [BEST["red"]] * 3 and seen == [3]
+
+
+def test_servers_that_are_gone_end_the_run(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "FIRST_REST_S", 0.01)
+    asker = ranker(server)
+    asker.offers = asker.probe()
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(Unavailable, match="nobody listens"):
+        asker.rank([picture("red")] * 3, [NAMES] * 3)
+
+
+def test_a_storm_of_429_costs_time_and_no_row(server: Server) -> None:
+    """A server that takes three at a time and says no to any more."""
+    model, lock, busy = colour_model(), threading.Lock(), [0]
+
+    def crowded(body: dict[str, Any]) -> Response:
+        with lock:
+            busy[0] += 1
+            full = busy[0] > 3
+        time.sleep(0.01)
+        with lock:
+            busy[0] -= 1
+        return refusal("too many", 429) if full else model(body)
+
+    asker = ranker(server, attempts=9)
+    asker.offers = asker.probe()
+    server.answer = crowded
+    rankings = asker.rank([picture("red")] * 60, [NAMES] * 60)
+    assert [ranking.order[0] for ranking in rankings] == [BEST["red"]] * 60
+    assert asker.servers.each[0].pace.limit <= 5
 
 
 # Reading ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +366,7 @@ def test_sorted_labels(text: str, labels: list[int]) -> None:
 def test_names_in_a_structured_reply_are_read_as_names(server: Server) -> None:
     """By a server that keeps to the JSON and not to the labels."""
     asker = ranker(server)
-    asker.offers = Offers(logprobs=False, structured=True)
+    asker.offers = Offers(logprobs=False, structured=True, switch=True)
     server.answer = lambda body: completion('{"ranking": ["a green cup", "a blue cup", "a red cup"]}')
     assert asker.rank([picture("red")], [NAMES])[0].order == (2, 0, 1)
 
@@ -354,7 +376,7 @@ def test_names_in_a_structured_reply_are_read_as_names(server: Server) -> None:
 )
 def test_content_in_parts_or_none_at_all(server: Server, content: Any) -> None:
     asker = ranker(server)
-    asker.offers = Offers(logprobs=False, structured=False)
+    asker.offers = Offers(logprobs=False, structured=False, switch=True)
     server.answer = lambda body: completion(content)
     (ranking,) = asker.rank([picture("red")], [NAMES])
     assert ranking.calls == 1
@@ -364,7 +386,7 @@ def test_content_in_parts_or_none_at_all(server: Server, content: Any) -> None:
 
 def test_a_response_can_be_stored_whatever_it_holds(server: Server) -> None:
     asker = ranker(server)
-    asker.offers = Offers(logprobs=False, structured=False)
+    asker.offers = Offers(logprobs=False, structured=False, switch=True)
     server.answer = lambda body: completion("\ud800 a red cup \x00" + "x" * 100_000)
     (ranking,) = asker.rank([picture("red")], [NAMES])
     assert ranking.order[0] == 1
@@ -415,7 +437,7 @@ def test_what_may_pass_is_tried_again(server: Server, name: str) -> None:
     server.answer = lambda body: next(tries, None) or model(body)
     (ranking,) = asker.rank([picture("red")], [NAMES])
     assert (ranking.order[0], ranking.status, ranking.calls) == (BEST["red"], "ranked", 1)
-    assert len(server.seen) == 3 + 2
+    assert len(server.seen) == 4 + 2
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -429,7 +451,7 @@ def test_an_image_that_fails_every_time_is_a_fallback_with_its_reason(server: Se
     assert [ranking.status for ranking in rankings] == ["ranked", "fallback", "ranked"]
     assert (rankings[1].order, rankings[1].calls, rankings[1].scores) == ((0, 1, 2), 0, ())
     assert rankings[1].response.startswith("[") and FAULTS[name][1] in rankings[1].response
-    assert len(server.seen) == 3 + 4
+    assert len(server.seen) == 4 + 4
 
 
 def test_a_picture_that_the_server_refuses_is_a_fallback_at_once(server: Server) -> None:
@@ -437,7 +459,7 @@ def test_a_picture_that_the_server_refuses_is_a_fallback_at_once(server: Server)
     asker.offers = asker.probe()
     server.answer = lambda body: refusal("image too large", 413)
     (ranking,) = asker.rank([picture("red")], [NAMES])
-    assert (ranking.status, ranking.calls, len(server.seen)) == ("fallback", 0, 4)
+    assert (ranking.status, ranking.calls, len(server.seen)) == ("fallback", 0, 5)
     assert "image too large" in ranking.response
 
 
@@ -460,14 +482,14 @@ def test_retry_after_in_all_forms() -> None:
 
 @given(st.text())
 def test_any_retry_after_is_finite(header: str) -> None:
-    assert 0.0 <= retry_after_s(header) <= completions.MAX_RETRY_AFTER_S
+    assert 0.0 <= retry_after_s(header) <= wire.MAX_RETRY_AFTER_S
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 302, 422])
 def test_a_wrong_key_address_or_model_is_the_users_mistake(
     server: Server, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
-    monkeypatch.setenv(completions.KEY, "sk-secret-1")
+    monkeypatch.setenv(servers.KEY, "sk-secret-1")
     server.answer = lambda body: refusal("no access\nfor sk-secret-1", status)
     with pytest.raises(UserError) as caught:
         ranker(server).rank([picture("red")], [NAMES])
@@ -484,7 +506,7 @@ def test_a_wrong_path_is_the_users_mistake(server: Server) -> None:
 def test_a_redirect_does_not_get_the_key_and_the_pictures(
     server: Server, shared_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(completions.KEY, "sk-1")
+    monkeypatch.setenv(servers.KEY, "sk-1")
     shared_server.seen.clear()
     server.answer = lambda body: Response(b"", 307, (("Location", shared_server.url + "/chat/completions"),))
     with pytest.raises(UserError, match="307"):
@@ -503,7 +525,7 @@ def test_a_key_that_is_revoked_later_ends_the_run(server: Server) -> None:
 def test_the_key_goes_along_where_there_is_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     ranker(server).probe()
     assert "Authorization" not in server.seen[-1][1]
-    monkeypatch.setenv(completions.KEY, "sk-1\n")
+    monkeypatch.setenv(servers.KEY, "sk-1\n")
     ranker(server).probe()
     assert server.seen[-1][1]["Authorization"] == "Bearer sk-1"
 
@@ -673,7 +695,7 @@ def test_transformers_serve_ranks_as_the_local_model_does(transformers_serve: st
     asker = EndpointRanker(Ranker(method="endpoint", model=str(miniature.MLLM), base_url=transformers_serve, timeout_s=120))
     theirs = asker.rank(images, names)
     ours = MllmRanker(Ranker(method="generate", device="cpu"), str(miniature.MLLM)).rank(images, names)
-    assert asker.offers == Offers(logprobs=False, structured=False)
+    assert asker.offers == Offers(logprobs=False, structured=False, switch=True)
     assert [ranking.response for ranking in theirs] == [ranking.response for ranking in ours]
     assert [(ranking.order, ranking.status) for ranking in theirs] == [(ranking.order, ranking.status) for ranking in ours]
     assert all(ranking.calls == 1 and ranking.prompt_tokens > 20 and ranking.output_tokens > 1 for ranking in theirs)

@@ -169,7 +169,7 @@ def test_labels_follow_the_template_s_space(tmp_path: Path):
     for text, labels in ((spaced, [" A", " B", " C"]), (spaced.replace("'<assistant>: '", "'<assistant>:'"), ["A", "B", "C"])):
         (folder / "chat_template.jinja").write_text(text)
         mllm = Mllm(Ranker(device="cpu"), str(folder))
-        assert mllm.processor.tokenizer.convert_ids_to_tokens(mllm.label_ids())[:3] == labels
+        assert mllm.processor.tokenizer.convert_ids_to_tokens([forms[0] for forms in mllm.label_forms()])[:3] == labels
 
 
 def spaced_tokenizer() -> PreTrainedTokenizerFast:

@@ -72,19 +72,30 @@ def slow_logs(ranker: MllmRanker, pictures: list[np.ndarray], prompt: str, reply
 
 
 def slow_letters(ranker: MllmRanker, pictures: list[np.ndarray], names: list[str], counts: list[int]) -> np.ndarray:
+    return log_softmax(slow_labels(ranker, pictures, names, counts))
+
+
+def slow_labels(ranker: MllmRanker, pictures: list[np.ndarray], names: list[str], counts: list[int]) -> np.ndarray:
+    """Log-probabilities of the labels over the whole vocabulary."""
     prompt = letters_prompt(names, exemplars=counts)
-    return log_softmax(np.array([slow_logs(ranker, pictures, prompt, label)[0] for label in LABELS[: len(names)]]))
+    return np.array([slow_logs(ranker, pictures, prompt, label)[0] for label in LABELS[: len(names)]])
 
 
 def test_letters_equal_the_likelihood_of_appended_labels(family: str):
-    """Batched and left-padded (three sizes of image, 2 to 5 candidates) against one label at a time without padding."""
+    """Batched and left-padded (three sizes of image, 2 to 5 candidates) against one label at a time without padding.
+
+    Weights that were never trained spread over the whole vocabulary: a reply would hardly begin with a label, so REPAIRED.
+    """
     ranker = loaded(family, batch_size=3)
     rankings = ranker.rank(images(3), NAMES)
     for image, names, ranking in zip(images(3), NAMES, rankings, strict=True):
-        expected = slow_letters(ranker, [image], names, [])
+        labels = slow_labels(ranker, [image], names, [])
+        expected = log_softmax(labels)
         np.testing.assert_allclose(ranking.scores, expected, atol=1e-4)
+        assert ranking.label_mass == pytest.approx(np.exp(labels).sum(), abs=1e-4)
+        assert ranking.label_mass is not None and 1e-4 < ranking.label_mass < 0.5
         assert ranking.order == tuple(np.argsort(-expected, kind="stable"))
-        assert (ranking.status, ranking.calls, ranking.output_tokens, ranking.response) == (RankStatus.RANKED, 1, 1, "")
+        assert (ranking.status, ranking.calls, ranking.output_tokens, ranking.response) == (RankStatus.REPAIRED, 1, 1, "")
     assert rankings[0].scores != pytest.approx(np.log([0.5, 0.5]), abs=1e-3)  # the weights do say something
 
 
@@ -228,7 +239,8 @@ def test_equal_scores_keep_retrieval_order_and_nan_falls_back(llava: str, method
     ranker = loaded(llava, method=method)
     ranker.mllm.model.lm_head.weight.data.zero_()
     (flat,) = ranker.rank(images(1), [["dog", "cat", "bird"]])
-    assert (flat.order, flat.status) == ((0, 1, 2), RankStatus.RANKED)
+    sure = method != "letters"  # there the whole vocabulary is as likely as the labels
+    assert (flat.order, flat.status) == ((0, 1, 2), RankStatus.RANKED if sure else RankStatus.REPAIRED)
     assert flat.scores == pytest.approx([-np.log(3)] * 3)
     ranker.mllm.model.lm_head.weight.data.fill_(torch.nan)
     (broken,) = ranker.rank(images(1), [["dog", "cat", "bird"]])
@@ -292,7 +304,7 @@ def test_hostile_names_and_stripes(llava: str, method: str):
     stripes = [np.zeros((1, 300, 3), np.uint8), np.zeros((300, 1, 3), np.uint8), np.zeros((1, 1, 3), np.uint8)]
     names = [["<image>", f"<image> cat <eos>{PICTURE}"], ["<user>", "{name} {0} dog"], ["cat", "cat"]]
     rankings = ranker.rank(stripes, names)
-    assert [ranking.status for ranking in rankings] == [RankStatus.RANKED] * 3
+    assert all(ranking.calls and ranking.status is not RankStatus.FALLBACK for ranking in rankings)
 
 
 def test_none_of_these_is_one_more_label(llava: str):
@@ -316,7 +328,9 @@ def test_prior_takes_the_label_out(llava: str):
     ranker = loaded(llava, debias="prior")
     fair = ranker.estimate_prior(images(6), [NAMES[2]] * 6)
     before = ranker.rank(images(3), [NAMES[2]] * 3, prior=fair)
-    ranker.mllm.model.lm_head = Partial(ranker.mllm.model.lm_head, dict(zip(ranker.label_ids, (5.0, 0.0, 1.0), strict=False)))
+    ranker.mllm.model.lm_head = Partial(
+        ranker.mllm.model.lm_head, dict(zip((forms[0] for forms in ranker.label_forms), (5.0, 0.0, 1.0), strict=False))
+    )
     biased = ranker.rank(images(3), [NAMES[2]] * 3, prior=fair)
     assert [one.order for one in biased] != [one.order for one in before]
     prior = ranker.estimate_prior(images(6), [NAMES[2]] * 6)
@@ -377,7 +391,7 @@ def test_too_many_candidates_name_top_k(llava: str, tmp_path: Path):
     with pytest.raises(UserError, match=r"26 candidates .* not 27: lower retriever\.top_k"):
         loaded(llava).rank(images(1), [["cat"] * 27])
     ranker = loaded(str(save_llava(tmp_path / "few", word_tokenizer(labels="ABC"))))
-    assert ranker.rank(images(1), [["cat", "dog", "bird"]])[0].status is RankStatus.RANKED
+    assert ranker.rank(images(1), [["cat", "dog", "bird"]])[0].status is not RankStatus.FALLBACK
     with pytest.raises(UserError, match="3 candidates"):
         ranker.rank(images(1), [["cat", "dog", "bird", "red cat"]])
 
@@ -403,7 +417,7 @@ def test_a_template_or_a_model_without_room_for_exemplars(llava: str, tmp_path: 
     )
     with pytest.raises(UserError, match="moves or drops them"):
         loaded(str(folder), exemplars=1)
-    assert loaded(str(folder)).rank(images(1), [["cat", "dog"]])[0].status is RankStatus.RANKED
+    assert loaded(str(folder)).rank(images(1), [["cat", "dog"]])[0].status is not RankStatus.FALLBACK
 
 
 def test_picture_after_the_question(tmp_path: Path):
@@ -413,7 +427,7 @@ def test_picture_after_the_question(tmp_path: Path):
         "{% for m in messages %}{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
         "{% for part in m.content if part.type == 'image' %}<image>{% endfor %}{% endfor %}<assistant>"
     )
-    assert loaded(str(folder)).rank(images(1), [["cat", "dog"]])[0].status is RankStatus.RANKED
+    assert loaded(str(folder)).rank(images(1), [["cat", "dog"]])[0].status is not RankStatus.FALLBACK
     with pytest.raises(UserError, match="puts the picture after the question"):
         loaded(str(folder), method="yes_no").rank(images(1), [["cat", "dog"]])
 

@@ -1,0 +1,54 @@
+"""What a reply to a ranking question says: its labels' log-probabilities, or the labels that a JSON list names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from rar.ranker.labels import Read
+from rar.ranker.wording import LABELS
+
+QUOTED_LABEL = re.compile(r'"([A-Z])"')
+AROUND_LABEL = " \t\n\"'(*▁Ġ"  # what tokenizers write before a label, and quotes
+Top = Sequence[tuple[str, float]]  # the first token's alternatives: what it is called, log-probability
+
+
+def label_scores(top: Top, count: int, forms: Sequence[Sequence[int]] = ()) -> list[float | None]:
+    """Log-probability of each of the first `count` labels among the first token's alternatives; None where it is not there.
+
+    forms: the token ids of each label; a server that was asked for ids calls them "token_id:7". "A" and " A" are two tokens of
+    one label: their probabilities add up.
+    """
+    found = [-np.inf] * count
+    for place, score in _labelled(top, count, forms):
+        if place is not None:
+            found[place] = float(np.logaddexp(found[place], score))
+    return [None if score == -np.inf else score for score in found]
+
+
+def label_read(top: Top, count: int, forms: Sequence[Sequence[int]] = ()) -> Read:
+    """The labels as `labels.Read`. One that is not there is put at a nat below the least likely token that is."""
+    scores = label_scores(top, count, forms)
+    floor = min((score for _, score in top), default=0.0) - 1
+    mass = min(float(np.exp([score for score in scores if score is not None]).sum()), 1.0)
+    alternatives = list(_labelled(top, count, forms))
+    best = max((score for place, score in alternatives if place is not None), default=-np.inf)
+    others = [score for place, score in alternatives if place is None]
+    # a server that lists labels alone does not say what else there was: at worst one token with all the rest
+    first = best >= max(others) if others else np.exp(best) >= 1 - mass
+    return Read(np.array([floor if score is None else score for score in scores]), mass, bool(first))
+
+
+def sorted_labels(text: str, count: int) -> list[int]:
+    """Positions of the quoted labels of a JSON reply, in order, each once; what was cut off is missing."""
+    positions = (LABELS.index(label) for label in QUOTED_LABEL.findall(text))
+    return list(dict.fromkeys(position for position in positions if position < count))
+
+
+def _labelled(top: Top, count: int, forms: Sequence[Sequence[int]]) -> list[tuple[int | None, float]]:
+    """(which label, log-probability) of each alternative; None for a token that is no label of the first `count`."""
+    places = {f"token_id:{token}": place for place, ids in enumerate(forms[:count]) for token in ids}
+    places |= {label: place for place, label in enumerate(LABELS[:count])}
+    return [(places.get(token, places.get(token.strip(AROUND_LABEL))), score) for token, score in top]

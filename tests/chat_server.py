@@ -1,0 +1,219 @@
+"""An OpenAI-compatible server for tests: a real HTTP server that sees colours, offers what it is told to, and can misbehave."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from rar.ranker.wording import LABELS
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}
+NAMES = ["a blue cup", "a red cup", "a green cup"]
+BEST = {"red": 1, "green": 2, "blue": 0}
+EVERYTHING = {"logprobs", "response_format"}
+
+
+def picture(colour: str, side: int = 24) -> np.ndarray:
+    return np.full((side, side, 3), COLOURS[colour], np.uint8)
+
+
+class Response(NamedTuple):
+    """What the server does with a request. drip_s: seconds between single bytes of the body; drop: hang up without a word."""
+
+    body: bytes
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+    wait_s: float = 0.0
+    drip_s: float = 0.0
+    drop: bool = False
+
+
+Answer = Callable[[dict[str, Any]], Response]
+
+
+class Server(ThreadingHTTPServer):
+    """Answers by `answer`, and keeps what it was sent: (time, headers, body)."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        super().__init__(address, Handler)
+        self.answer: Answer = colour_model()
+        self.tokenize: Answer = no_such_page
+        self.seen: list[tuple[float, dict[str, str], dict[str, Any]]] = []
+        self.busy = self.most_busy = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that hung up is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            if self.path == "/v1/chat/completions":
+                self.server.seen.append((time.monotonic(), dict(self.headers), body))
+            self.server.busy += 1
+            self.server.most_busy = max(self.server.most_busy, self.server.busy)
+        try:
+            known = {
+                "/v1/chat/completions": self.server.answer,
+                "/tokenize": self.server.tokenize,
+                "/detokenize": self.server.tokenize,
+            }
+            self.reply(known.get(self.path, no_such_page)(body))
+        finally:
+            with self.server.lock:
+                self.server.busy -= 1
+
+    def reply(self, response: Response) -> None:
+        time.sleep(response.wait_s)
+        if response.drop:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self.send_response(response.status)
+        for name, value in response.headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(response.body)))
+        self.end_headers()
+        for start in range(0, len(response.body), 1 if response.drip_s else 1 << 20):
+            time.sleep(response.drip_s)
+            self.wfile.write(response.body[start : start + (1 if response.drip_s else 1 << 20)])
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def no_such_page(body: dict[str, Any]) -> Response:
+    return Response(b"no such page", 404)
+
+
+def completion(text: Any, top: list[tuple[str, Any]] | None = None) -> Response:
+    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    if top is not None:
+        alternatives = [{"token": token, "logprob": score} for token, score in top]
+        choice["logprobs"] = {"content": [{"token": "?", "logprob": 0, "top_logprobs": alternatives}]}
+    usage = {"prompt_tokens": 40, "completion_tokens": 3, "total_tokens": 43}
+    return Response(json.dumps({"choices": [choice], "usage": usage}).encode())
+
+
+def refusal(reason: str, status: int = 400) -> Response:
+    return Response(json.dumps({"error": {"message": reason}}).encode(), status)
+
+
+def text_of(body: dict[str, Any]) -> str:
+    return body["messages"][0]["content"][1]["text"]
+
+
+def pixels_of(body: dict[str, Any]) -> np.ndarray:
+    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
+
+
+def colour_of(body: dict[str, Any]) -> str:
+    mean = pixels_of(body).mean(axis=(0, 1))
+    return min(COLOURS, key=lambda name: float(np.abs(mean - COLOURS[name]).sum()))
+
+
+def listed(text: str) -> list[str]:
+    return re.findall(r"^[A-Z]\. (.*)$", text, re.MULTILINE) or re.findall(r"'([^']*)'", text)
+
+
+def colour_model(offers: set[str] = EVERYTHING, ignores: bool = False) -> Answer:
+    """Puts the candidates that name the picture's colour first. ignores: accepts the fields that it does not know."""
+
+    def answer(body: dict[str, Any]) -> Response:
+        unknown = (body.keys() & EVERYTHING) - offers
+        if unknown and not ignores:
+            return refusal(f"unsupported: {sorted(unknown)}")
+        names = listed(text_of(body))
+        order = sorted(range(len(names)), key=lambda place: colour_of(body) not in names[place])
+        if "logprobs" in body and "logprobs" in offers:
+            assert (body["max_tokens"], body["top_logprobs"]) == (1, 20)
+            return completion(LABELS[order[0]], [(LABELS[place], -0.1 - 2 * rank) for rank, place in enumerate(order)])
+        if "response_format" in body and "response_format" in offers:
+            shape = body["response_format"]["json_schema"]["schema"]["properties"]["ranking"]
+            assert shape["items"]["enum"] == list(LABELS[: len(names)])
+            return completion(json.dumps({"ranking": [LABELS[place] for place in order]}))
+        return completion(str([names[place] for place in order]))
+
+    return answer
+
+
+LABEL_IDS = tuple((100 + place, 200 + place) for place in range(26))  # of "A" and " A"
+WORDS = re.compile(r" [A-Z](?![a-z])|[\s\S]")
+
+
+def tokenizer(body: dict[str, Any]) -> Response:
+    """The routes /tokenize and /detokenize: one token a character, but " A" is one."""
+    if "tokens" in body:
+        return Response(json.dumps({"prompt": "".join(map(said_by, body["tokens"]))}).encode())
+    text = body["prompt"] if "prompt" in body else f"<user>{body['messages'][0]['content'][0]['text']}\n<assistant>"
+    places = [LABELS.find(word[-1]) for word in WORDS.findall(text)]
+    words = zip(WORDS.findall(text), places, strict=True)
+    ids = [LABEL_IDS[place][len(word) - 1] if place >= 0 else 1000 + ord(word) for word, place in words]
+    return Response(json.dumps({"count": len(ids), "tokens": ids}).encode())
+
+
+def said_by(token: int) -> str:
+    return chr(token - 1000) if token >= 1000 else " " * (token >= 200) + LABELS[token % 100]
+
+
+def token_model(mass: float = 0.95, first: str = "<think>", ignores: frozenset[str] = frozenset()) -> Answer:
+    """Tells log-probabilities by token id, as vLLM does: labels hold `mass`, three quarters of it as " A", `first` the rest.
+
+    ignores: fields that it accepts and does not know.
+    """
+
+    def answer(body: dict[str, Any]) -> Response:
+        names = listed(text_of(body))
+        order = sorted(range(len(names)), key=lambda place: colour_of(body) not in names[place])
+        if "logprobs" not in body:
+            return completion(str([names[place] for place in order]))
+        shares = np.exp(-0.5 * np.argsort(order))
+        chances = {
+            LABEL_IDS[place][form]: mass * share / shares.sum() * (0.25, 0.75)[form]
+            for place, share in enumerate(shares.tolist())
+            for form in (0, 1)
+        }
+        if "logprob_token_ids" in body and "logprob_token_ids" not in ignores:
+            told = {token: chances.get(token, 1e-9) for token in body["logprob_token_ids"]}
+        else:
+            told = dict(sorted(chances.items(), key=lambda pair: -pair[1])[: body.get("top_logprobs", 20) - 1])
+        by_id = "return_tokens_as_token_ids" in body and "return_tokens_as_token_ids" not in ignores
+        called = {token: f"token_id:{token}" if by_id else said_by(token) for token in told}
+        top = [(called[token], float(np.log(chance))) for token, chance in told.items()]
+        return completion("A", [("token_id:7" if by_id else first, float(np.log(max(1 - mass, 1e-12)))), *top])
+
+    return answer
+
+
+@contextmanager
+def serving(address: Any = ("127.0.0.1", 0)) -> Iterator[Server]:
+    server = Server(address)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,132 @@
+"""Ranking by vLLM; `tests/vllm_cpu.sh FOLDER` makes its place; RAR_VLLM=FOLDER pytest -m server tests/ranker/test_vllm.py.
+
+Not covered: GPUs, other engines, models of any use.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rar import miniature
+from rar.config import Ranker
+from rar.ranker.endpoint import EndpointRanker
+from rar.ranker.rank import MllmRanker
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif("RAR_VLLM" not in os.environ, reason="needs RAR_VLLM, a folder made by tests/vllm_cpu.sh"),
+]
+PATIENCE_S = 600
+
+
+class Vllm:
+    """The miniature MLLM in a vLLM process, in float32 as the local ranker has it."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> None:
+        program = Path(os.environ["RAR_VLLM"]) / "bin" / "vllm"
+        options = ["--port", str(self.port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024"]
+        memory = ["--gpu-memory-utilization", "0.15"]  # of the machine's, on a CPU
+        with self.log.open("w") as output:
+            command = [str(program), "serve", str(miniature.MLLM), *options, *memory]
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(1)
+        pytest.fail(f"vLLM did not start:\n{self.log.read_text()[-3000:]}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+    engine = Vllm(tmp_path_factory.mktemp("vllm") / "log.txt")
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def endpoint(engine: Vllm, **settings: object) -> EndpointRanker:
+    given = {"method": "endpoint", "model": str(miniature.MLLM), "base_url": engine.url, "timeout_s": 120, **settings}
+    return EndpointRanker(Ranker.model_validate(given))
+
+
+def photos(world: Path, count: int, candidates: int) -> tuple[list[np.ndarray], list[list[str]]]:
+    """Photos of the drawn world, each with names of as many classes, its own among them."""
+    files = sorted((world / "seen" / "test").rglob("*.png"))
+    labels = [file.parent.name for file in files]
+    random = np.random.default_rng(0)
+    images, names = [], []
+    for row in random.permutation(len(files))[:count]:
+        others = [labels[other] for other in random.permutation(len(files)) if labels[other] != labels[row]]
+        listed = [labels[row], *dict.fromkeys(others)][:candidates]
+        images.append(np.array(Image.open(files[row]).convert("RGB")))
+        names.append([listed[place] for place in random.permutation(len(listed))])
+    return images, names
+
+
+def test_label_tokens_rank_as_local_letters_do(vllm: Vllm, world: Path) -> None:
+    """Five candidates by two rotations, and 26 in one prefill, which the likeliest 20 tokens could not tell. 64 in flight."""
+    for count, candidates, permutations in ((100, 5, 2), (12, 26, 1)):
+        images, names = photos(world, count, candidates)
+        asker = endpoint(vllm, permutations=permutations)
+        theirs = asker.rank(images, names)
+        local = MllmRanker(Ranker(method="letters", device="cpu", permutations=permutations), str(miniature.MLLM))
+        ours = local.rank(images, names)
+        assert asker.offers is not None and len(asker.offers.labels) == 26
+        worst = max(float(np.abs(np.subtract(a.scores, b.scores)).max()) for a, b in zip(theirs, ours, strict=True))
+        print(f"{count} x {candidates}: log-probabilities differ by at most {worst:.1e}")
+        assert worst < 1e-3
+        assert [one.order[0] for one in theirs] == [one.order[0] for one in ours]
+        assert [one.status for one in theirs] == [one.status for one in ours]
+        masses = zip(theirs, ours, strict=True)
+        assert max(abs((one.label_mass or 0) - (other.label_mass or 0)) for one, other in masses) < 1e-3
+        assert all(one.label_first == other.label_first for one, other in zip(theirs, ours, strict=True))
+
+
+def test_thirty_candidates_go_by_free_text(vllm: Vllm, world: Path) -> None:
+    images, names = photos(world, 4, 30)
+    rankings = endpoint(vllm).rank(images, names)
+    assert all(sorted(one.order) == list(range(30)) and one.calls == 1 and not one.scores for one in rankings)
+
+
+def test_an_engine_that_is_killed_and_started_again_is_found(vllm: Vllm, world: Path) -> None:
+    asker = endpoint(vllm, attempts=30)
+    images, names = photos(world, 4, 5)
+    before = asker.rank(images, names)
+    vllm.process.kill()
+    vllm.process.wait()
+    vllm.start()
+    after = asker.rank(images, names)
+    assert [one.order for one in after] == [one.order for one in before]
