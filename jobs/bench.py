@@ -67,6 +67,18 @@ def replies(data: Annotated[Path, typer.Option("--data", help="JSON list of {kin
     _run(work)
 
 
+@bench.command("vocabulary-free")
+def vocabulary_free(data: Data = None, encoder: str | None = None) -> None:
+    """Names guessed by a language model instead of a vocabulary: cACC (and sACC by --encoder) with and without ranking."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import vocabulary_free as module
+
+        return module.run(_existing(data or SHARED / "clip_b16_memories"), encoder)
+
+    _run(work)
+
+
 @bench.command()
 def ablation(out: Out = None, seed: Seed = 0, scenes: int = 450) -> None:
     """AP of detection with given boxes, with noisy proposals, and of every part of it, on miniature scenes."""

@@ -8,6 +8,7 @@ from jobs.ask import ask
 from jobs.bench import bench
 from jobs.classify import classify
 from jobs.config import config
+from jobs.data import data
 from jobs.demo import demo
 from jobs.detect import detect
 from jobs.evaluate import evaluate
@@ -24,6 +25,7 @@ app = typer.Typer(
 for verb in (demo, memory, classify, detect, evaluate, serve, ask, report, config):
     app.command()(verb)
 app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
 
 
 def main() -> None:

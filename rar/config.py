@@ -36,7 +36,15 @@ class Corpus(Strict):
     """
 
     uri: str = Field(
-        description="folder (labels = sub-folder names), .csv/.tsv/.parquet table, .tar (globs allowed), .json (COCO/LVIS)"
+        "", description="folder (labels = sub-folder names), .csv/.tsv/.parquet table, .tar (globs allowed), .json (COCO/LVIS)"
+    )
+    dataset: str | None = Field(
+        None, description="instead of uri: a data set by name, in its usual files; `rar data` lists them"
+    )
+    root: str = Field("", description="of a data set: the folder that holds the data set's folder, or that folder itself")
+    split: str = Field("", description="of a data set: train, val, test, ...; a missing split file is refused")
+    classes: Literal["all", "base", "novel"] = Field(
+        "all", description="of a data set: base is the first half of its classes, rounded up, and novel the rest"
     )
     format: Literal["auto", "folder", "manifest", "webdataset", "parquet", "coco", "embeddings"] = Field(
         "auto", description="how to read `uri`; auto: by its suffix and content"
@@ -55,6 +63,16 @@ class Corpus(Strict):
     vector_column: str = Field("vector", description="of a parquet file of embeddings")
     ids: str | None = Field(None, description="manifest (CSV or parquet) naming the rows of an .npy of embeddings, in order")
     limit: int | None = Field(None, ge=1, description="read only the first N images, for a quick look")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Corpus:
+        if bool(self.uri) == (self.dataset is not None):
+            raise ValueError("give uri (where the images lie) or dataset (a name, with root and split)")
+        if self.dataset is not None and not (self.root and self.split):
+            raise ValueError("a dataset needs root, the folder that holds it, and split, e.g. test")
+        if self.dataset is None and (self.root or self.split or self.classes != "all"):
+            raise ValueError("root, split and classes belong to a dataset; a uri names its own images")
+        return self
 
 
 class Encoder(Strict):
@@ -104,8 +122,12 @@ class Memory(Strict):
     token: str | None = Field(None, description="server credentials; default: the environment's MILVUS_TOKEN")
     support: Corpus | None = Field(None, description="labelled support images; none: a text memory")
     shots: int | None = Field(None, ge=1, description="images per class drawn from `support` with the run's seed; default all")
+    draw: Literal["random", "first"] = Field(
+        "random",
+        description="which `shots`: by the run's seed, those of fewer shots among them; or each class's first, as listed",
+    )
     classes: str | list[str] | None = Field(
-        None, description="class names, or a file with one a line; default: the support's labels"
+        None, description="class names, or a file with one a line; default: the support's labels, or its data set's classes"
     )
     class_embeddings: str | None = Field(
         None, description="with precomputed embeddings: .npy of (classes, D) text vectors in the order of `classes`"
@@ -276,6 +298,11 @@ class Run(Strict):
     shard_size: int = Field(256, ge=1, description="images per shard: the unit of work, of writing and of resuming")
     max_failed_fraction: float = Field(0.05, ge=0, le=1, description="a run with more failed rows ends with exit code 3")
     seed: int = Field(0, description="of every draw: shots, splits, calibration")
+    vocabulary_free: bool = Field(
+        False,
+        description="the memory's names are guesses: metrics.json has cluster_accuracy and, by the encoder's text tower, "
+        "semantic_similarity, too",
+    )
 
 
 class Config(Strict):

@@ -172,7 +172,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
             "config: retriever.mode: Input should be 'fused', 'text', 'knn', 'centroid', 'tip', 'lda' or 'all', got",
         ),
         ("corpus", "photos", "config: corpus: Input should be a valid dictionary or instance of Corpus, got 'photos'"),
-        ("corpus.limit", "a\nb", "config: corpus.uri: Field required"),
+        ("corpus.limit", "a\nb", "config: corpus.limit: Input should be a valid integer"),
         ("encoder.templates", [], "config: encoder.templates: Value should have at least 1 item"),
         ("memory.name", "no dashes-please", "config: memory.name: String should match pattern"),
     ],

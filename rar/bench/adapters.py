@@ -139,7 +139,7 @@ def _trial(
 ) -> dict[str, float]:
     """Top-1 on the tested rows with the support rows as memory, by knn1 and every mode."""
     memory, truth, queries = take(images, support), images.class_ids[tested], images.vectors[tested]
-    _fill(collection, memory)
+    fill(collection, memory)
     result = {"knn1": float((collection.search(queries, 1).class_ids[:, 0] == truth).mean())}
     for mode in wanted:
         head = modes.fit_head(mode, memory, texts)
@@ -154,7 +154,7 @@ def _trial(
     return result
 
 
-def _fill(collection: Collection, memory: Entries) -> None:
+def fill(collection: Collection, memory: Entries) -> None:
     """The collection holds this memory and nothing else."""
     collection.drop()
     collection.create(memory.vectors.shape[1], Index(kind="FLAT"), {"fingerprint": "adapters"}, len(memory))
@@ -202,7 +202,7 @@ def _leave_one_out(collection: Collection, entries: Entries) -> dict[str, float]
 
 def _nearest_others(collection: Collection, entries: Entries) -> np.ndarray:
     """(N,) class of the entry nearest to each other than itself."""
-    _fill(collection, entries)
+    fill(collection, entries)
     hits = collection.search(entries.vectors, 2)
     itself = [found[0] == own for found, own in zip(hits.entry_ids, entries.entry_ids, strict=True)]
     return np.where(itself, hits.class_ids[:, 1], hits.class_ids[:, 0])

@@ -49,6 +49,7 @@ BATCH = 65_536  # index rows held as Python objects at a time
 SNIFFED = 256  # files whose first bytes are asked for together
 PARQUET_BATCH = 64  # encoded images of a row group held at a time
 PARQUET_ROW = re.compile(r"(?P<file>.+)#(?P<row>\d+)(?::(?P<column>.+))?", re.DOTALL)
+CONTAINER = re.compile(r"(.+?\.(?:tar|arrow))#", re.DOTALL)
 REMARKS = b"rar.remarks"
 ROWS = pa.schema(list(INDEX)[1:])  # INDEX without `row`
 
@@ -314,9 +315,9 @@ def _text(name: str | None) -> str | None:
 
 
 def _tar_of(uri: str) -> str:
-    """`a/b.tar#member` -> `a/b.tar`; both the folder's and the member's name may hold another #."""
-    head, mark, _ = uri.partition(".tar#")
-    return f"{head}.tar" if mark else uri.partition("#")[0]
+    """`a/b.tar#member` -> `a/b.tar`, and `a/b.arrow#ROW`; both the folder's and the member's name may hold another #."""
+    found = CONTAINER.match(uri)
+    return found[1] if found else uri.partition("#")[0]
 
 
 def _read_ranges(

@@ -2,7 +2,8 @@
 
 Rules, each counted and told, none applied in silence:
 - Labels and class names are compared stripped and in Unicode's NFC (`tables.label`): folders of macOS are decomposed.
-- `shots` are drawn from a seeded permutation of each class, so that the 2-shot set is part of the 4-shot set of a seed.
+- `shots` are drawn from a seeded permutation of each class, so that the 2-shot set is part of the 4-shot set of a seed; or
+  (memory.draw: first) they are each class's first in the corpus' own order, as the paper's code takes them, whatever the seed.
 - One picture is one entry of the memory, however many copies of it the support set holds. Where its copies disagree, it keeps
   the label that most of them carry; between equals, the first by name. The order of rows, files or workers plays no part, so
   building again changes nothing. It costs the other class that picture: an entry has one class.
@@ -22,8 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rar.config import Memory
+from rar.config import Corpus, Memory
 from rar.corpus import listing
+from rar.corpus.datasets import named
 from rar.schema import INDEX, UserError
 
 
@@ -43,31 +45,41 @@ class Plan:
     undescribed: int = 0
 
 
-def plan(memory: Memory, seed: int) -> Plan:
-    """Read the class names and draw the support set. Raises UserError for a memory of nothing."""
-    if memory.support is None and memory.classes is None:
+def plan(memory: Memory, seed: int, corpus: Corpus | None = None) -> Plan:
+    """Read the class names and draw the support set. Raises UserError for a memory of nothing.
+
+    Without memory.classes the names are the support's labels (of a data set by name, its classes in their order); without
+    support, too, those of the corpus that is to be classified, where that is a data set by name.
+    """
+    if memory.support is None and memory.classes is None and (corpus is None or corpus.dataset is None):
         raise UserError("memory needs `classes` (names), `support` (labelled images), or both")
-    listed = listing.list_images(memory.support) if memory.support else INDEX.empty_table()
+    found = named.read(memory.support) if memory.support else None
+    listed = found.index if found else INDEX.empty_table()
     labelled = listed.filter(pc.is_valid(listed["label"]))
     if memory.support and not labelled.num_rows:
-        raise UserError(f"memory.support {memory.support.uri} has no labels; use one sub-folder a class, or a label column")
-    names = memory.classes if memory.classes is not None else sorted(pc.unique(labelled["label"]).to_pylist())
-    classes = listing.class_names(names)
+        where = memory.support.uri or memory.support.dataset
+        raise UserError(f"memory.support {where} has no labels; use one sub-folder a class, or a label column")
+    if memory.classes is None and found is None:
+        assert corpus is not None
+        found = named.read(corpus)
+    classes = listing.class_names(memory.classes if memory.classes is not None else found.classes if found else [])
     known = labelled.filter(pc.is_in(labelled["label"], pa.array(classes, pa.string())))
     if memory.support and not known.num_rows:
         raise UserError(f"no label of memory.support is among the {len(classes)} classes; first label: {labelled['label'][0]}")
-    chosen = draw(known, memory.shots, seed)
+    chosen = draw(known, memory.shots, None if memory.draw == "first" else seed)
     remarks = [*listing.remarks(listed), *thin_classes(chosen["label"], classes)] if memory.support else []
     return Plan(classes, chosen, listed.num_rows - known.num_rows, strangers(listed["label"], classes), tuple(remarks))
 
 
-def draw(labelled: pa.Table, shots: int | None, seed: int) -> pa.Table:
-    """At most `shots` rows of each label, in the order of the table. labelled: no label is null."""
+def draw(labelled: pa.Table, shots: int | None, seed: int | None) -> pa.Table:
+    """At most `shots` rows of each label, in the order of the table. labelled: no label is null. seed None: the first ones."""
     if shots is None or not labelled.num_rows:
         return labelled
     names, numbers = np.unique(np.array(labelled["label"].to_pylist()), return_inverse=True)
     rows_of = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers, minlength=len(names)))[:-1])
-    drawn = [np.random.default_rng([seed, number]).permutation(rows)[:shots] for number, rows in enumerate(rows_of)]
+    if seed is not None:
+        rows_of = [np.random.default_rng([seed, number]).permutation(rows) for number, rows in enumerate(rows_of)]
+    drawn = [rows[:shots] for rows in rows_of]
     return labelled.take(np.sort(np.concatenate(drawn)))
 
 

@@ -1,9 +1,8 @@
 """What stands around a class name in a prompt: templates by data set, and sentences that describe a class.
 
-The templates are those that CoOp (arXiv 2109.01134, its hand-crafted prompts) and CLIP's prompt notebook (arXiv 2103.00020)
-made customary: one a data set, so that numbers can be held against the literature's; ImageNet has the seven that the notebook
-picks out of its eighty, and RAF-DB those of another set of facial expressions. Dogs, LVIS, V3Det and Objects365, which neither
-covers, have prompts of the same make.
+The templates are those of the data sets that are known by name (`rar data`), which CoOp (arXiv 2109.01134) made customary: one
+a data set, so that numbers can be held against the literature's. `imagenet_seven` are those that CLIP's prompt notebook (arXiv
+2103.00020) picks out of its eighty.
 """
 
 from __future__ import annotations
@@ -13,49 +12,52 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from rar import storage
+from rar.corpus.datasets.known import known
 from rar.schema import UserError
 
-PLAIN = ["a photo of a {}."]
-BIRD = ["a photo of a {}, a type of bird."]
-DOG = ["a photo of a {}, a type of dog."]
-
-TEMPLATES: Mapping[str, Sequence[str]] = {
-    "aircraft": ["a photo of a {}, a type of aircraft."],
-    "birds": BIRD,
-    "caltech101": PLAIN,
-    "cars": PLAIN,
-    "coco": PLAIN,
-    "cub": BIRD,
-    "dogs": DOG,
-    "dtd": ["{} texture."],
-    "eurosat": ["a centered satellite photo of {}."],
-    "flowers": ["a photo of a {}, a type of flower."],
-    "food": ["a photo of {}, a type of food."],
-    "imagenet": [
-        "itap of a {}.",
-        "a bad photo of the {}.",
-        "a origami {}.",
-        "a photo of the large {}.",
-        "a {} in a video game.",
-        "art of the {}.",
-        "a photo of the small {}.",
-    ],
-    "lvis": PLAIN,
-    "objects365": PLAIN,
-    "pets": ["a photo of a {}, a type of pet."],
-    "rafdb": ["a photo of a {} looking face.", "a photo of a face showing the emotion: {}."],
-    "sun": PLAIN,
-    "ucf101": ["a photo of a person doing {}."],
-    "v3det": PLAIN,
+SEVEN = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+SHORT = {  # other names of data sets
+    "aircraft": "fgvc_aircraft",
+    "cars": "stanford_cars",
+    "cub": "cub200",
+    "birds": "cub200",
+    "dogs": "stanford_dogs",
+    "flowers": "oxford_flowers",
+    "food": "food101",
+    "objects365": "coco",
+    "pets": "oxford_pets",
+    "rafdb": "raf_db",
+    "sun": "sun397",
 }
 
 
+def by_data_set() -> dict[str, Sequence[str]]:
+    """Templates by name: those of the data sets that are known by name, under shorter names, too, and ImageNet's seven."""
+    named = {name: one.templates for name, one in known().items()}
+    return {**named, **{short: named[name] for short, name in SHORT.items()}, "imagenet_seven": SEVEN}
+
+
 def templates_of(spec: str | Sequence[str]) -> list[str]:
-    """encoder.templates as a list: a data set's by name, or one's own. Raises UserError; each must hold `{}` exactly once."""
+    """encoder.templates as a list: a data set's by name, a text file's lines (`{c}` as clip_benchmark writes for `{}`), or own.
+
+    Raises UserError; each must hold `{}` exactly once.
+    """
+    if isinstance(spec, str) and storage.suffix(spec) == ".txt":
+        with storage.explained("encoder.templates", spec), storage.open_file(spec) as stream:
+            lines = stream.read().decode("utf-8-sig").splitlines()
+        spec = [line.strip().replace("{c}", "{}") for line in lines if line.strip()]
     if isinstance(spec, str):
-        if spec not in TEMPLATES:
+        if spec not in by_data_set():
             raise UserError(f"encoder.templates: {_advice(spec)}")
-        return list(TEMPLATES[spec])
+        return list(by_data_set()[spec])
     for template in spec:
         if template.count("{}") != 1:
             raise UserError(f"encoder.templates: {template!r} needs {{}} exactly once, where the class name goes")
@@ -65,8 +67,8 @@ def templates_of(spec: str | Sequence[str]) -> list[str]:
 def _advice(name: str) -> str:
     if "{" in name:
         return f"put the template into a list: [{name!r}]"
-    (nearest,) = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)
-    return f"no data set is called {name!r}; did you mean {nearest!r}? There are {', '.join(TEMPLATES)}; or give a list"
+    (nearest,) = difflib.get_close_matches(name, by_data_set(), n=1, cutoff=0.0)
+    return f"no data set is called {name!r}; did you mean {nearest!r}? There are {', '.join(by_data_set())}; or give a list"
 
 
 def filled(template: str, name: str) -> str:

@@ -17,7 +17,8 @@ from rar.boxes import MEDIUM_AREA, SMALL_AREA, xywh_to_xyxy
 from rar.boxes import iou as box_iou
 from rar.corpus.truth import Truth, take
 from rar.evaluation.ap import FREQUENCIES
-from rar.evaluation.metrics import Outcomes, wilson
+from rar.evaluation.intervals import wilson
+from rar.evaluation.metrics import Outcomes
 
 
 def frequencies(truth: Truth) -> dict[str, str]:

@@ -1,13 +1,8 @@
 """How good a run is: accuracies from its predictions, each with a 95 % interval.
 
-Metrics read the stored predictions and join the labels only here, so that a new metric needs no new run. Two choices:
-
-- A plain accuracy gets a Wilson score interval (Wilson 1927): a formula, no seed, sane at 0 and 1 and for a handful of images.
-  It treats images as independent draws, which answers "how would *these classes* fare on more images?". Errors cluster by
-  class, so for a claim about other classes it is too narrow.
-- A difference between two methods on the same images is *paired* and bootstrapped over classes (`paired_difference`): pairing
-  removes what both find hard, and drawing whole classes keeps images of one class together. It costs a seed and some time, and
-  it is too narrow with few classes.
+Metrics read the stored predictions and join the labels only here, so that a new metric needs no new run. A plain accuracy has a
+Wilson interval (`.ci_low`, `.ci_high`); `top1` has one over classes, too (`.class_ci_low`, `.class_ci_high`), which is the one
+for a claim about other classes; a difference of two methods on the same images is paired. See `intervals`.
 
 An accuracy over no image is NaN, never 0; metrics.json has null for it.
 """
@@ -23,11 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rar.evaluation.intervals import accuracy, mean_per_class, paired_difference, wilson
 from rar.schema import RankStatus
 
-Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
-RESAMPLES = 2000
-RESAMPLE_BLOCK = 2_000_000  # cluster draws held in memory at once
 ABSENT = np.iinfo(np.int64).max  # the place of a class that is not among the candidates
 
 
@@ -51,7 +44,8 @@ def classification(
     (counted in `images`, left out of every accuracy). vocabulary: the memory's class names; where given, labels outside it are
     counted in `out_of_vocabulary` (they are wrong in every accuracy, as nothing could propose them).
 
-    top1, top5, retriever_top1, candidate_recall: as named, see Outcomes. conditional_rank_accuracy: top1 among the rows whose
+    top1, top5, retriever_top1, candidate_recall: as named, see Outcomes. top1.class_ci_low, .class_ci_high, mean_per_class (the
+    mean of each class's top1): intervals of a bootstrap over classes. conditional_rank_accuracy: top1 among the rows whose
     true name is a candidate and whose ranker was asked; answers that could not be parsed count. rank_gain: top1 minus
     retriever_top1, interval from `paired_difference` over classes. flips_won, flips_lost: rows that ranking set right, wrong.
     ranked_fraction: rows whose ranker was asked, of all rows. parse_failures, repaired: rows of status fallback, repaired.
@@ -59,12 +53,16 @@ def classification(
     Raises ValueError where the lengths differ or a ranking does not fit its candidates.
     """
     found = outcomes(predictions, truth)
-    names = np.asarray(truth, dtype=object)[found.labelled]
+    names = np.asarray(truth, dtype=object)[found.labelled].astype(str)
     correct, retriever = found.correct[found.labelled], found.retriever_correct[found.labelled]
     judged = found.proposed & found.asked
     statuses = Counter(predictions["rank_status"].to_pylist())
+    _, class_low, class_high = accuracy(correct, names, seed=0)
     values = {
         **_accuracy("top1", correct),
+        "top1.class_ci_low": class_low,
+        "top1.class_ci_high": class_high,
+        **_with_interval("mean_per_class", *mean_per_class(correct, names, seed=0)),
         **_accuracy("top5", found.correct_at_5[found.labelled]),
         **_accuracy("retriever_top1", retriever),
         **_accuracy("candidate_recall", found.proposed[found.labelled]),
@@ -151,46 +149,6 @@ def asked_curve(predictions: pa.Table, truth: Sequence[str | None]) -> tuple[np.
     right = unasked + found.retriever_correct[asked].sum() + np.concatenate([[0], np.cumsum(gains)])
     total = max(1, int(found.labelled.sum()))
     return np.arange(len(asked) + 1) / total, right / total
-
-
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a fraction; (nan, nan) for total = 0."""
-    if total == 0:
-        return math.nan, math.nan
-    fraction = correct / total
-    shrink = 1 + Z_95**2 / total
-    centre = (fraction + Z_95**2 / (2 * total)) / shrink
-    half = Z_95 / shrink * math.sqrt(fraction * (1 - fraction) / total + Z_95**2 / (4 * total**2))
-    return min(fraction, max(0.0, centre - half)), max(fraction, min(1.0, centre + half))
-
-
-def paired_difference(
-    correct_a: Sequence[bool] | np.ndarray,
-    correct_b: Sequence[bool] | np.ndarray,
-    groups: Sequence[str] | np.ndarray,
-    seed: int,
-) -> tuple[float, float, float]:
-    """(accuracy of a minus accuracy of b, ci_low, ci_high) on the same N images; 95 % percentile interval.
-
-    groups: (N,) class of each image. A resample draws as many classes as there are, with replacement, and takes all images of
-    each (the cluster bootstrap, Davison and Hinkley 1997, section 3.8); every image keeps both its outcomes. Methods that agree
-    on every image give (0, 0, 0). Fewer than two classes say nothing about other classes: the bounds are NaN.
-    """
-    gain = np.asarray(correct_a, dtype=np.float64) - np.asarray(correct_b, dtype=np.float64)
-    names, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    if not len(gain) == len(group):
-        raise ValueError(f"{len(gain)} outcomes but {len(group)} groups")
-    if len(names) < 2:
-        return _mean(gain), math.nan, math.nan
-    gains, sizes = np.bincount(group, weights=gain), np.bincount(group)
-    rng = np.random.default_rng(seed)
-    block = max(1, RESAMPLE_BLOCK // len(names))
-    resampled = []
-    for start in range(0, RESAMPLES, block):
-        drawn = rng.integers(len(names), size=(min(block, RESAMPLES - start), len(names)))
-        resampled.append(gains[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(resampled), [0.025, 0.975])
-    return _mean(gain), float(low), float(high)
 
 
 def _accuracy(name: str, correct: np.ndarray) -> dict[str, float]:

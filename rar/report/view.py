@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from rar import boxes, config, fusion
 from rar.corpus import coco
+from rar.corpus.datasets import named
 from rar.evaluation import metrics
 from rar.runfolder import RunFolder
 from rar.schema import UserError
@@ -148,7 +149,7 @@ def _boxes(
         return BoxView(xyxy, np.full(len(own), np.nan, np.float32), chosen.crop, GIVEN), labels.to_pylist()
     scores = np.append(pc.list_flatten(index["box_scores"]).to_numpy(), np.float32(np.nan))[own]
     try:
-        known, _ = coco.read_boxes(corpus, config.Detect())
+        known, _ = coco.read_boxes(named.as_file(corpus), config.Detect())
     except UserError as error:
         note = f"Boxes are proposals. There is nothing to judge them by: {error}"
         return BoxView(xyxy, scores, chosen.crop, note), [None] * len(xyxy)

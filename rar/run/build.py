@@ -38,7 +38,7 @@ ENTRY_COLUMNS = ["entry_id", "class_id", "class_name", "vector"]
 def plan(settings: Config) -> Plan:
     """Read the class names and draw the support set. Raises UserError for a memory of nothing."""
     check_kind(settings, settings.memory.support)
-    planned = support.plan(settings.memory, settings.run.seed)
+    planned = support.plan(settings.memory, settings.run.seed, settings.corpus)
     file = settings.encoder.descriptions
     if file is None:
         return planned

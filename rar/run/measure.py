@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from rar import boxes, config, fusion
-from rar.columns import candidates_of, rankings_of
+from rar.columns import candidates_of, rankings_of, vectors_of
 from rar.corpus import coco
-from rar.evaluation import box_groups, metrics, scoring
+from rar.corpus.datasets import named
+from rar.engine.session import Session
+from rar.evaluation import box_groups, clustering, metrics, scoring
 from rar.evaluation.ap import evaluate
 from rar.schema import Candidate, Ranking
 
@@ -26,6 +28,24 @@ def classification(predictions: pa.Table, index: pa.Table, names: Collection[str
     """Metrics of whole images. index: with `uri` and `label`."""
     truth = dict(zip(index["uri"].to_pylist(), index["label"].to_pylist(), strict=True))
     return metrics.classification(predictions, [truth[uri] for uri in predictions["uri"].to_pylist()], names)
+
+
+def vocabulary_free(session: Session, settings: config.Config, predictions: pa.Table, index: pa.Table) -> dict[str, float]:
+    """cACC, and where the encoder embeds names also sACC, by prototypes of its text tower, of the labelled images."""
+    truth = dict(zip(index["uri"].to_pylist(), index["label"].to_pylist(), strict=True))
+    pairs = zip(predictions["class_name"].to_pylist(), predictions["uri"].to_pylist(), strict=True)
+    labelled = [(guess, truth[uri]) for guess, uri in pairs if truth[uri] is not None]
+    guesses, labels = [guess for guess, _ in labelled], [label for _, label in labelled]
+    values = {"cluster_accuracy": clustering.cluster_accuracy(guesses, labels)}
+    if settings.encoder.model == "precomputed" or not session.encoder(settings.encoder).facts.embeds_texts:
+        return values
+
+    def embed(names: list[str]) -> np.ndarray:
+        nothing, shard = pa.nulls(len(names), pa.large_binary()), pa.array([0] * len(names), pa.int32())
+        table = pa.table({"shard": shard, "pixels": nothing, "text": pa.array(names, pa.string())})
+        return vectors_of(session.encoder(settings.encoder).run(table))
+
+    return values | {"semantic_similarity": clustering.semantic_similarity(guesses, labels, embed)}
 
 
 def detection(
@@ -48,7 +68,7 @@ def detection(
     ]
     images, box_scores, labels = ([row[column] for row in found] for column in range(3))
     xyxy = np.array(predictions["box_xyxy"].to_pylist(), np.float64).reshape(-1, 4)
-    truth = coco.truth_of(settings.corpus)
+    truth = coco.truth_of(named.as_file(settings.corpus))
     if truth is None:
         return {}
     values: dict[str, float] = {}

@@ -68,7 +68,7 @@ def run(
         with pipeline.progress(folder, sum(expected.values()), folder.path.name):
             rows.write_datasink(ShardSink(folder.path, expected))
     check_spent(settings, folder, len(expected))
-    return finish(settings, work, folder, calibration, vocabulary, time.monotonic() - started)
+    return finish(session, settings, work, folder, calibration, vocabulary, time.monotonic() - started)
 
 
 def check_spent(settings: Config, folder: RunFolder, shards: int) -> None:
@@ -102,7 +102,13 @@ def propose(session: Session, settings: Config, work: Work, folder: RunFolder) -
 
 
 def finish(
-    settings: Config, work: Work, folder: RunFolder, calibration: fusion.Calibration, vocabulary: Vocabulary, seconds: float
+    session: Session,
+    settings: Config,
+    work: Work,
+    folder: RunFolder,
+    calibration: fusion.Calibration,
+    vocabulary: Vocabulary,
+    seconds: float,
 ) -> dict[str, float]:
     """Write run.json's counts and metrics.json; returns the metrics. Raises RuntimeError where rows are missing."""
     if work.faults.num_rows:
@@ -120,6 +126,8 @@ def finish(
         if (images := vocabulary.retrieve.images).exists():
             remembered = {entry.rsplit("-", 1)[0] for entry in images.entry_ids()}
             values["leaked"] = float(support.leaks(predictions["image_id"].to_pylist(), remembered))
+        if settings.run.vocabulary_free:
+            values |= measure.vocabulary_free(session, settings, predictions, work.index)
     values["mean_k"] = _mean_k(folder)
     folder.finish(counts, values, seconds)
     return values

@@ -90,13 +90,12 @@ def check_kind(settings: Config, images: config.Corpus | None) -> None:
     """Raises UserError for vectors where an encoder is to make them, and for pictures where none is."""
     if images is None:
         return
-    brought, precomputed = listing.format_of(images) == "embeddings", settings.encoder.model == "precomputed"
+    brought = images.dataset is None and listing.format_of(images) == "embeddings"
+    precomputed, where = settings.encoder.model == "precomputed", images.uri or images.dataset
     if brought and not precomputed:
-        raise UserError(f"{images.uri} holds embeddings, not pictures: set encoder.model: precomputed")
+        raise UserError(f"{where} holds embeddings, not pictures: set encoder.model: precomputed")
     if precomputed and not brought:
-        raise UserError(
-            f"encoder.model is precomputed, but {images.uri} holds no embeddings; give an .npz, .npy or parquet of them"
-        )
+        raise UserError(f"encoder.model is precomputed, but {where} holds no embeddings; give an .npz, .npy or parquet of them")
 
 
 def facts_of(session: Session, settings: Config, images: config.Corpus | None) -> stages.EncoderFacts:

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rar.config import Config
-from rar.corpus import coco, listing
+from rar.corpus import coco
+from rar.corpus.datasets import named
 from rar.engine import pipeline
 from rar.run import build
 from rar.runfolder import RunFolder
@@ -56,18 +57,18 @@ def classify_work(settings: Config) -> Work:
     if settings.corpus is None:
         raise UserError("config: `corpus.uri` is missing; name the images to classify")
     build.check_kind(settings, settings.corpus)
-    index = listing.list_images(settings.corpus)
-    return Work(index, False, ERRORS.empty_table())
+    return Work(named.read(settings.corpus).index, False, ERRORS.empty_table())
 
 
 def detect_work(settings: Config) -> Work:
     if settings.corpus is None:
         raise UserError("config: `corpus.uri` is missing; name the COCO or LVIS JSON of the images to detect in")
+    corpus = named.as_file(settings.corpus)
     if settings.detect.detector is not None:  # its boxes are found in the run
-        listed = coco.is_json(settings.corpus)
-        pictures = coco.list_pictures(settings.corpus) if listed else coco.without_boxes(listing.list_images(settings.corpus))
+        listed = coco.is_json(corpus)
+        pictures = coco.list_pictures(corpus) if listed else coco.without_boxes(named.read(corpus).index)
         return Work(pictures, True, ERRORS.empty_table())
-    index, faults = coco.read_boxes(settings.corpus, settings.detect)
+    index, faults = coco.read_boxes(corpus, settings.detect)
     return Work(index, True, pa.Table.from_pylist(faults, ERRORS))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rar.encoder.templates import TEMPLATES, filled, read_descriptions, templates_of, unused_descriptions
+from rar.encoder.templates import by_data_set, filled, read_descriptions, templates_of, unused_descriptions
 from rar.schema import UserError
 
 OWLS = {"owl": ["Owls have a flat face.", "An owl turns its head."], "wren": ["A wren is round."]}
@@ -14,10 +14,10 @@ OWLS = {"owl": ["Owls have a flat face.", "An owl turns its head."], "wren": ["A
 def test_a_data_set_by_name() -> None:
     assert templates_of("pets") == ["a photo of a {}, a type of pet."]
     assert templates_of("dtd") == ["{} texture."]
-    assert len(templates_of("imagenet")) == 7
+    assert templates_of("imagenet") == ["a photo of a {}."] and len(templates_of("imagenet_seven")) == 7
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", by_data_set())
 def test_every_data_set_has_sound_templates(name: str) -> None:
     found = templates_of(name)
     assert found and templates_of(found) == found and len(set(found)) == len(found)
@@ -38,7 +38,7 @@ def test_the_benchmarks_of_the_paper_are_there() -> None:
         "pets",
         "aircraft",
     }
-    assert few_shot | {"cub", "dogs", "lvis", "v3det"} <= set(TEMPLATES)
+    assert few_shot | {"cub", "dogs", "lvis", "v3det"} <= set(by_data_set())
 
 
 @pytest.mark.parametrize(

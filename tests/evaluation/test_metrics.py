@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from rar import schema
 from rar.evaluation import metrics
+from rar.evaluation.intervals import wilson
 
 Row = tuple[list[str], list[int], str, str]  # candidate names, ranking, rank_status, predicted name
 
@@ -72,10 +72,18 @@ def test_numbers_that_can_be_counted_by_hand() -> None:
     assert {key: got[key] for key in expected} == expected
     assert set(got) - set(expected) == {
         f"{name}.ci_{side}"
-        for name in ("top1", "top5", "retriever_top1", "candidate_recall", "conditional_rank_accuracy", "rank_gain")
+        for name in (
+            "top1",
+            "mean_per_class",
+            "top5",
+            "retriever_top1",
+            "candidate_recall",
+            "conditional_rank_accuracy",
+            "rank_gain",
+        )
         for side in ("low", "high")
-    }
-    assert (got["top1.ci_low"], got["top1.ci_high"]) == metrics.wilson(2, 4)
+    } | {"top1.class_ci_low", "top1.class_ci_high", "mean_per_class"}
+    assert (got["top1.ci_low"], got["top1.ci_high"]) == wilson(2, 4)
 
 
 def test_top5_follows_the_final_order_not_the_retrievers() -> None:
@@ -135,7 +143,7 @@ def test_per_class_and_confusions() -> None:
         ("dog", 2, 1, 1),
         ("fox", 1, 0, 0),
     ]
-    assert (rows[1]["ci_low"], rows[1]["ci_high"]) == metrics.wilson(2, 2)
+    assert (rows[1]["ci_low"], rows[1]["ci_high"]) == wilson(2, 2)
     assert metrics.confusions(table(FIVE), FIVE_TRUTH) == [("cat", "dog", 1), ("fox", "cat", 1)]
     assert metrics.confusions(table(FIVE), FIVE_TRUTH, limit=1) == [("cat", "dog", 1)]
 
@@ -153,59 +161,6 @@ def test_asked_curve_asks_the_least_certain_first() -> None:
     assert fractions.tolist() == [0, 0.25, 0.5, 0.75]
     assert top1.tolist() == [0.5, 0.75, 0.5, 0.5]  # the smallest margin is won, the next lost, the last unchanged
     assert top1[-1] == metrics.classification(predictions, ["a", "b", "b", "a"])["top1"]
-
-
-def test_wilson_matches_the_published_example() -> None:
-    low, high = metrics.wilson(81, 263)  # Newcombe 1998, table I, method 3
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert metrics.wilson(0, 20)[0] == 0 and metrics.wilson(20, 20)[1] == 1
-
-
-@given(st.integers(1, 500).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
-def test_wilson_holds_the_fraction_inside_0_and_1(counts: tuple[int, int]) -> None:
-    low, high = metrics.wilson(*counts)
-    assert 0 <= low <= counts[0] / counts[1] <= high <= 1
-
-
-def slow_paired_difference(a: np.ndarray, b: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
-    """The bootstrap as its definition reads: draw classes, take all images of each, look at the spread."""
-    rng = np.random.default_rng(1)
-    members = {name: np.flatnonzero(groups == name) for name in np.unique(groups)}
-    differences = []
-    for _ in range(2000):
-        rows = np.concatenate([members[name] for name in rng.choice(list(members), len(members))])
-        differences.append(a[rows].mean() - b[rows].mean())
-    low, high = np.quantile(differences, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def test_paired_difference_agrees_with_the_obvious_loop() -> None:
-    rng = np.random.default_rng(0)
-    common = rng.random(400) < 0.5  # one class holds half of the images and gains the most
-    groups = np.where(common, "class 0", rng.choice([f"class {i}" for i in range(30)], size=400))
-    a, b = rng.random(400) < np.where(common, 0.9, 0.6), rng.random(400) < 0.6
-    difference, low, high = metrics.paired_difference(a, b, groups, seed=3)
-    assert difference == pytest.approx(a.mean() - b.mean())
-    assert (low, high) == pytest.approx(slow_paired_difference(a, b, groups), abs=0.02)
-    assert metrics.paired_difference(a, b, groups, seed=3) == (difference, low, high)
-
-
-def test_errors_that_cluster_by_class_widen_the_interval() -> None:
-    groups = np.repeat([f"class {i}" for i in range(20)], 20)
-    by_class = np.repeat(np.arange(20) < 10, 20)  # a is right on ten whole classes, b on none
-    scattered = np.tile(np.arange(20) < 10, 20)
-    nothing = np.zeros(400, bool)
-    _, low, high = metrics.paired_difference(by_class, nothing, groups, seed=0)
-    _, narrow_low, narrow_high = metrics.paired_difference(scattered, nothing, groups, seed=0)
-    assert high - low > 0.3 and narrow_high - narrow_low < 1e-9
-
-
-def test_paired_difference_at_the_edges() -> None:
-    assert metrics.paired_difference([True, False], [True, False], ["a", "b"], seed=0) == (0, 0, 0)
-    difference, low, high = metrics.paired_difference([True], [False], ["a"], seed=0)
-    assert difference == 1 and math.isnan(low) and math.isnan(high)
-    with pytest.raises(ValueError, match="2 outcomes but 1 groups"):
-        metrics.paired_difference([True, True], [False, False], ["a"], seed=0)
 
 
 rows_and_truth = st.lists(
