@@ -1,4 +1,4 @@
-"""Records <-> Arrow columns: the shapes in which vectors, candidates, rankings and faults travel through a pipeline."""
+"""Records <-> Arrow columns: how vectors, candidates, rankings and faults travel, and the way from a prediction to its row."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rar.schema import CANDIDATES, Candidate, Ranking, RankStatus
 
@@ -29,6 +30,35 @@ def vectors_of(table: pa.Table) -> np.ndarray:
 def with_candidates(table: pa.Table, found: Sequence[Sequence[Candidate]]) -> pa.Table:
     rows = [[{"class_id": c.class_id, "class_name": c.class_name, "score": c.score} for c in row] for row in found]
     return table.append_column("candidates", pa.array(rows, CANDIDATES))
+
+
+def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema, with nulls for those that the table lacks."""
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def positions(rows: pa.ChunkedArray, index: pa.Table) -> np.ndarray:
+    """(N,) int64: where in an index each of N `row`s stands. Raises ValueError for one that the index lacks.
+
+    The only way back from a prediction to its label: names and boxes may stand twice, a row of the index does not.
+    """
+    found = pc.index_in(rows, value_set=index["row"].combine_chunks())
+    if found.null_count:
+        raise ValueError(f"{found.null_count} predictions are of rows that the index lacks")
+    return np.asarray(found.to_numpy(), dtype=np.int64)
+
+
+def box_positions(predictions: pa.Table, index: pa.Table) -> np.ndarray:
+    """(N,) int64: which of all boxes of an index, picture after picture, each prediction is of; see `positions`."""
+    counts = pc.list_value_length(index["boxes_xyxy"]).to_numpy()
+    pictures, places = positions(predictions["row"], index), predictions["place"].to_numpy()
+    if (places >= counts[pictures]).any():
+        raise ValueError("predictions are of boxes that the index lacks")
+    return (np.cumsum(counts) - counts)[pictures] + places
 
 
 def candidates_of(table: pa.Table) -> list[list[Candidate]]:

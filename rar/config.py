@@ -330,24 +330,6 @@ class Config(Strict):
         return self
 
 
-SPEED_ONLY = (
-    "encoder.workers",
-    "detect.detector.workers",
-    "ranker.min_replicas",
-    "ranker.max_replicas",
-    "ranker.num_gpus",
-    "ranker.in_flight",
-    "ranker.concurrency",
-    "ranker.max_calls",
-    "ranker.timeout_s",
-    "ranker.attempts",
-    "ranker.cache",
-    "memory.token",
-    "run.max_failed_fraction",
-    "serve",
-)
-
-
 class KeyTwice(Exception):
     """One mapping holds a key twice; YAML itself would forget the first."""
 

@@ -2,9 +2,13 @@
 
 The index is frozen at the first start and cut into shards of `run.shard_size` images. A shard is the unit of work, of writing
 and of resuming: its rows go through every stage together, in batches that depend on the shard alone, so that a resumed run
-computes the same numbers as an uninterrupted one. A shard is done when `predictions/part-N.parquet` exists; it is renamed into
-place after `errors/part-N.parquet`, so that a killed run leaves whole shards and nothing else. Cost: a kill loses the
-shards in flight, at most `shard_size` images a worker.
+computes the same numbers as an uninterrupted one. A shard is done when its mark lies in `done/`: an empty-handed shard has
+one, too. The mark is taken away before a shard's files are written and comes back after them, so that a killed run leaves
+whole shards and nothing that counts. Its name tells the rows that were predicted and that failed (how far a run is takes one
+listing, however many shards there are), its content the seconds and tokens. Cost: a kill loses the shards in flight, at most
+`shard_size` images a worker; an inode a shard.
+
+A folder is refused to a run of another identity (see identity), in words that say what differs.
 
 The folder must be on a file system that all workers share (one machine, NFS); object stores are not written to.
 """
@@ -19,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,57 +31,75 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rar import identity
 from rar.config import Config
-from rar.identity import fingerprint
+from rar.identity import Identity
 from rar.schema import ERRORS, PREDICTIONS, SCHEMA_VERSION, UserError
 
 PACKAGES = ("rar", "ray", "torch", "open_clip_torch", "transformers", "pymilvus", "milvus-lite")
-STATS = b"rar.stats"
+BEFORE = "before"  # the part of what failed before there was a shard
 
 
 class RunFolder:
-    """Paths and rules of one run folder. Opening refuses a folder of another verb or config."""
+    """Paths and rules of one run folder. Opening refuses a folder of another verb or identity."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()  # workers may stand elsewhere
 
     @classmethod
     def open(cls, path: Path, verb: str, settings: Config, *, fresh: bool, name: str, group: str) -> RunFolder:
-        """Create the folder, or take up one with the same fingerprint. Raises UserError as `check` does."""
+        """Create the folder, or take up one of the same identity. Raises UserError as `check` does."""
         cls.check(path, verb, settings, fresh=fresh)
         folder = cls(path)
         if fresh:
             shutil.rmtree(path, ignore_errors=True)
-        for part in ("predictions", "errors"):
+        for part in ("predictions", "errors", "done"):
             (path / part).mkdir(parents=True, exist_ok=True)
-        if not (path / "run.json").exists():
-            folder.write("run.json", _identity(verb, settings, name, group))
+        if (path / "run.json").exists():
+            folder._pin(identity.of_run(settings))
+        else:
+            folder.write("run.json", _beginning(verb, settings, name, group))
         return folder
 
     @classmethod
     def check(cls, path: Path, verb: str, settings: Config, *, fresh: bool) -> None:
-        """Raises UserError for a folder that is not a run's, or (unless `fresh`) holds a run of another verb or config."""
+        """Raises UserError for a folder that is not a run's, or (unless `fresh`) holds a run of another verb or identity."""
         if path.is_file():
             raise UserError(f"{path} is a file; choose a folder for --out")
         if not path.exists() or not any(path.iterdir()):
             return
         if not (path / "run.json").is_file():
             raise UserError(f"{path} is not a run folder and not empty; choose another --out")
-        known = cls(path).read("run.json")
-        if not fresh and (known["verb"], known["fingerprint"]) != (verb, fingerprint(settings)):
-            raise UserError(
-                f"{path} holds a run of another config ({known['verb']}, fingerprint {known['fingerprint']}); "
-                "use --fresh to replace it, or another --out"
-            )
+        if fresh:
+            return
+        folder = cls(path)
+        known = folder.read("run.json")
+        if known["schema_version"] != SCHEMA_VERSION:
+            folder._refuse(["it was written by another version of rar"])
+        if known["verb"] != verb:
+            folder._refuse([f"it is of `rar {known['verb']}`"])
+        folder._refuse(identity.differences(known["identity"], identity.of_run(settings)))
 
-    def pin(self, name: str, state: str) -> None:
-        """Keep what a name in the config stood for when the run began. Raises UserError where it has changed since."""
+    def pin_memory(self, digest: str) -> None:
+        """Keep the memory's state when the run began. Raises UserError where it has changed since."""
+        self._pin({**self.read("run.json")["identity"], "memory": digest})
+
+    def _pin(self, now: Identity) -> None:
         known = self.read("run.json")
-        if known.setdefault(name, state) != state:
-            raise UserError(
-                f"{self.path}: the {name} has changed since this run began ({known[name]}, now {state}); use --fresh"
-            )
-        self.write("run.json", known)
+        self._refuse(identity.differences(known["identity"], now))
+        whole = identity.completed(known["identity"], now)
+        if whole != known["identity"]:
+            self.write("run.json", {**known, "identity": whole})
+
+    def _refuse(self, reasons: list[str]) -> None:
+        if reasons:
+            said = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+            raise UserError(f"{self.path} holds another run: {said}; use --fresh to replace it, or another --out")
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run has ended here, its metrics written."""
+        return (self.path / "run.json").is_file() and "counts" in self.read("run.json")
 
     def freeze_index(self, index: pa.Table, name: str = "index.parquet") -> pa.Table:
         """Keep the first index: a resumed run must not see files that came or went since."""
@@ -86,25 +108,53 @@ class RunFolder:
             _write_table(index, file)
         return pq.read_table(file)
 
-    def pending(self, n_shards: int, kind: str = "predictions") -> list[int]:
-        """Numbers of the shards that are not written yet."""
-        return [shard for shard in range(n_shards) if not self.part(kind, shard).exists()]
+    def pending(self, n_shards: int) -> list[int]:
+        """Numbers of the shards that are not done yet."""
+        done = self._tallies()
+        return [shard for shard in range(n_shards) if f"{shard:06d}" not in done]
+
+    def unproposed(self, n_shards: int) -> list[int]:
+        """Numbers of the shards of pictures whose boxes are not written yet: their file, of a row a picture, is the mark."""
+        return [shard for shard in range(n_shards) if not self.part("proposals", shard).exists()]
 
     def part(self, kind: str, shard: int) -> Path:
         return self.path / kind / f"part-{shard:06d}.parquet"
 
     def write_shard(self, shard: int, predictions: pa.Table, errors: pa.Table, stats: Mapping[str, float]) -> None:
-        """Write a shard's two files, each whole or not at all; the predictions last."""
+        """Write a shard's two files, each whole or not at all, and then its mark."""
+        self._unmark(f"{shard:06d}")
         if errors.num_rows:
             _write_table(errors.cast(ERRORS), self.part("errors", shard))
         else:  # a killed attempt may have left some
             self.part("errors", shard).unlink(missing_ok=True)
-        schema = PREDICTIONS.with_metadata({STATS: json.dumps(dict(stats)).encode()})
-        _write_table(predictions.cast(schema), self.part("predictions", shard))
+        _write_table(predictions.cast(PREDICTIONS), self.part("predictions", shard))
+        self._mark(f"{shard:06d}", predictions.num_rows, errors.num_rows, stats)
+
+    def write_empty(self, shards: Iterable[int]) -> None:
+        """Shards that hold no row, such as pictures without boxes, are done at once; those that are done already stay."""
+        done = self._tallies()
+        for shard in shards:
+            if f"{shard:06d}" not in done:
+                self.write_shard(shard, PREDICTIONS.empty_table(), ERRORS.empty_table(), {})
 
     def write_faults(self, errors: pa.Table) -> None:
         """Rows that failed before there was a shard: faults of the boxes file, or of a memory's support images."""
-        _write_table(errors.cast(ERRORS), self.path / "errors" / "part-before.parquet")
+        if errors.num_rows:
+            self._unmark(BEFORE)
+            _write_table(errors.cast(ERRORS), self.path / "errors" / f"part-{BEFORE}.parquet")
+            self._mark(BEFORE, 0, errors.num_rows, {})
+
+    def _mark(self, part: str, predicted: int, failed: int, stats: Mapping[str, float]) -> None:
+        _replace(self.path / "done" / f"part-{part}_{predicted}_{failed}.json", json.dumps(dict(stats)).encode())
+
+    def _unmark(self, part: str) -> None:
+        for mark in (self.path / "done").glob(f"part-{part}_*.json"):
+            mark.unlink(missing_ok=True)
+
+    def _tallies(self) -> dict[str, tuple[int, int]]:
+        """Part -> (rows predicted, rows failed), from the names of the marks."""
+        names = (mark.stem.removeprefix("part-").split("_") for mark in sorted((self.path / "done").glob("part-*.json")))
+        return {part: (int(predicted), int(failed)) for part, predicted, failed in names}
 
     def write_proposals(self, table: pa.Table) -> pa.Table:
         """Write a shard's boxes, and pass on no row: a stage of a pipeline that is run for what it leaves here."""
@@ -124,22 +174,27 @@ class RunFolder:
         return _read_parts(self.path / "errors", ERRORS)
 
     def progress(self) -> tuple[int, int]:
-        """(rows predicted, rows failed) so far, from the files' footers."""
-        return tuple(  # type: ignore[return-value]
-            sum(pq.read_metadata(file).num_rows for file in (self.path / kind).glob("part-*.parquet"))
-            for kind in ("predictions", "errors")
-        )
+        """(rows predicted, rows failed) so far, by the marks."""
+        tallies = self._tallies().values()
+        return sum(predicted for predicted, _ in tallies), sum(failed for _, failed in tallies)
 
     def stats(self) -> dict[str, float]:
         """Stage seconds, stage rows, MLLM calls and tokens, summed over all shards ever written here."""
         total: defaultdict[str, float] = defaultdict(float)
-        for file in sorted((self.path / "predictions").glob("part-*.parquet")):
-            for key, value in json.loads((pq.read_schema(file).metadata or {}).get(STATS, b"{}")).items():
+        for mark in sorted((self.path / "done").glob("part-*.json")):
+            for key, value in json.loads(mark.read_text()).items():
                 total[key] += value
         return total
 
-    def finish(self, counts: Mapping[str, int], metrics: Mapping[str, float], seconds: float) -> None:
-        """Write metrics.json and complete run.json."""
+    def write_metrics(self, metrics: Mapping[str, float], settings: Config) -> None:
+        """Write metrics.json, and in run.json what it was measured by; a folder measured before keeps all else."""
+        self.write("metrics.json", {key: None if math.isnan(value) else value for key, value in metrics.items()})
+        by = {"config": _without_secrets(settings), "measured": identity.of_metrics(settings)}
+        self.write("run.json", {**self.read("run.json"), **by})
+
+    def finish(self, counts: Mapping[str, int], metrics: Mapping[str, float], seconds: float, settings: Config) -> None:
+        """Write metrics.json and complete run.json; with that the run has ended."""
+        self.write_metrics(metrics, settings)
         stats = self.stats()
         stages: dict[str, dict[str, float]] = {
             stage: {"rows": int(stats[f"{stage}.rows"]), "seconds": round(stats[f"{stage}.seconds"], 3)}
@@ -150,10 +205,9 @@ class RunFolder:
         mllm = {key: int(stats[f"mllm.{key}"]) for key in ("calls", "candidates", "prompt_tokens", "output_tokens")}
         known = self.read("run.json")
         seconds += known.get("seconds", 0.0)
-        self.write("metrics.json", {key: None if math.isnan(value) else value for key, value in metrics.items()})
         self.write("run.json", {**known, "counts": dict(counts), "stages": stages, "mllm": mllm, "seconds": round(seconds, 2)})
 
-    def read(self, name: str) -> dict[str, Any]:
+    def read(self, name: str) -> Any:
         return json.loads((self.path / name).read_text())
 
     def write(self, name: str, data: Any) -> None:
@@ -161,14 +215,14 @@ class RunFolder:
         _replace(self.path / name, json.dumps(data, indent=1, allow_nan=False).encode())
 
 
-def _identity(verb: str, settings: Config, name: str, group: str) -> dict[str, Any]:
+def _beginning(verb: str, settings: Config, name: str, group: str) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "verb": verb,
         "name": name,
         "group": group,
         "config": _without_secrets(settings),
-        "fingerprint": fingerprint(settings),
+        "identity": identity.of_run(settings),
         "seed": settings.run.seed,
         "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
         "git_commit": _git_commit(),

@@ -13,7 +13,7 @@ from enum import IntEnum, StrEnum
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: predictions without row and place
 
 
 class Exit(IntEnum):
@@ -94,8 +94,11 @@ INDEX = pa.schema(
     ]
 )
 
+# `row` is the place in the index, `place` that of a box in its picture (null for a whole image): what labels join by.
 PREDICTIONS = pa.schema(
     [
+        ("row", pa.int64()),
+        ("place", pa.int32()),
         ("image_id", pa.string()),
         ("uri", pa.string()),
         ("box_xyxy", pa.list_(pa.float32())),
@@ -113,7 +116,17 @@ PREDICTIONS = pa.schema(
     ]
 )
 
-ERRORS = pa.schema([("image_id", pa.string()), ("uri", pa.string()), ("stage", pa.string()), ("error", pa.string())])
+# `row` is null for what failed before there was an index.
+ERRORS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("place", pa.int32()),
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("stage", pa.string()),
+        ("error", pa.string()),
+    ]
+)
 
 
 def entry_id(image_id: str, fingerprint: str) -> str:

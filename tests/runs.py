@@ -1,23 +1,23 @@
-"""Run folders as the pipeline writes them, with plausible contents, for the tests of the report."""
+"""Run folders with plausible contents for the tests of the report, written by the sink and the folder that runs write with."""
 
 from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from rar import config, schema
 from rar.corpus import coco
-from rar.evaluation import metrics
+from rar.engine.sinks import ShardSink
 from rar.fusion import Calibration
+from rar.run import measure
+from rar.runfolder import RunFolder
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" $x$"
 SHAPES = ("circle", "square", "bar")
@@ -72,49 +72,50 @@ def prediction(data: bytes, uri: str, truth: str, skill: float, rng: np.random.G
     }
 
 
-def run_json(name: str, group: str, verb: str, counts: dict[str, int], calls: int) -> dict[str, Any]:
-    stages = {"decode": 1.31, "embed": 6.02, "retrieve": 0.44, "rank": 0.09 * calls, "write": 0.21}
-    return {
-        "schema_version": 1,
-        "verb": verb,
-        "name": name,
-        "group": group,
-        "config": {"memory": {"uri": "memory.milvus", "token": "s3cr3t-token"}, "retriever": {"mode": "fused", "top_k": 5}},
-        "fingerprint": "0123456789abcdef",
-        "seed": 0,
-        "versions": {"python": "3.11", "torch": "2.7.0"},
-        "git_commit": "abc1234",
-        "started": "2026-01-02T10:11:12",
-        "seconds": 12.3,
-        "counts": counts,
-        "stages": {
-            stage: {"rows": counts["ok"], "seconds": seconds, "rows_per_second": counts["ok"] / max(seconds, 0.01)}
-            for stage, seconds in stages.items()
-        },
-        "mllm": {"calls": calls, "candidates": 4 * calls, "prompt_tokens": 91 * calls, "output_tokens": calls},
-    }
+STAGES = {"read": 0.02, "embed": 0.11, "retrieve": 0.01, "rank": 0.09}  # seconds a row
+BLOCK = pa.schema(
+    [
+        *schema.PREDICTIONS,
+        *((name, pa.string()) for name in ("stage", "error")),
+        *((f"seconds_{stage}", pa.float64()) for stage in STAGES),
+        *((f"mllm_{key}", pa.int64()) for key in ("calls", "candidates", "prompt_tokens", "output_tokens")),
+        ("shard", pa.int32()),
+    ]
+)
+
+
+def block(shard: int, rows: list[dict[str, Any]]) -> pa.Table:
+    """A shard as it reaches the sink: predictions and failed rows in one table, with what the stages noted."""
+    asked = [row.get("rank_status", "skipped") != "skipped" for row in rows]
+    noted = [
+        {"shard": shard, **{f"seconds_{stage}": each for stage, each in STAGES.items()}}
+        | {"mllm_calls": int(one), "mllm_candidates": 4 * one, "mllm_prompt_tokens": 91 * one, "mllm_output_tokens": int(one)}
+        for one in asked
+    ]
+    return pa.Table.from_pylist([row | more for row, more in zip(rows, noted, strict=True)], BLOCK)
 
 
 def write_run(
-    folder: Path, info: dict[str, Any], index: pa.Table, rows: list[dict[str, Any]], values: dict[str, float]
-) -> Path:
-    for part in ("predictions", "errors"):
-        (folder / part).mkdir(parents=True)
+    folder: Path, verb: str, name: str, group: str, settings: config.Config, index: pa.Table, rows: list[dict[str, Any]]
+) -> RunFolder:
+    """A run folder up to its end, in two shards; `end` finishes it."""
+    made = RunFolder.open(folder, verb, settings, fresh=False, name=name, group=group)
+    made.pin_memory("0123456789abcdef")
+    made.write("classes.json", NAMES)
+    made.freeze_index(index)
     half = len(rows) // 2
-    for number, shard in enumerate((rows[:half], rows[half:])):
-        pq.write_table(pa.Table.from_pylist(shard, schema=schema.PREDICTIONS), folder / f"predictions/{number:05d}.parquet")
-    errors = [
-        {"image_id": None, "uri": f"/data/{HOSTILE}.jpg", "stage": "decode", "error": f"/data/{HOSTILE}.jpg: truncated file"},
-        {"image_id": None, "uri": "/data/b.jpg", "stage": "decode", "error": "/data/b.jpg: truncated file"},
-        {"image_id": None, "uri": "/data/c.jpg", "stage": "read", "error": "file not found"},
-    ]
-    pq.write_table(
-        pa.Table.from_pylist(errors[: info["counts"]["failed"]], schema=schema.ERRORS), folder / "errors/00000.parquet"
-    )
-    pq.write_table(index, folder / "index.parquet")
-    (folder / "run.json").write_text(json.dumps(info))
-    (folder / "metrics.json").write_text(json.dumps({key: None if value != value else value for key, value in values.items()}))
-    return folder
+    ShardSink(folder, {0: half, 1: len(rows) - half}).write([block(0, rows[:half]), block(1, rows[half:])], None)
+    return made
+
+
+def end(made: RunFolder, settings: config.Config, values: dict[str, float]) -> Path:
+    ok, failed = made.progress()
+    made.finish({"input": ok + failed, "ok": ok, "failed": failed, "skipped": 0}, values, 12.3, settings)
+    return made.path
+
+
+def failed(row: int, uri: str, stage: str, error: str) -> dict[str, Any]:
+    return {"row": row, "image_id": None, "uri": uri, "stage": stage, "error": error}
 
 
 def classify_run(root: Path, name: str, group: str, skill: float, seed: int, ranks: bool, images: int = 80) -> Path:
@@ -130,19 +131,22 @@ def classify_run(root: Path, name: str, group: str, skill: float, seed: int, ran
             path.write_bytes(data)
         labels.append(truth)
         uris.append(str(path))
-        rows.append(prediction(data, str(path), truth, skill, rng, ranks))
+        rows.append({"row": number, **prediction(data, str(path), truth, skill, rng, ranks)})
     if ranks:
         rows[5] |= {"class_name": NAMES[0], "rank_status": "ranked"}
         rows[5]["candidates"][0]["class_name"] = NAMES[5]
-    index = pa.table(
-        {"row": range(images), "uri": uris, "offset": [None] * images, "size": [None] * images, "label": labels},
-        schema=schema.INDEX,
+    rows += [
+        failed(images, f"/data/{HOSTILE}.jpg", "decode", f"/data/{HOSTILE}.jpg: truncated file"),
+        failed(images + 1, "/data/b.jpg", "decode", "/data/b.jpg: truncated file"),
+        failed(images + 2, "/data/c.jpg", "read", "file not found"),
+    ]
+    index = pa.Table.from_pylist(
+        [{"row": row["row"], "uri": row["uri"]} | {"label": label} for row, label in zip(rows, [*labels, *"abc"], strict=True)],
+        schema.INDEX,
     )
-    values = metrics.classification(pa.Table.from_pylist(rows, schema=schema.PREDICTIONS), labels)
-    values["mean_k"] = 3.25 if ranks else math.nan
-    counts = {"input": images + 3, "ok": images, "failed": 3, "skipped": 0}
-    info = run_json(name, group, "classify", counts, sum(row["rank_status"] != "skipped" for row in rows))
-    return write_run(root / f"{group.replace('/', '-')}-{name}", info, index, rows, values)
+    settings = config.build({"corpus": {"uri": str(pictures)}, "memory": {"token": "s3cr3t-token"}})
+    made = write_run(root / f"{group.replace('/', '-')}-{name}", "classify", name, group, settings, index, rows)
+    return end(made, settings, measure.measured(settings, made, index, boxed=False))
 
 
 BOXES_XYXY = ([20.0, 30.0, 90.0, 100.0], [130.0, 60.0, 210.0, 140.0])
@@ -200,11 +204,10 @@ def detect_run(root: Path, truth: Path, name: str, chosen: dict[str, Any], calib
     rows = []
     for picture, known in zip(index.to_pylist(), names, strict=True):
         data = Path(picture["uri"]).read_bytes()
-        for box, true in zip(picture["boxes_xyxy"], [*known, NAMES[0]], strict=False):
-            rows.append(prediction(data, picture["uri"], true, 0.8, rng, True) | {"box_xyxy": box})
-    info = run_json(name, f"detect / {name}", "detect", {"input": len(rows), "ok": len(rows), "failed": 0, "skipped": 0}, 9)
-    folder = root / f"detect-{name}"
-    write_run(folder, info | {"config": settings.model_dump(mode="json")}, index, rows, SCENE_VALUES)
+        for place, (box, true) in enumerate(zip(picture["boxes_xyxy"], [*known, NAMES[0]], strict=False)):
+            own = {"row": picture["row"], "place": place, "box_xyxy": box}
+            rows.append(prediction(data, picture["uri"], true, 0.8, rng, True) | own)
+    made = write_run(root / f"detect-{name}", "detect", name, f"detect / {name}", settings, index, rows)
     if calibration is not None:
-        (folder / "calibration.json").write_text(json.dumps(calibration.to_dict()))
-    return folder
+        made.write("calibration.json", calibration.to_dict())
+    return end(made, settings, SCENE_VALUES)

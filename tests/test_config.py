@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rar import config
 from rar.config import Config
-from rar.identity import fingerprint
 from rar.schema import UserError
 from tests.conftest import SHARED_DATA
 
@@ -186,49 +182,6 @@ def test_settings_cannot_be_changed() -> None:
         Config().run.seed = 1  # type: ignore[misc]
 
 
-SPEED = {
-    "ranker.timeout_s": st.sampled_from([5.0, 60.0]),
-    "ranker.attempts": st.integers(1, 9),
-    "ranker.cache": st.none() | st.just("answers"),
-    "encoder.workers": st.integers(1, 64),
-    "ranker.min_replicas": st.integers(1, 8),
-    "ranker.max_replicas": st.integers(1, 64),
-    "ranker.num_gpus": st.floats(0, 8),
-    "ranker.in_flight": st.integers(1, 64),
-    "ranker.concurrency": st.integers(1, 64),
-    "ranker.max_calls": st.none() | st.integers(1, 64),
-    "memory.token": st.none() | st.text(max_size=8),
-    "run.max_failed_fraction": st.floats(0, 1),
-    "serve.host": st.sampled_from(["127.0.0.1", "0.0.0.0"]),
-    "serve.endpoints": st.sampled_from([["rank"], ["rank", "recognize"]]),
-    "serve.url_prefixes": st.sampled_from([[], ["https://example.org/"]]),
-    "serve.adapters": st.sampled_from([{}, {"birds": "adapters/birds"}]),
-    **{
-        f"serve.{key}": st.integers(1024, 9999)
-        for key in ("port", "max_body_bytes", "max_pixels", "max_candidates", "max_name_chars", "max_queued")
-    },
-    **{f"serve.{key}": st.integers(1, 9) for key in ("loaded_adapters", "batch_tokens", "min_gateways", "max_gateways")},
-    **{f"serve.{key}": st.floats(0.1, 9) for key in ("batch_wait_s", "timeout_s", "upscale_delay_s", "downscale_delay_s")},
-}
-RESULT = {
-    "corpus": st.none() | st.builds(lambda uri: {"uri": uri}, st.sampled_from(["photos", "drawings"])),
-    "encoder.model": st.sampled_from(["miniature", "ViT-B-16/openai"]),
-    "encoder.batch_size": st.integers(1, 64),
-    "encoder.templates": st.lists(st.sampled_from(["a {}.", "the {}."]), min_size=1, max_size=2),
-    "memory.uri": st.sampled_from(["runs/memory.milvus", "http://milvus:19530"]),
-    "memory.shots": st.none() | st.integers(1, 16),
-    "memory.index.ef": st.integers(8, 512),
-    "retriever.mode": st.sampled_from(["fused", "knn"]),
-    "retriever.top_k": st.integers(1, 10),
-    "ranker.batch_size": st.integers(1, 64),
-    "ranker.method": st.sampled_from(["letters", "generate", "none"]),
-    "route.mode": st.sampled_from(["calibrated", "always"]),
-    "detect.crop.sigma": st.sampled_from([0.05, 0.06]),
-    "run.shard_size": st.integers(1, 512),
-    "run.seed": st.integers(0, 9),
-}
-
-
 @pytest.mark.parametrize(
     ("data", "wanted"),
     [
@@ -240,72 +193,6 @@ RESULT = {
 )
 def test_settings_that_contradict_each_other(data: dict[str, Any], wanted: str) -> None:
     assert complaint(data).startswith(wanted)
-
-
-def some_of(values: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.lists(st.sampled_from(sorted(values)), unique=True, max_size=4).flatmap(
-        lambda keys: st.fixed_dictionaries({key: values[key] for key in keys})
-    )
-
-
-def with_values(values: dict[str, Any]) -> Config:
-    return config.build({}, [f"{key}={json.dumps(value)}" for key, value in values.items()])
-
-
-@settings(max_examples=100, deadline=None)
-@given(some_of(SPEED), some_of(RESULT))
-def test_what_only_decides_the_speed_leaves_the_fingerprint(speed: dict[str, Any], result: dict[str, Any]) -> None:
-    assert fingerprint(with_values({**speed, **result})) == fingerprint(with_values(result))
-
-
-@settings(max_examples=100, deadline=None)
-@given(some_of(RESULT), some_of(RESULT))
-def test_anything_else_changes_the_fingerprint(first: dict[str, Any], second: dict[str, Any]) -> None:
-    one, other = with_values(first), with_values(second)
-    assert (fingerprint(one) == fingerprint(other)) == (one == other)
-
-
-@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
-def test_every_other_key_changes_the_fingerprint() -> None:
-    """Key by key, so that a key added to SPEED_ONLY by mistake, or a section left out of the hash, is seen."""
-    full = Config.model_validate(
-        {
-            "corpus": {"uri": "a"},
-            "memory": {"support": {"uri": "a"}, "classes": ["a"]},
-            "detect": {"detector": {"model": "a"}},
-        }
-    )
-    kept: set[str] = set()
-    for key in config._known_keys(Config):
-        value = full
-        for part in key.split("."):
-            value = getattr(value, part)
-        if not isinstance(value, config.Strict) and key != "ranker.prompts":  # of that, what the file says counts
-            changed = full.model_copy(update=_changed(full, key.split(".")))
-            kept |= {key} if fingerprint(changed) == fingerprint(full) else set()
-    assert kept == {*SPEED, "detect.detector.workers"}  # of an optional section, which the property tests leave out
-
-
-def test_prompts_count_by_what_they_say(tmp_path: Path) -> None:
-    (tmp_path / "same.yaml").write_text("version: 1\n")
-    (tmp_path / "other.yaml").write_text("version: 1\npicture: the photo\n")
-    same, other = (Config.model_validate({"ranker": {"prompts": str(tmp_path / f"{n}.yaml")}}) for n in ("same", "other"))
-    assert fingerprint(same) == fingerprint(Config()) != fingerprint(other)
-
-
-def _changed(section: config.Strict, keys: list[str]) -> dict[str, Any]:
-    """The update that puts "changed" in place of one value, without validation."""
-    if len(keys) == 1:
-        return {keys[0]: "changed"}
-    inner = getattr(section, keys[0])
-    return {keys[0]: inner.model_copy(update=_changed(inner, keys[1:]))}
-
-
-def test_a_config_that_was_written_down_has_the_same_fingerprint(tmp_path: Path) -> None:
-    settings = with_values({"corpus": {"uri": "photos"}, "run.seed": 3})
-    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
-    assert fingerprint(config.load(written(tmp_path, text))) == fingerprint(settings)
-    assert len(fingerprint(settings)) == 16 and int(fingerprint(settings), 16) >= 0
 
 
 @pytest.mark.parametrize(

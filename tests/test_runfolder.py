@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rar import config, runfolder
-from rar.identity import fingerprint
+from rar import config, identity, runfolder
 from rar.runfolder import RunFolder
 from rar.schema import ERRORS, INDEX, PREDICTIONS, UserError
 
@@ -34,6 +33,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def predicted(*image_ids: str) -> pa.Table:
     row: dict[str, Any] = {
+        "row": 0,
+        "place": None,
         "uri": "photos/a.jpg",
         "box_xyxy": None,
         "candidates": [{"class_id": 3, "class_name": "wren", "score": 0.5}],
@@ -50,7 +51,7 @@ def predicted(*image_ids: str) -> pa.Table:
 
 
 def failed(*uris: str) -> pa.Table:
-    rows = [{"image_id": None, "uri": uri, "stage": "read", "error": "gone"} for uri in uris]
+    rows = [{"row": 1, "image_id": None, "uri": uri, "stage": "read", "error": "gone"} for uri in uris]
     return pa.Table.from_pylist(rows, ERRORS)
 
 
@@ -58,8 +59,8 @@ def test_a_new_folder_says_what_it_is(tmp_path: Path) -> None:
     folder = opened(tmp_path / "runs" / "new", "memory.token=sesame", "run.seed=7")
     known = folder.read("run.json")
     assert (known["verb"], known["name"], known["group"], known["seed"]) == ("classify", "birds", "zoo", 7)
-    assert known["schema_version"] == 1
-    assert known["fingerprint"] == fingerprint(configured("run.seed=7"))
+    assert known["schema_version"] == 2
+    assert known["identity"] == identity.of_run(configured("run.seed=7"))
     assert {"python", "rar", "torch", "pymilvus"} <= set(known["versions"])
     assert config.build(known["config"]) == configured("run.seed=7")  # the token is the only thing left out
     assert (folder.path / "predictions").is_dir() and (folder.path / "errors").is_dir()
@@ -68,7 +69,7 @@ def test_a_new_folder_says_what_it_is(tmp_path: Path) -> None:
 def test_the_token_is_never_written(tmp_path: Path) -> None:
     folder = opened(tmp_path, "memory.token=sesame")
     folder.write_shard(0, predicted("a"), failed("b"), {})
-    folder.finish({"ok": 1}, {"top1": 1.0}, 2.0)
+    folder.finish({"ok": 1}, {"top1": 1.0}, 2.0, configured("memory.token=sesame"))
     assert b"sesame" not in b"".join(contents(tmp_path).values())
 
 
@@ -85,14 +86,46 @@ def test_an_equal_config_goes_on(tmp_path: Path, same: Sequence[str]) -> None:
     assert folder.pending(2) == [1]
 
 
-@pytest.mark.parametrize(("overrides", "verb"), [(("run.seed=1",), "classify"), ((), "detect")])
-def test_another_config_or_verb_is_refused_and_nothing_changes(tmp_path: Path, overrides: Sequence[str], verb: str) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "verb", "told"),
+    [
+        (("run.seed=1",), "classify", "run.seed was 0, is 1"),
+        (("retriever.top_k=7", "memory.shots=4"), "classify", "memory.shots was null, is 4; retriever.top_k was 5, is 7"),
+        ((), "detect", "it is of `rar classify`"),
+    ],
+)
+def test_another_config_or_verb_is_refused_in_words_and_nothing_changes(
+    tmp_path: Path, overrides: Sequence[str], verb: str, told: str
+) -> None:
     opened(tmp_path).write_shard(0, predicted("a"), failed("b"), {})
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"another config \(classify, fingerprint [0-9a-f]{16}\); use --fresh") as raised:
+    with pytest.raises(UserError) as raised:
         opened(tmp_path, *overrides, verb=verb)
-    assert "\n" not in str(raised.value)
+    assert str(raised.value) == f"{tmp_path} holds another run: {told}; use --fresh to replace it, or another --out"
     assert contents(tmp_path) == before
+
+
+def test_weights_code_memory_and_version_are_refused_by_name(tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (clip / "weights").write_text("one")
+    folder = opened(tmp_path / "run", f"encoder.model={clip}")
+    folder.pin_memory("a")
+    folder.pin_memory("a")
+    with pytest.raises(UserError, match=r"the memory has changed \(a, now b\)"):
+        folder.pin_memory("b")
+    (clip / "weights").write_text("two")
+    with pytest.raises(UserError, match="the weights of the encoder have changed; use --fresh"):
+        opened(folder.path, f"encoder.model={clip}")
+    (clip / "weights").write_text("one")
+    known = folder.read("run.json")
+    known["identity"]["code"]["ranker"] = "of yesterday"
+    folder.write("run.json", known)
+    with pytest.raises(UserError, match=r"rar itself has changed \(ranker\)"):
+        opened(folder.path, f"encoder.model={clip}")
+    folder.write("run.json", {**known, "schema_version": 1})
+    with pytest.raises(UserError, match="another version of rar"):
+        opened(folder.path, f"encoder.model={clip}")
 
 
 @pytest.mark.parametrize("overrides", [(), ("run.seed=1",)])
@@ -101,7 +134,7 @@ def test_fresh_starts_over(tmp_path: Path, overrides: Sequence[str]) -> None:
     folder = opened(tmp_path, *overrides, fresh=True)
     assert folder.pending(1) == [0]
     assert folder.errors().num_rows == 0
-    assert folder.read("run.json")["fingerprint"] == fingerprint(configured(*overrides))
+    assert folder.read("run.json")["identity"] == identity.of_run(configured(*overrides))
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -129,7 +162,7 @@ def test_a_path_that_looks_like_a_partition_adds_no_column(tmp_path: Path) -> No
     assert folder.errors().equals(failed("b"))
 
 
-def test_pending_are_the_shards_without_predictions(tmp_path: Path) -> None:
+def test_pending_are_the_shards_without_a_mark(tmp_path: Path) -> None:
     folder = opened(tmp_path)
     assert folder.pending(4) == [0, 1, 2, 3]
     for shard in (2, 0):
@@ -137,6 +170,18 @@ def test_pending_are_the_shards_without_predictions(tmp_path: Path) -> None:
     assert folder.pending(4) == [1, 3]
     folder.write_shard(3, predicted(), failed("all", "gone"), {})  # a shard may hold nothing but errors
     assert folder.pending(4) == [1]
+    folder.write_empty([0, 1])  # or nothing at all
+    assert folder.pending(4) == [] and folder.progress() == (2, 2)
+    (folder.path / "done" / "part-000002_1_0.json").unlink()  # files alone do not count
+    assert folder.pending(4) == [2] and folder.part("predictions", 2).exists()
+
+
+def test_a_shard_written_again_has_one_mark_with_its_new_tally(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    folder.write_shard(0, predicted("a"), failed("b"), {})
+    folder.write_shard(0, predicted("a", "b"), failed(), {})
+    assert [mark.name for mark in (folder.path / "done").iterdir()] == ["part-000000_2_0.json"]
+    assert folder.progress() == (2, 0)
 
 
 def test_a_kill_between_the_two_files_leaves_the_shard_pending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +202,12 @@ def test_a_kill_between_the_two_files_leaves_the_shard_pending(tmp_path: Path, m
             folder.write_shard(0, predicted("a"), failed("b"), {})
     assert folder.part("errors", 0).exists()
     assert folder.pending(1) == [0]
+    folder.write_shard(0, predicted("a"), failed("b"), {})
+    with monkeypatch.context() as patched:  # of a shard that is done
+        patched.setattr(runfolder, "_replace", replace)
+        with pytest.raises(Killed):
+            folder.write_shard(0, predicted("a", "b"), failed(), {})
+    assert folder.pending(1) == [0]
     folder.write_shard(0, predicted("a", "b"), failed(), {})  # this time b could be read
     assert folder.pending(1) == []
     assert folder.progress() == (2, 0)
@@ -176,7 +227,6 @@ def test_a_kill_while_a_file_is_written_leaves_nothing_that_counts(tmp_path: Pat
         patched.setattr(Path, "write_bytes", half)
         for write in (
             lambda: folder.write_shard(1, predicted("b"), failed(), {}),
-            lambda: folder.write_shard(0, predicted("b"), failed("c"), {}),
             lambda: folder.write("run.json", {}),
         ):
             with pytest.raises(KeyboardInterrupt):
@@ -191,8 +241,9 @@ def test_a_kill_while_a_file_is_written_leaves_nothing_that_counts(tmp_path: Pat
 def test_files_are_whole_and_scratch_files_gone(tmp_path: Path) -> None:
     folder = opened(tmp_path)
     folder.write_shard(12, predicted("a"), failed("b"), {})
-    folder.finish({}, {}, 1.0)
+    folder.finish({}, {}, 1.0, configured())
     assert sorted(contents(tmp_path)) == [
+        "done/part-000012_1_1.json",
         "errors/part-000012.parquet",
         "metrics.json",
         "predictions/part-000012.parquet",
@@ -245,8 +296,8 @@ def test_files_can_be_read_by_anyone(tmp_path: Path) -> None:
 @given(shards=st.lists(st.dictionaries(st.sampled_from(["read.rows", "read.seconds", "mllm.calls"]), st.integers(0, 99))))
 def test_stats_are_summed_over_shards(tmp_path_factory: pytest.TempPathFactory, shards: list[dict[str, float]]) -> None:
     folder = RunFolder(tmp_path_factory.mktemp("run"))
-    (folder.path / "predictions").mkdir()
-    (folder.path / "errors").mkdir()
+    for part in ("predictions", "errors", "done"):
+        (folder.path / part).mkdir()
     for shard, stats in enumerate(shards):
         folder.write_shard(shard, predicted(), failed(), stats)
     for key in ("read.rows", "read.seconds", "mllm.calls"):
@@ -259,9 +310,12 @@ def test_finish_completes_run_json(tmp_path: Path) -> None:
     folder.write_shard(0, predicted("a"), failed("b"), stats)
     folder.write_shard(1, predicted("c"), failed(), {**stats, "mllm.prompt_tokens": 70})
     before = folder.read("run.json")
-    folder.finish({"input": 3, "ok": 2, "failed": 1, "skipped": 0}, {"top1": 0.5}, 2.5)
+    assert not folder.finished
+    folder.finish({"input": 3, "ok": 2, "failed": 1, "skipped": 0}, {"top1": 0.5}, 2.5, configured("detect.score=class"))
     known = folder.read("run.json")
-    assert {key: known[key] for key in before} == before
+    assert {key: known[key] for key in before if key != "config"} == {key: before[key] for key in before if key != "config"}
+    assert known["config"]["detect"]["score"] == "class"  # what the metrics were measured by
+    assert known["measured"] == identity.of_metrics(configured("detect.score=class")) and folder.finished
     assert known["counts"] == {"input": 3, "ok": 2, "failed": 1, "skipped": 0}
     assert known["stages"] == {
         "read": {"rows": 8, "seconds": 4.0, "rows_per_second": 2.0},
@@ -274,20 +328,20 @@ def test_finish_completes_run_json(tmp_path: Path) -> None:
 
 def test_the_seconds_of_a_resumed_run_add_up(tmp_path: Path) -> None:
     for seconds in (2.5, 4.0):
-        opened(tmp_path).finish({"ok": 1}, {}, seconds)
+        opened(tmp_path).finish({"ok": 1}, {}, seconds, configured())
     assert opened(tmp_path).read("run.json")["seconds"] == 6.5
 
 
 def test_a_stage_of_no_measurable_time_has_a_finite_rate(tmp_path: Path) -> None:
     folder = opened(tmp_path)
     folder.write_shard(0, predicted("a"), failed(), {"read.rows": 1, "read.seconds": 0.0})
-    folder.finish({}, {}, 0.0)
+    folder.finish({}, {}, 0.0, configured())
     assert math.isfinite(folder.read("run.json")["stages"]["read"]["rows_per_second"])
 
 
 def test_metrics_that_are_no_number_become_null(tmp_path: Path) -> None:
     folder = opened(tmp_path)
-    folder.finish({}, {"top1": 0.25, "conditional_rank_accuracy": float("nan")}, 1.0)
+    folder.finish({}, {"top1": 0.25, "conditional_rank_accuracy": float("nan")}, 1.0, configured())
     text = (tmp_path / "metrics.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"top1": 0.25, "conditional_rank_accuracy": None}
 

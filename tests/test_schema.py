@@ -78,10 +78,10 @@ def test_float32_and_float64_of_a_box_are_one_id() -> None:
 
 def test_the_files_columns_are_the_contract() -> None:
     assert " ".join(schema.PREDICTIONS.names) == (
-        "image_id uri box_xyxy candidates ranking rank_status response scores routed class_id class_name score "
+        "row place image_id uri box_xyxy candidates ranking rank_status response scores routed class_id class_name score "
         "label_mass label_first"
     )
-    assert schema.ERRORS.names == ["image_id", "uri", "stage", "error"]
+    assert schema.ERRORS.names == ["row", "place", "image_id", "uri", "stage", "error"]
     assert [field.name for field in schema.CANDIDATES.value_type] == ["class_id", "class_name", "score"]
 
 

@@ -8,7 +8,6 @@ the gateway. Equal settings share an application.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -21,11 +20,11 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from rar import config
+from rar import config, identity
 from rar.engine import direct
-from rar.engine.replica import FAULTS, Batch, Exemplars, Prior, RankerReplica, model_path
+from rar.engine.replica import FAULTS, Batch, Exemplars, Prior, RankerReplica
 from rar.engine.session import Session
-from rar.ranker.cache import AnswerCache, fingerprint
+from rar.ranker.cache import AnswerCache
 from rar.schema import Ranking, Unavailable, UserError
 
 ATTEMPTS = 30  # with waits of up to 20 s: rides out a replica's restart and a cold start elsewhere
@@ -35,10 +34,14 @@ GONE = (RayActorError, DeploymentUnavailableError)  # a replica died with the re
 
 
 def app_name(settings: config.Ranker, online: config.Serve | None = None) -> str:
-    """Equal settings share an application."""
+    """Equal answers, served equally, share an application: weights that are trained anew in their folder get one of their own.
+
+    Called where the command runs, and handed on: another machine may know the weights of a hub name by another commit.
+    """
     kind = "ranker" if online is None else "online"
-    text = settings.model_dump_json() + ("" if online is None else online.model_dump_json())
-    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    served = settings.model_dump(mode="json", include={"min_replicas", "max_replicas", "num_gpus", "timeout_s", "attempts"})
+    parts = [identity.of_answers(settings), served, online and online.model_dump(mode="json")]
+    return f"{kind}-{identity.fingerprint(parts)[:8]}"
 
 
 def deploy(session: Session, settings: config.Ranker) -> None:
@@ -150,7 +153,8 @@ def ask(
         return None
     kept = None
     if settings.cache is not None:
-        kept = (os.path.abspath(settings.cache), fingerprint(settings, model_path(settings), json.dumps([prior, exemplars])))
+        decisive = identity.of_answers(settings, json.dumps([prior, exemplars]))
+        kept = (os.path.abspath(settings.cache), identity.fingerprint(decisive))
         AnswerCache(*kept)
     if settings.method == "endpoint":
         budget = direct.Budget.remote(max_calls) if max_calls is not None else None  # type: ignore[attr-defined]

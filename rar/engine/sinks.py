@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import Datasink, WriteResult
 
+from rar.columns import fitted
 from rar.memory.collection import FIELDS, Collection
 from rar.runfolder import RunFolder
 from rar.schema import ERRORS, PREDICTIONS, UserError
@@ -67,7 +68,8 @@ class ShardSink(Datasink[int]):
     """Writes each block, a whole shard, as one file of predictions and, where rows failed, one of errors.
 
     expected: the number of rows each shard must have. A shard that came apart on its way is refused: a run folder with too
-    few rows would look complete. The columns `seconds_*` and `mllm_*` are summed into the file's metadata.
+    few rows would look complete. A shard without rows never comes: Ray Data forgets the columns, and so the number, of an empty
+    block, so `mark_empty` writes those beforehand. The columns `seconds_*` and `mllm_*` are summed into the shard's mark.
     """
 
     def __init__(self, folder: Path, expected: Mapping[int, int]) -> None:
@@ -85,18 +87,9 @@ class ShardSink(Datasink[int]):
         failed = pc.is_valid(table["error"])
         good, bad = table.filter(pc.invert(failed)), table.filter(failed)
         RunFolder(self.folder).write_shard(
-            numbers[0], _as(good, PREDICTIONS), _as(bad, ERRORS), {**_seconds(table), **_mllm(good)}
+            numbers[0], fitted(good, PREDICTIONS), fitted(bad, ERRORS), {**_seconds(table), **_mllm(good)}
         )
         return table.num_rows
-
-
-def _as(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The columns of a schema, with nulls for those the table lacks."""
-    columns = [
-        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
-        for field in schema
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _seconds(table: pa.Table) -> dict[str, float]:

@@ -150,11 +150,10 @@ class Crop:
         return pa.Table.from_pylist(rows, CROPS)
 
     def _boxes(self, picture: dict) -> list[dict]:
-        keep = {name: picture[name] for name in ("shard", "row", "uri", "image_id", "coco_id", "stage", "error")}
+        keep = {name: picture[name] for name in ("shard", "row", "uri", "image_id", "stage", "error")}
         boxes = np.array(picture["boxes_xyxy"], np.float64).reshape(-1, 4)
         keep["seconds_read"] = picture.get("seconds_read", 0.0) / max(len(boxes), 1)
-        own = zip(boxes.tolist(), picture["box_scores"], picture["box_labels"], strict=True)
-        rows = [{**keep, "box_xyxy": box, "box_score": score, "label": label} for box, score, label in own]
+        rows = [{**keep, "place": place, "box_xyxy": box} for place, box in enumerate(boxes.tolist())]
         if picture["error"] is not None or not rows:
             return rows
         try:
@@ -179,12 +178,10 @@ CROPS = pa.schema(
         ("seconds_read", pa.float64()),
         ("shard", pa.int32()),
         ("row", pa.int64()),
+        ("place", pa.int32()),
         ("uri", pa.string()),
         ("image_id", pa.string()),
-        ("coco_id", pa.string()),
-        ("label", pa.string()),
         ("box_xyxy", pa.list_(pa.float32())),
-        ("box_score", pa.float32()),
         ("bytes", pa.large_binary()),
         ("views", pa.list_(pa.large_binary())),
         ("stage", pa.string()),

@@ -60,11 +60,10 @@ class Known:
 class Cluster:
     """api.Backend over the applications of a cluster."""
 
-    def __init__(self, settings: Config, known: Known | None) -> None:
-        self.settings, self.known = settings, known
-        asked = self.settings.ranker.method != "none"
-        self.app = client.app_name(self.settings.ranker, self.settings.serve) if asked else None
-        self.ask = client.AskOne(self.app) if self.app else None
+    def __init__(self, settings: Config, known: Known | None, ranker: str | None) -> None:
+        """ranker: its application; None where there is none."""
+        self.settings, self.known, self.app = settings, known, ranker
+        self.ask = client.AskOne(ranker) if ranker else None
         self.worker = ThreadPoolExecutor(1)
         self.propose = Batcher(self._propose, self._fits, self.settings.serve.batch_wait_s)
 
@@ -133,9 +132,9 @@ class Cluster:
 class Gateway:
     """The Serve class: an app in every replica. What it holds is kept apart, as Serve adds attributes of its own."""
 
-    def __init__(self, settings: dict[str, Any], known: Known | None, token_digest: bytes | None) -> None:
+    def __init__(self, settings: dict[str, Any], known: Known | None, ranker: str | None, token_digest: bytes | None) -> None:
         parsed = Config(**settings)
-        self.arguments = (Cluster(parsed, known), parsed.serve, token_digest)
+        self.arguments = (Cluster(parsed, known, ranker), parsed.serve, token_digest)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return api.create_app(*self.arguments)
@@ -162,7 +161,7 @@ def serving(session: Session, settings: Config, folder: RunFolder) -> Iterator[s
     try:
         if ranker is not None:
             client.deploy_online(session, settings.ranker, online)
-        run_gateway(session, settings, known, digest)
+        run_gateway(session, settings, known, ranker, digest)
         yield f"http://{online.host}:{online.port}"
     finally:
         for name in (APP, ranker):
@@ -220,7 +219,7 @@ def learn(session: Session, settings: Config, folder: RunFolder) -> Known:
     return Known(vocabulary, calibration, session.encoder(settings.encoder))
 
 
-def run_gateway(session: Session, settings: Config, known: Known | None, digest: bytes | None) -> None:
+def run_gateway(session: Session, settings: Config, known: Known | None, app: str | None, digest: bytes | None) -> None:
     """Deploy the gateways and wait until one answers over HTTP."""
     online, ranker = settings.serve, settings.ranker
     room = 2 * ranker.batch_size * ranker.max_replicas + online.max_queued
@@ -240,7 +239,7 @@ def run_gateway(session: Session, settings: Config, known: Known | None, digest:
         graceful_shutdown_timeout_s=client.DRAIN_S,
         logging_config=client.QUIET,
     )(ray_serve.ingress()(Gateway))
-    ray_serve.run(deployment.bind(settings.model_dump(mode="json"), known, digest), name=APP, route_prefix="/")
+    ray_serve.run(deployment.bind(settings.model_dump(mode="json"), known, app, digest), name=APP, route_prefix="/")
     url = f"http://{online.host}:{online.port}/health"
     for _ in range(int(READY_S / 0.2)):
         try:

@@ -18,31 +18,16 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from rar import config
-from rar.ranker import wording
 from rar.schema import Ranking, RankStatus, Unavailable, UserError
 
-FORMAT = 2  # of the files and of the key
-SAMPLE_BYTES = 1 << 16
 KEPT = ("order", "status", "scores", "response", "label_mass", "label_first")
 
 
-def fingerprint(settings: config.Ranker, model_path: str, *extras: str) -> str:
-    """32 hex digits of what decides an answer besides the picture and the names.
-
-    That is: the settings without those of speed, the words of the prompts, and, where they are local folders, the contents of
-    the model (model_path: `settings.model` resolved) and of the adapter, so that trained weights of the same name are others.
-    extras: what else the caller shows or does, such as the label prior, or the memory that exemplar pictures come from.
-    """
-    speed_only = {key.removeprefix("ranker.") for key in config.SPEED_ONLY if key.startswith("ranker.")}
-    decisive = settings.model_dump(mode="json", exclude={*speed_only, "prompts", "adapter"})
-    folders = [_folder_digest(path) for path in (model_path, settings.adapter) if path is not None]
-    parts = [FORMAT, decisive, wording.load_wording(settings.prompts).fingerprint(), folders, extras]
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 class AnswerCache:
-    """Answers under one fingerprint, in a folder that many runs and processes share. hits and misses count this object's."""
+    """Answers under one fingerprint, in a folder that many runs and processes share. hits and misses count this object's.
+
+    fingerprint: of what decides an answer besides the picture and the names (identity.of_answers).
+    """
 
     def __init__(self, folder: str | Path, fingerprint: str) -> None:
         """Raises UserError for a folder that cannot be made or written."""
@@ -120,19 +105,3 @@ def _unpacked(data: bytes, count: int) -> Ranking:
 
 def _checksum(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=8).hexdigest().encode()
-
-
-def _folder_digest(path: str) -> str:
-    """Names, sizes, beginnings and ends of a folder's files: trained weights differ at their ends. "" for a hub name.
-
-    So it is short for models of any size, and equal for all copies.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    for file in files:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(SAMPLE_BYTES)
-            stream.seek(max(size - SAMPLE_BYTES, 0))
-            digest.update(json.dumps([str(file.relative_to(path)), size]).encode() + start + stream.read())
-    return digest.hexdigest() if files else ""

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rar import identity
 from rar.evaluation import metrics
 from rar.report import cards, figures
 from rar.report.view import RunView, number, read_run
@@ -61,7 +62,8 @@ AP_BY_FREQUENCY = {"AP": "ap", "rare": "ap_rare", "common": "ap_common", "freque
 def write_report(runs: Sequence[Path], out: Path, title: str = "Report") -> None:
     """Write the page of these run folders (design 4.2) to `out`, an .html file or a folder that gets `report.html`.
 
-    Runs are grouped by the `group` of their run.json (default: the verb), in the order given. Raises UserError for a folder
+    Runs are grouped by the `group` of their run.json (default: the verb), in the order given; memories are shown by what they
+    hold. Raises UserError for a folder
     that is not a run. A picture that cannot be read any more becomes a placeholder that says why.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -74,10 +76,13 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Report") -> None
     )
     environment.filters |= {"decimal": _decimal, "pretty": partial(json.dumps, indent=2, ensure_ascii=False)}
     environment.globals["percent"] = _percent
-    groups = [_group(name, folders) for name in dict.fromkeys(run.group for run in folders)]
+    arms = [run for run in folders if run.info["verb"] != "memory"]
+    memories = [{"name": run.name, "values": run.values} for run in folders if run.info["verb"] == "memory"]
+    groups = [_group(name, arms) for name in dict.fromkeys(run.group for run in arms)]
     summaries = [_summary(run) for run in folders]
     stages = list(dict.fromkeys(name for summary in summaries for name in summary["stages"]))
-    page = environment.get_template("report.html.j2").render(title=title, groups=groups, runs=summaries, stages=stages)
+    template = environment.get_template("report.html.j2")
+    page = template.render(title=title, groups=groups, memories=memories, runs=summaries, stages=stages)
     target = out / "report.html" if out.is_dir() else out
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page.strip() + "\n", encoding="utf-8")
@@ -213,13 +218,14 @@ def _summary(run: RunView) -> dict[str, Any]:
         "name": run.name,
         "group": run.group,
         "info": info,
+        "fingerprint": identity.fingerprint(info["identity"]),
         "counts": counts,
         "adds_up": counts["input"] == counts["ok"] + counts["failed"] + counts["skipped"],
         "rate": counts["ok"] / info["seconds"] if info["seconds"] else math.nan,
         "mllm": NO_CALLS | info.get("mllm", {}),
         "stages": {name: {**stage, "share": stage["seconds"] / seconds} for name, stage in stages.items()},
         "errors": _errors(run.errors),
-        "config": _without_secrets(info.get("config", {})),
+        "config": info["config"],
     }
 
 
@@ -236,12 +242,6 @@ def _errors(errors: pa.Table) -> list[dict[str, Any]]:
         {"stage": key[0], "reason": key[1], "count": count, "examples": examples[key][:3]}
         for key, count in counts.most_common(ERROR_REASONS)
     ]
-
-
-def _without_secrets(config: Any) -> Any:
-    if not isinstance(config, dict):
-        return config
-    return {key: "(hidden)" if key == "token" and value else _without_secrets(value) for key, value in config.items()}
 
 
 def _decimal(value: float | None, digits: int = 1) -> str:

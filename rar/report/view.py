@@ -1,9 +1,10 @@
 """One run as its folder tells it: config, numbers, predictions, and what is known to be true of each.
 
-A picture's true class is in the index. A given box's is, too. A proposal has none of its own: it takes the label of the object
-that it overlaps most, by an IoU of at least BOX_OVERLAP, as the evaluators match at their lowest threshold. That is read from
-the corpus' JSON where that can still be read; where not, the run is shown unjudged and says why. AP matches otherwise (one to
-one, class by class), so counts over proposals explain a run's AP and do not add up to it.
+Predictions and index join by row and place, as in the metrics. A picture's true class is in the index. A given box's is, too.
+A proposal has none of its own: it takes the label of the object that it overlaps most, by an IoU of at least BOX_OVERLAP, as
+the evaluators match at their lowest threshold. That is read from the corpus' JSON where that can still be read; where not,
+the run is shown unjudged and says why. AP matches otherwise (one to one, class by class), so counts over proposals explain a
+run's AP and do not add up to it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from rar import boxes, config, fusion
+from rar.columns import box_positions, positions
 from rar.corpus import coco
 from rar.corpus.datasets import named
 from rar.evaluation import metrics
 from rar.runfolder import RunFolder
-from rar.schema import UserError
+from rar.schema import INDEX, SCHEMA_VERSION, UserError
 
 BOX_OVERLAP = 0.5  # least IoU at which a proposal takes the label of an object
 GIVEN = "Boxes are the given ones, with their labels."
@@ -58,7 +60,7 @@ class RunView:
     predictions: pa.Table
     errors: pa.Table
     index: pa.Table
-    places: np.ndarray  # (N,) int64 row of `index`, -1 where its uri is not there
+    places: np.ndarray  # (N,) int64: where in `index` its picture stands
     truth: list[str | None]
     found: metrics.Outcomes
     boxes: BoxView | None  # of a detection run
@@ -86,23 +88,29 @@ class RunView:
 
 
 def read_run(path: Path) -> RunView:
-    """Read a run folder (design 4.2). `metrics.json` may be missing: nothing was labelled.
+    """Read a run folder (design 4.2) of `rar classify`, `rar detect`, or `rar memory`, which has no predictions and no index.
 
-    Raises UserError for a folder that is no run, or whose run has not ended, or whose config is of another version.
+    Raises UserError for a folder that is no run, or whose run has not ended, or is of another verb or version.
     """
     if not (path / "run.json").is_file():
         raise UserError(f"{path} is not a run folder: it holds no run.json")
     info = json.loads((path / "run.json").read_text())
     if "counts" not in info:
         raise UserError(f"{path} holds a run that has not ended; resume it with the command that began it")
+    if info["schema_version"] != SCHEMA_VERSION:
+        raise UserError(f"{path} was written by another version of rar; repeat the run with --fresh, or use that version")
+    if info["verb"] not in ("classify", "detect", "memory"):
+        raise UserError(f"{path} is a folder of `rar {info['verb']}`; reports are of classify, detect and memory")
     folder = RunFolder(path)
-    predictions, index = folder.predictions(), pq.read_table(path / "index.parquet", partitioning=None)
-    places = _places(predictions["uri"], index["uri"])
+    predictions, index = folder.predictions(), INDEX.empty_table()
+    if info["verb"] != "memory":
+        index = pq.read_table(path / "index.parquet", partitioning=None)
+    places = positions(predictions["row"], index)
+    seen: BoxView | None = None
     if info["verb"] == "detect":
         seen, truth = _boxes(path, info["config"], predictions, index, places)
     else:
-        labels = index["label"].to_pylist()
-        seen, truth = None, [labels[place] if place >= 0 else None for place in places]
+        truth = index["label"].take(pa.array(places)).to_pylist()
     found = metrics.outcomes(predictions, truth)
     name, group = str(info.get("name", path.name)), str(info.get("group", info["verb"]))
     values = _metrics(path / "metrics.json")
@@ -130,12 +138,6 @@ def _calibration(file: Path) -> fusion.Calibration | None:
         raise UserError(f"{file} is of another version of rar: {error}") from None
 
 
-def _places(uris: pa.ChunkedArray, known: pa.ChunkedArray) -> np.ndarray:
-    """(N,) int64: the first row with each uri among the `known`, or -1."""
-    found = pc.index_in(uris, value_set=known.combine_chunks())
-    return np.asarray(pc.fill_null(found, -1).to_numpy(), dtype=np.int64)
-
-
 def _boxes(
     path: Path, settings: dict[str, Any], predictions: pa.Table, index: pa.Table, places: np.ndarray
 ) -> tuple[BoxView, list[str | None]]:
@@ -143,17 +145,17 @@ def _boxes(
     chosen = _section(config.Detect, settings["detect"], f"{path}/run.json: detect")
     corpus = _section(config.Corpus, settings["corpus"], f"{path}/run.json: corpus")
     xyxy = _corners(predictions["box_xyxy"])
-    own = _own(places, xyxy, index)
+    own = pa.array(box_positions(predictions, index))
     if chosen.proposals is None and chosen.detector is None:
-        labels = pc.list_flatten(index["box_labels"]).take(pa.array(own, mask=own < 0))
+        labels = pc.list_flatten(index["box_labels"]).take(own)
         return BoxView(xyxy, np.full(len(own), np.nan, np.float32), chosen.crop, GIVEN), labels.to_pylist()
-    scores = np.append(pc.list_flatten(index["box_scores"]).to_numpy(), np.float32(np.nan))[own]
+    scores = pc.list_flatten(index["box_scores"]).take(own).to_numpy()
     try:
         known, _ = coco.read_boxes(named.as_file(corpus), config.Detect())
     except UserError as error:
         note = f"Boxes are proposals. There is nothing to judge them by: {error}"
         return BoxView(xyxy, scores, chosen.crop, note), [None] * len(xyxy)
-    return BoxView(xyxy, scores, chosen.crop, JUDGED), overlapped(predictions["uri"], xyxy, known)
+    return BoxView(xyxy, scores, chosen.crop, JUDGED), overlapped(index["coco_id"].take(pa.array(places)), xyxy, known)
 
 
 def _section(model: type[Section], data: dict[str, Any], what: str) -> Section:
@@ -164,37 +166,19 @@ def _section(model: type[Section], data: dict[str, Any], what: str) -> Section:
         raise UserError(f"{what} is of another version of rar: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
 
 
-def _own(places: np.ndarray, xyxy: np.ndarray, index: pa.Table) -> np.ndarray:
-    """(N,) int64: which of all boxes of the index, in its order, each prediction is of; -1 where none is.
-
-    Of boxes that are equal the last counts, as in the metrics. The key of a box is its 24 bytes: a Python object a box would
-    be a gigabyte where a detector wrote its millions.
-    """
-    known = _corners(pc.list_flatten(index["boxes_xyxy"]))
-    images = np.repeat(np.arange(index.num_rows), pc.list_value_length(index["boxes_xyxy"]).to_numpy())
-    found = pc.index_in(_keys(places, xyxy), value_set=_keys(images[::-1], known[::-1]))
-    backwards = np.asarray(pc.fill_null(found, len(known)).to_numpy(zero_copy_only=False), dtype=np.int64)
-    return len(known) - 1 - backwards
-
-
-def _keys(places: np.ndarray, xyxy: np.ndarray) -> pa.Array:
-    keys = np.empty(len(places), np.dtype([("place", np.int64), ("xyxy", np.float32, 4)]))
-    keys["place"], keys["xyxy"] = places, xyxy
-    return pa.Array.from_buffers(pa.binary(keys.dtype.itemsize), len(keys), [None, pa.py_buffer(keys.tobytes())])
-
-
 def _corners(lists: pa.ChunkedArray) -> np.ndarray:
     """N lists of four numbers as (N, 4) float32."""
     return pc.list_flatten(lists).to_numpy().astype(np.float32).reshape(-1, 4)
 
 
-def overlapped(uris: pa.ChunkedArray, xyxy: np.ndarray, known: pa.Table) -> list[str | None]:
+def overlapped(coco_ids: pa.ChunkedArray, xyxy: np.ndarray, known: pa.Table) -> list[str | None]:
     """The label of the object that each of N boxes (N, 4) overlaps most, or None below an IoU of BOX_OVERLAP.
 
-    uris: the picture of each box. known: the objects, one row a picture (schema coco.BOXES).
+    coco_ids: the picture of each box, by its id. known: the objects, one row a picture (schema coco.BOXES).
     """
     labels: list[str | None] = [None] * len(xyxy)
-    places = _places(uris, known["uri"])
+    found = pc.index_in(coco_ids, value_set=known["coco_id"].combine_chunks())
+    places = np.asarray(pc.fill_null(found, -1).to_numpy(), dtype=np.int64)
     order = np.argsort(places, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(places[order])) + 1):
         if not len(rows) or places[rows[0]] < 0:

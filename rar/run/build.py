@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rar import config
-from rar.columns import vectors_of, with_vectors
+from rar.columns import fitted, vectors_of, with_vectors
 from rar.config import Config
 from rar.corpus import support, vectors
 from rar.corpus.support import Plan
@@ -85,7 +85,7 @@ def build_memory(session: Session, settings: Config, *, fresh: bool) -> Built:
     if planned.undescribed:
         counts["undescribed"] = planned.undescribed
     named = len(planned.classes) if facts.embeds_texts or settings.memory.class_embeddings else 0
-    return Built(planned.support.num_rows + named, failed.select(ERRORS.names).cast(ERRORS), {**counts, **metrics})
+    return Built(planned.support.num_rows + named, fitted(failed, ERRORS), {**counts, **metrics})
 
 
 def _write(settings: Config, one: Collection, had: Entries | None, entries: pa.Table, meta: Mapping[str, object]) -> None:

@@ -1,40 +1,76 @@
 """What a finished run is worth: its stored predictions held against the labels, classes and boxes of its corpus.
 
-Labels join here and nowhere earlier, so a new metric needs no new run. For detection, a class probability is the fused one
-among the candidates times the candidates' share of the retriever's whole distribution: a softmax over five candidates says
-little of a box that shows none of them, and AP compares boxes of different images.
+Labels join here and nowhere earlier, so a new metric needs no new run: a finished run whose settings or code of measuring
+have changed (identity.METRICS, MEASURING) is measured again from its folder, without a model, a memory or Ray. Labels, ids
+and proposal scores join by row and place. A picture or box that stands twice is kept and judged twice, each time by its own
+label; `duplicates` counts the predictions whose content another one before has. For detection, a class probability is the
+fused one among the candidates times the candidates' share of the retriever's whole distribution: a softmax over five
+candidates says little of a box that shows none of them, and AP compares boxes of different images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from rar import boxes, config, fusion
-from rar.columns import candidates_of, rankings_of, vectors_of
+from rar import boxes, config, fusion, identity
+from rar.columns import box_positions, candidates_of, positions, rankings_of, vectors_of
 from rar.corpus import coco
 from rar.corpus.datasets import named
 from rar.engine.session import Session
 from rar.evaluation import box_groups, clustering, metrics, scoring
 from rar.evaluation.ap import evaluate
-from rar.schema import Candidate, Ranking
+from rar.runfolder import RunFolder
+from rar.schema import Candidate, Ranking, RankStatus
+
+KEPT = ("leaked", "cluster_accuracy", "semantic_similarity")
+
+
+def measured(settings: config.Config, folder: RunFolder, index: pa.Table, boxed: bool) -> dict[str, float]:
+    """All metrics that a run folder and the truth of its corpus give; of boxes, writes `detections.json`, too."""
+    predictions, names = folder.predictions(), folder.read("classes.json")
+    if boxed:
+        calibration = fusion.Calibration.from_dict(folder.read("calibration.json"))
+        values = detection(settings, predictions, index, names, calibration, folder.path / "detections.json")
+    else:
+        values = classification(predictions, index, names)
+    asked = pc.sum(pc.not_equal(predictions["rank_status"], RankStatus.SKIPPED.value)).as_py()
+    values["mean_k"] = folder.stats()["mllm.candidates"] / asked if asked else math.nan  # shown, where the ranker was asked
+    values["duplicates"] = float(len(predictions) - pc.count_distinct(predictions["image_id"]).as_py())
+    return values
+
+
+def again(settings: config.Config, folder: RunFolder, boxed: bool) -> tuple[dict[str, float], bool]:
+    """(metrics of a finished run, whether they are new): they are kept unless they were measured by something else.
+
+    What is asked of the memory or the encoder stays as it is: neither predictions nor memory have changed.
+    """
+    known: dict[str, float] = folder.read("metrics.json")
+    if folder.read("run.json")["measured"] == identity.of_metrics(settings):
+        return known, False
+    index = pq.read_table(folder.path / "index.parquet", partitioning=None)
+    values = measured(settings, folder, index, boxed) | {key: known[key] for key in KEPT if key in known}
+    folder.write_metrics(values, settings)
+    return values, True
 
 
 def classification(predictions: pa.Table, index: pa.Table, names: Collection[str]) -> dict[str, float]:
-    """Metrics of whole images. index: with `uri` and `label`."""
-    truth = dict(zip(index["uri"].to_pylist(), index["label"].to_pylist(), strict=True))
-    return metrics.classification(predictions, [truth[uri] for uri in predictions["uri"].to_pylist()], names)
+    """Metrics of whole images. index: with `row` and `label`."""
+    labels = index["label"].take(pa.array(positions(predictions["row"], index)))
+    return metrics.classification(predictions, labels.to_pylist(), names)
 
 
 def vocabulary_free(session: Session, settings: config.Config, predictions: pa.Table, index: pa.Table) -> dict[str, float]:
     """cACC, and where the encoder embeds names also sACC, by prototypes of its text tower, of the labelled images."""
-    truth = dict(zip(index["uri"].to_pylist(), index["label"].to_pylist(), strict=True))
-    pairs = zip(predictions["class_name"].to_pylist(), predictions["uri"].to_pylist(), strict=True)
-    labelled = [(guess, truth[uri]) for guess, uri in pairs if truth[uri] is not None]
+    truth = index["label"].take(pa.array(positions(predictions["row"], index))).to_pylist()
+    pairs = zip(predictions["class_name"].to_pylist(), truth, strict=True)
+    labelled = [(guess, label) for guess, label in pairs if label is not None]
     guesses, labels = [guess for guess, _ in labelled], [label for _, label in labelled]
     values = {"cluster_accuracy": clustering.cluster_accuracy(guesses, labels)}
     if settings.encoder.model == "precomputed" or not session.encoder(settings.encoder).facts.embeds_texts:
@@ -62,11 +98,9 @@ def detection(
     allows: a folder of pictures has no truth, and a vocabulary of other names than the truth's has no AP.
     """
     assert settings.corpus is not None
-    at = _boxes_of(index)
-    found = [
-        at[uri, tuple(box)] for uri, box in zip(*(predictions[key].to_pylist() for key in ("uri", "box_xyxy")), strict=True)
-    ]
-    images, box_scores, labels = ([row[column] for row in found] for column in range(3))
+    own = pa.array(box_positions(predictions, index))
+    labels, box_scores = (pc.list_flatten(index[name]).take(own).to_pylist() for name in ("box_labels", "box_scores"))
+    images = predictions["row"].to_pylist()  # a picture's place in the JSON
     xyxy = np.array(predictions["box_xyxy"].to_pylist(), np.float64).reshape(-1, 4)
     truth = coco.truth_of(named.as_file(settings.corpus))
     if truth is None:
@@ -101,13 +135,3 @@ def chances(candidates: Sequence[Candidate], ranking: Ranking, calibration: fusi
     _, fused = fusion.fuse(candidates, ranking, calibration)
     share = np.exp([candidate.score for candidate in candidates]).sum()
     return (np.array(fused) * min(share, 1.0)).tolist()
-
-
-def _boxes_of(index: pa.Table) -> Mapping[tuple[str, tuple[float, ...]], tuple[Any, ...]]:
-    """(uri, box) -> (the picture's place in the JSON, proposal score, label)."""
-    columns = (index[name].to_pylist() for name in ("uri", "row", "boxes_xyxy", "box_scores", "box_labels"))
-    return {
-        (uri, tuple(box)): (row, box_score, label)
-        for uri, row, found, scores, labels in zip(*columns, strict=True)
-        for box, box_score, label in zip(found, scores, labels, strict=True)
-    }

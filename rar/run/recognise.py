@@ -6,7 +6,6 @@ boxes. What a row of the index becomes is in `engine.stages`; what a run leaves 
 
 from __future__ import annotations
 
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +13,7 @@ from dataclasses import replace
 import pyarrow.compute as pc
 from ray.data import Dataset
 
-from rar import fusion
+from rar.columns import fitted
 from rar.config import Config
 from rar.corpus import coco, support
 from rar.engine import client, pipeline, stages
@@ -25,7 +24,7 @@ from rar.run.calibrate import calibrate, exemplars, label_prior
 from rar.run.vocabulary import Vocabulary, open_memory
 from rar.run.work import Work
 from rar.runfolder import RunFolder
-from rar.schema import ERRORS, RankStatus, UserError
+from rar.schema import ERRORS, UserError
 
 
 def prepare(session: Session, settings: Config) -> Vocabulary:
@@ -51,11 +50,13 @@ def run(
     vocabulary: of `prepare`. embedded: all shards of `work` by `steps.embedded`, where several runs share them.
     """
     started = time.monotonic()
-    folder.pin("memory", vocabulary.digest)
+    folder.pin_memory(vocabulary.digest)
+    folder.write("classes.json", list(vocabulary.names.values()))
     if work.boxed and settings.detect.detector is not None:
         work = propose(session, settings, work, folder)
     work = replace(work, index=folder.freeze_index(work.index))
     expected = work.expected(settings.run.shard_size)
+    folder.write_empty(shard for shard, rows in expected.items() if not rows)
     numbers = folder.pending(len(expected))
     prior = label_prior(session, settings, work, vocabulary, folder)
     calibration = calibrate(session, settings, vocabulary, folder, prior)
@@ -68,7 +69,7 @@ def run(
         with pipeline.progress(folder, sum(expected.values()), folder.path.name):
             rows.write_datasink(ShardSink(folder.path, expected))
     check_spent(settings, folder, len(expected))
-    return finish(session, settings, work, folder, calibration, vocabulary, time.monotonic() - started)
+    return finish(session, settings, work, folder, vocabulary, time.monotonic() - started)
 
 
 def check_spent(settings: Config, folder: RunFolder, shards: int) -> None:
@@ -89,7 +90,7 @@ def propose(session: Session, settings: Config, work: Work, folder: RunFolder) -
     """
     work = replace(work, index=folder.freeze_index(work.index, "pictures.parquet"))
     bounds = work.bounds(settings.run.shard_size)
-    numbers = folder.pending(len(bounds) - 1, "proposals")
+    numbers = folder.unproposed(len(bounds) - 1)
     if numbers:
         read = pipeline.through(pipeline.shards_of(work.index, bounds, numbers), "read", stages.load)
         pipeline.collect(
@@ -98,42 +99,24 @@ def propose(session: Session, settings: Config, work: Work, folder: RunFolder) -
     found = folder.proposals()
     good = found.filter(pc.is_null(found["error"])).sort_by("row")
     bad = found.filter(pc.is_valid(found["error"]))
-    return Work(coco.with_proposals(good), True, bad.select(ERRORS.names).cast(ERRORS))
+    return Work(coco.with_proposals(good), True, fitted(bad, ERRORS))
 
 
 def finish(
-    session: Session,
-    settings: Config,
-    work: Work,
-    folder: RunFolder,
-    calibration: fusion.Calibration,
-    vocabulary: Vocabulary,
-    seconds: float,
+    session: Session, settings: Config, work: Work, folder: RunFolder, vocabulary: Vocabulary, seconds: float
 ) -> dict[str, float]:
     """Write run.json's counts and metrics.json; returns the metrics. Raises RuntimeError where rows are missing."""
-    if work.faults.num_rows:
-        folder.write_faults(work.faults)
+    folder.write_faults(work.faults)
     predicted, failed = folder.progress()
     total = int(work.rows_of_images.sum()) + work.faults.num_rows + work.empty_images
     counts = {"input": total, "ok": predicted, "failed": failed, "skipped": work.empty_images}
     if predicted + failed + work.empty_images != total:
         raise RuntimeError(f"{folder.path}: {total} rows went in, {predicted} + {failed} + {work.empty_images} came out")
-    predictions, names = folder.predictions(), list(vocabulary.names.values())
-    if work.boxed:
-        values = measure.detection(settings, predictions, work.index, names, calibration, folder.path / "detections.json")
-    else:
-        values = measure.classification(predictions, work.index, names)
-        if (images := vocabulary.retrieve.images).exists():
-            remembered = {entry.rsplit("-", 1)[0] for entry in images.entry_ids()}
-            values["leaked"] = float(support.leaks(predictions["image_id"].to_pylist(), remembered))
-        if settings.run.vocabulary_free:
-            values |= measure.vocabulary_free(session, settings, predictions, work.index)
-    values["mean_k"] = _mean_k(folder)
-    folder.finish(counts, values, seconds)
+    values = measure.measured(settings, folder, work.index, work.boxed)
+    if not work.boxed and (images := vocabulary.retrieve.images).exists():
+        remembered = {entry.rsplit("-", 1)[0] for entry in images.entry_ids()}
+        values["leaked"] = float(support.leaks(folder.predictions()["image_id"].to_pylist(), remembered))
+    if not work.boxed and settings.run.vocabulary_free:
+        values |= measure.vocabulary_free(session, settings, folder.predictions(), work.index)
+    folder.finish(counts, values, seconds, settings)
     return values
-
-
-def _mean_k(folder: RunFolder) -> float:
-    """Candidates shown to the ranker per image that it was asked about; NaN where it was asked about none."""
-    asked = pc.sum(pc.not_equal(folder.predictions()["rank_status"], RankStatus.SKIPPED.value)).as_py()
-    return folder.stats()["mllm.candidates"] / asked if asked else math.nan

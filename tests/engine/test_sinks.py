@@ -1,4 +1,4 @@
-"""MilvusSink against a real embedded Milvus: in this process block by block, and under Ray Data.
+"""MilvusSink against a real embedded Milvus, ShardSink against a run folder, by blocks as the stages make them.
 
 Run: pytest tests/test_sinks.py
 """
@@ -9,17 +9,20 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 from ray.data.datasource import WriteResult
 
+from rar import config
+from rar.columns import with_candidates
 from rar.config import Index
+from rar.engine import pipeline, stages
 from rar.engine.session import Session
-from rar.engine.sinks import MilvusSink
+from rar.engine.sinks import MilvusSink, ShardSink
+from rar.fusion import Calibration
 from rar.memory.collection import Collection, open_store
-from rar.schema import UserError
+from rar.runfolder import RunFolder
+from rar.schema import Candidate, UserError
 
 DIM = 4
 
@@ -37,13 +40,14 @@ def collection(address: str, request: pytest.FixtureRequest) -> Collection:
     return made
 
 
-def block(first: int, count: int, vector_type: pa.DataType) -> pa.Table:
+def block(first: int, count: int) -> pa.Table:
+    """Entries as a build sends them (columns.vectors_column)."""
     numbers = range(first, first + count)
     columns = {
         "entry_id": [f"e{n:03d}" for n in numbers],
         "class_id": list(numbers),
         "class_name": [f"class {n}" for n in numbers],
-        "vector": pa.array([[float(n), 1.0, 0.0, -1.0] for n in numbers], vector_type),
+        "vector": pa.array([[float(n), 1.0, 0.0, -1.0] for n in numbers], pa.list_(pa.float32(), DIM)),
         "uri": ["left out"] * count,
     }
     return pa.table(columns)
@@ -53,13 +57,12 @@ def vectors_of(count: int) -> list[list[float]]:
     return [[float(n), 1.0, 0.0, -1.0] for n in range(count)]
 
 
-@pytest.mark.parametrize("vector_type", [pa.list_(pa.float32(), DIM), pa.list_(pa.float32()), pa.list_(pa.float64())], ids=str)
-def test_blocks_become_entries(address: str, vector_type: pa.DataType) -> None:
+def test_blocks_become_entries(address: str) -> None:
     collection = Collection(address, "blocks")
     collection.drop()
     collection.create(DIM, Index(), {"fingerprint": "f"}, size_hint=10)
     sink = MilvusSink(collection)
-    written = sink.write([block(0, 3, vector_type), block(0, 0, vector_type), block(3, 2, vector_type).to_pandas()], ctx=None)
+    written = sink.write([block(0, 3), block(0, 0), block(3, 2)], ctx=None)
     collection.seal(5)
     entries = collection.fetch()
     assert written == 5
@@ -72,7 +75,7 @@ def test_blocks_become_entries(address: str, vector_type: pa.DataType) -> None:
 def test_a_retried_task_changes_nothing(collection: Collection) -> None:
     sink = MilvusSink(collection)
     for _ in range(2):
-        assert sink.write([block(0, 3, pa.list_(pa.float32()))], ctx=None) == 3
+        assert sink.write([block(0, 3)], ctx=None) == 3
     collection.seal(3)
 
 
@@ -96,17 +99,47 @@ def test_only_a_server_is_written_from_other_nodes() -> None:
 
 
 def test_ray_workers_write_through_one_owner(collection: Collection, ray_session: Session, tmp_path: Path) -> None:
-    def embed(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        number = batch["id"]
-        vectors = np.stack([number, number * 0 + 1, number * 0, number * 0 - 1], axis=1).astype(np.float32)
-        ids = np.array([f"e{n:03d}" for n in number])
-        return {"entry_id": ids, "class_id": number, "class_name": ids, "vector": vectors}
-
     sink = MilvusSink(collection)
-    dataset = ray.data.range(200, override_num_blocks=8).map_batches(embed)
-    dataset.write_datasink(sink)
+    pipeline.write(block(0, 200), sink)
     assert sink.written == 200
     collection.seal(200)
     entries = collection.fetch()
     assert entries.entry_ids == [f"e{n:03d}" for n in range(200)]
     assert entries.vectors.tolist() == vectors_of(200)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.open(tmp_path / "run", "classify", config.Config(), fresh=False, name="a", group="b")
+
+
+def shard(number: int, uris: list[str]) -> pa.Table:
+    """What reaches the sink of pictures at `uris`: read, ranked by nobody and fused by the real stages; missing ones fail."""
+    rows = [{"row": 10 * number + place, "uri": uri, "label": None} for place, uri in enumerate(uris)]
+    columns = [("row", pa.int64()), ("uri", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("label", pa.string())]
+    table = pa.Table.from_pylist(rows, pa.schema(columns))
+    table = table.append_column("shard", pa.array([number] * len(rows), pa.int32()))
+    table = stages.timed("read", stages.load)(table)
+    table = with_candidates(table, [[Candidate(3, "wren", -0.1), Candidate(1, "robin", -2.0)]] * len(rows))
+    return stages.Fuse(Calibration())(stages.timed("rank", stages.Rank(None, Calibration(), 4))(table))
+
+
+def test_a_shard_of_the_stages_becomes_predictions_errors_and_a_mark(folder: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"picture")
+    block = shard(1, [str(tmp_path / "a.jpg"), str(tmp_path / "gone.jpg"), str(tmp_path / "a.jpg")])
+    assert ShardSink(folder.path, {1: 3}).write([block.slice(0, 0), block], None) == 3
+    found, lost = folder.predictions().to_pylist(), folder.errors().to_pylist()
+    assert [(row["row"], row["place"], row["class_name"]) for row in found] == [(10, None, "wren"), (12, None, "wren")]
+    assert [(row["row"], row["stage"], row["error"]) for row in lost] == [(11, "read", "file not found")]
+    assert folder.pending(2) == [0] and folder.progress() == (2, 1)
+    assert folder.stats()["read.rows"] == 3 and folder.stats()["mllm.calls"] == 0
+
+
+def test_a_shard_that_came_apart_is_refused(folder: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"picture")
+    block = shard(0, [str(tmp_path / "a.jpg")] * 2)
+    with pytest.raises(RuntimeError, match="a shard must stay whole"):
+        ShardSink(folder.path, {0: 3}).write([block], None)
+    with pytest.raises(RuntimeError, match="a shard must stay whole"):
+        ShardSink(folder.path, {0: 2, 1: 2}).write([pa.concat_tables([block, shard(1, [str(tmp_path / "a.jpg")])])], None)
+    assert folder.pending(2) == [0, 1] and folder.progress() == (0, 0)

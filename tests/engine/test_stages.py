@@ -132,10 +132,8 @@ def test_crop_gives_one_row_a_box(photos: Path) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [10.0, 10.0, 40.0, 44.0]]
     table = stages.Crop(CROP)(boxes_table(photos, {"good-0": boxes, "good-1": boxes[:1]}))
     assert table.schema.equals(stages.CROPS)
-    assert table["label"].to_pylist() == ["good-0 0", "good-0 1", "good-1 0"]
     assert table["box_xyxy"].to_pylist() == [*boxes, boxes[0]]
-    assert table["box_score"].to_pylist() == [0.5, 0.625, 0.5]
-    assert table["coco_id"].to_pylist() == ["100", "100", "101"]
+    assert table["row"].to_pylist() == [0, 0, 1] and table["place"].to_pylist() == [0, 1, 0]  # what labels join by
     assert table["shard"].to_pylist() == [3, 3, 3]
     assert table["error"].null_count == 3
 
@@ -224,7 +222,7 @@ def test_a_picture_without_boxes_gives_no_row(photos: Path) -> None:
     table = stages.Crop(CROP)(boxes_table(photos, {"good-0": [], "broken": [], "missing": []}))
     assert table.num_rows == 0 and table.schema.equals(stages.CROPS)
     some = stages.Crop(CROP)(boxes_table(photos, {"good-0": [], "good-1": [[4.0, 6.0, 20.0, 30.0]]}))
-    assert some["coco_id"].to_pylist() == ["101"]
+    assert some["row"].to_pylist() == [1]
 
 
 def test_ppm_is_read_back_as_it_was() -> None:

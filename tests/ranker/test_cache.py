@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rar.config import Ranker
-from rar.ranker.cache import AnswerCache, fingerprint
+from rar.ranker.cache import AnswerCache
 from rar.schema import Ranking, RankStatus, UserError
 
 NAMES = ["colt's foot", "daisy", "rose"]
@@ -131,34 +130,6 @@ def test_two_processes_write_the_same_entries_while_a_third_reads(tmp_path: Path
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert seen <= {"0", "1" * 5001} and seen
     assert len(entries(tmp_path)) == 20
-
-
-def test_the_fingerprint_tells_what_decides_an_answer(tmp_path: Path) -> None:
-    plain = Ranker(method="generate")
-    same = [Ranker(method="generate", in_flight=9, max_replicas=3, cache="elsewhere", timeout_s=1)]
-    other = [Ranker(method="letters"), Ranker(method="generate", max_new_tokens=3), Ranker(method="generate", model="x")]
-    assert {fingerprint(one, "some/model") for one in [plain, *same]} == {fingerprint(plain, "some/model")}
-    assert len({fingerprint(one, "some/model") for one in [plain, *other]}) == 4
-    assert fingerprint(plain, "some/model", "prior") != fingerprint(plain, "some/model")
-
-
-def test_the_fingerprint_knows_the_prompts_by_their_words(tmp_path: Path) -> None:
-    texts = ["version: 1\npicture: the crop\n", "version: 1\npicture: the drawing\n", "version: 1\npicture: the crop\n"]
-    prints = []
-    for place, text in enumerate(texts):
-        (tmp_path / f"{place}.yaml").write_text(text)
-        prints.append(fingerprint(Ranker(prompts=str(tmp_path / f"{place}.yaml")), "some/model"))
-    assert prints[0] == prints[2] != prints[1]
-
-
-def test_the_fingerprint_knows_weights_trained_anew_and_a_copy(tmp_path: Path) -> None:
-    for name, tail in (("old", b"1"), ("copy", b"1"), ("new", b"2")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(bytes(200_000) + tail)
-    old, copy, new = (fingerprint(Ranker(), str(tmp_path / name)) for name in ("old", "copy", "new"))
-    assert old == copy != new
-    adapted = [fingerprint(Ranker(adapter=str(tmp_path / name)), "some/model") for name in ("old", "new")]
-    assert adapted[0] != adapted[1]
 
 
 def test_a_folder_that_cannot_be_used_is_the_users_mistake(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rar import schema
+from rar import config, schema
 from rar.report import cards
 from rar.report.page import _errors, write_report
 from rar.report.view import read_run
+from rar.runfolder import RunFolder
 from tests.runs import HOSTILE, classify_run, detect_run, write_truth
 
 
@@ -194,7 +195,7 @@ def test_errors_are_counted_by_reason_without_their_paths(runs: list[Path]) -> N
 
 def test_secrets_stay_out_of_the_page(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert "s3cr3t-token" not in text and "(hidden)" in text
+    assert "s3cr3t-token" not in text and "memory.milvus" in text
 
 
 def test_counts_that_do_not_add_up_are_said_so(runs: list[Path], tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_a_detection_run_that_nothing_judges_still_has_a_useful_page(runs: list[
 
 def test_a_run_without_labels_metrics_or_predictions_still_has_a_page(runs: list[Path], tmp_path: Path) -> None:
     unlabelled = shutil.copytree(runs[1], tmp_path / "unlabelled")
-    index = pq.read_table(unlabelled / "index.parquet").drop_columns("label").append_column("label", pa.nulls(80, pa.string()))
+    index = pq.read_table(unlabelled / "index.parquet").drop_columns("label").append_column("label", pa.nulls(83, pa.string()))
     pq.write_table(index, unlabelled / "index.parquet")
     (unlabelled / "metrics.json").unlink()
     write_report([unlabelled], tmp_path / "unlabelled.html")
@@ -264,3 +265,29 @@ def test_a_browser_renders_it_without_a_complaint(page: Path, tmp_path: Path) ->
 def test_no_run_is_a_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(schema.UserError, match="no run folder"):
         write_report([], tmp_path / "report.html")
+
+
+def test_a_memorys_folder_is_a_page_of_what_it_holds(runs: list[Path], tmp_path: Path) -> None:
+    settings = config.build({"memory": {"classes": ["cat", "dog"]}})
+    made = RunFolder.open(tmp_path / "memory", "memory", settings, fresh=True, name="birds", group="memory")
+    lost = {"uri": f"/data/{HOSTILE}.jpg", "stage": "read", "error": "file not found"}
+    made.write_faults(pa.Table.from_pylist([lost], schema.ERRORS))
+    values = {"classes": 1234.0, "entries.images": 20.0, "held_out.fused.top1": 0.8125, "held_out.tip.top1": float("nan")}
+    made.finish({"input": 21, "ok": 20, "failed": 1, "skipped": 0}, values, 3.5, settings)
+    write_report([made.path], tmp_path / "memory.html")
+    text = (tmp_path / "memory.html").read_text()
+    assert "Memory birds" in text and Page(text).open == []
+    cells = dict(re.findall(r'<th scope="row">([\w.]+)</th><td>([^<]*)</td>', text))
+    assert cells == {"classes": "1,234", "entries.images": "20", "held_out.fused.top1": "0.812", "held_out.tip.top1": "–"}
+    assert "file not found" in text and "<script" not in text
+    write_report([made.path, runs[0]], tmp_path / "both.html")  # beside a run
+    assert "Memory birds" in (tmp_path / "both.html").read_text() and "retriever" in (tmp_path / "both.html").read_text()
+
+
+def test_a_folder_of_another_verb_or_version_is_one_line(runs: list[Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(runs[0], tmp_path / "other")
+    info = json.loads((folder / "run.json").read_text())
+    for changed, told in (({"verb": "serve"}, "a folder of `rar serve`"), ({"schema_version": 1}, "another version of rar")):
+        (folder / "run.json").write_text(json.dumps(info | changed))
+        with pytest.raises(schema.UserError, match=told):
+            write_report([folder], tmp_path / "other.html")

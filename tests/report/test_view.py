@@ -64,30 +64,20 @@ def changed(run: Path, tmp_path: Path, **sections: dict) -> Path:
     return folder
 
 
-def test_a_box_is_found_by_picture_and_corners_and_the_last_of_equals_counts() -> None:
-    lists = [[[0.0, 0, 5, 5], [1, 1, 2, 2], [1, 1, 2, 2]], [], [[1.0, 1, 2, 2]]]
-    index = pa.table({"boxes_xyxy": pa.array(lists, coco.BOXES.field("boxes_xyxy").type)})
-    asked = np.array([[1, 1, 2, 2], [1, 1, 2, 2], [1, 1, 2, 2], [0, 0, 5, 5], [0, 0, 5, 5]], np.float32)
-    places = np.array([0, 2, -1, 0, 2])
-    assert view._own(places, asked, index).tolist() == [2, 3, -1, 0, -1]
-    nothing = index.slice(1, 1)
-    assert view._own(places, asked, nothing).tolist() == [-1] * 5
-
-
 def test_overlap_is_by_picture_with_the_best_object_and_a_floor() -> None:
     types = [coco.BOXES.field(name).type for name in ("boxes_xyxy", "box_labels")]
     known = pa.table(
         {
-            "uri": ["a", "b", "empty"],
+            "coco_id": [1, 2, 3],
             "boxes_xyxy": pa.array([[[0, 0, 10, 10], [0, 0, 10, 8]], [[0, 0, 2, 2]], []], types[0]),
             "box_labels": pa.array([["cat", "dog"], ["eel"], []], types[1]),
         }
     )
-    uris = pa.chunked_array([["b", "a", "a", "a", "empty", "unknown"]])
+    ids = pa.chunked_array([[2, 1, 1, 1, 3, 9]])
     asked = np.array([[0, 0, 2, 2], [0, 0, 10, 8.5], [0, 0, 10, 4.9], [20, 20, 30, 30], [0, 0, 2, 2], [0, 0, 2, 2]], np.float32)
-    assert view.overlapped(uris, asked, known) == ["eel", "dog", "dog", None, None, None]
-    assert view.overlapped(uris, asked * [1, 1, 1, 0.5], known)[2] is None  # 24.5 of 80
-    assert view.overlapped(uris.slice(0, 0), np.zeros((0, 4)), known) == []
+    assert view.overlapped(ids, asked, known) == ["eel", "dog", "dog", None, None, None]
+    assert view.overlapped(ids, asked * [1, 1, 1, 0.5], known)[2] is None  # 24.5 of 80
+    assert view.overlapped(ids.slice(0, 0), np.zeros((0, 4)), known) == []
 
 
 def test_won_lost_and_flipped(root: Path) -> None:

@@ -6,7 +6,10 @@ Not covered: several nodes, GPUs, a killed driver (tests/test_jobs.py).
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,20 +18,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rar import config
+from rar import config, miniature
 from rar.engine import pipeline, stages
 from rar.engine.session import Session
 from rar.memory.collection import open_store
+from rar.report.page import write_report
+from rar.report.view import read_run
 from rar.run import build, recognise
 from rar.run.vocabulary import collection, open_memory
 from rar.run.work import classify_work, detect_work
 from rar.runfolder import RunFolder
 from rar.schema import PREDICTIONS, UserError
 from tests.chat_server import serving, token_model, tokenizer
+from tests.conftest import ROOT
 from tests.crops.test_detector import save_owlv2
 
 
@@ -112,11 +119,51 @@ def test_candidates_are_the_exact_head_scores(lab: Lab, classified: tuple[RunFol
     assert [candidate["score"] for candidate in row["candidates"]] == pytest.approx(shares.tolist(), abs=1e-3)
 
 
-def test_a_second_run_changes_nothing(lab: Lab, classified: tuple[RunFolder, dict[str, float]]) -> None:
-    folder, _ = classified
-    before = {file: file.stat().st_mtime_ns for file in folder.path.glob("predictions/*")}
-    lab.run(lab.settings(), folder.path)
-    assert {file: file.stat().st_mtime_ns for file in folder.path.glob("predictions/*")} == before
+def every_file(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+AGAIN = """
+import sys, time
+from pathlib import Path
+from jobs.classify import run
+code = run("classify", Path(sys.argv[1]), Path(sys.argv[2]), [], False, False)
+heavy = {"ray", "torch", "transformers", "open_clip"} & set(sys.modules)
+assert not heavy, heavy
+assert time.process_time() < 5, time.process_time()
+sys.exit(code)
+"""
+
+
+def test_a_second_run_changes_no_byte_loads_no_model_and_starts_no_ray(lab: Lab, tmp_path: Path) -> None:
+    server = {"uri": lab.session.memory_address}  # the folder is this process' own
+    settings = lab.settings(memory=server, corpus={"limit": 30}, route={"mode": "always"}, ranker={"method": "none"})
+    folder, metrics = lab.run(settings, tmp_path / "run")
+    write_report([folder.path], folder.path)
+    before = every_file(folder.path)
+    assert {"done/part-000000_25_0.json", "done/part-000001_5_0.json", "metrics.json", "report.html"} <= before.keys()
+    (tmp_path / "same.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    command = [sys.executable, "-c", AGAIN, str(tmp_path / "same.yaml"), str(folder.path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "holds this run" in done.stderr and f"top1 {metrics['top1']:.4f}" in done.stderr
+    assert every_file(folder.path) == before
+
+
+def test_a_run_whose_weights_were_replaced_is_refused_by_name(lab: Lab, tmp_path: Path) -> None:
+    weights = Path(shutil.copytree(miniature.CLIP, tmp_path / "clip"))
+    sections = {"encoder": {"model": str(weights)}, "ranker": {"method": "none"}, "route": {"mode": "always"}}
+    settings = lab.settings(**sections, corpus={"limit": 5})
+    folder, _ = lab.run(settings, tmp_path / "run")
+    file = weights / "open_clip_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    before = every_file(folder.path)
+    with pytest.raises(UserError, match="the weights of the encoder have changed; use --fresh"):
+        lab.run(settings, folder.path)
+    assert every_file(folder.path) == before
 
 
 def test_a_resumed_run_gives_the_same_predictions(
@@ -126,6 +173,8 @@ def test_a_resumed_run_gives_the_same_predictions(
     kept = folder.part("predictions", 0)
     lost = [folder.part("predictions", shard) for shard in (1, 3, 4)]
     stamp = kept.stat().st_mtime_ns
+    for shard in (1, 3, 4):
+        folder._unmark(f"{shard:06d}")
     for file in lost:
         file.unlink()
     lab.run(lab.settings(), folder.path)
@@ -185,6 +234,33 @@ def test_every_box_is_accounted_for(lab: Lab, tmp_path: Path) -> None:
     assert len(detections) == 5 * counts["ok"]
 
 
+def test_shards_without_boxes_are_done_and_boxes_that_stand_twice_keep_their_labels(lab: Lab, tmp_path: Path) -> None:
+    truth = json.loads((lab.world / "scenes.json").read_text())
+    picture = next(one for one in truth["images"] if one["id"] == truth["annotations"][0]["image_id"])
+    first = truth["annotations"][0]
+    other = next(one["id"] for one in truth["categories"] if one["id"] != first["category_id"])
+    images = [{**picture, "id": number} for number in (11, 12, 13, 14)]
+    boxes = [(12, first["category_id"]), (12, other), (14, first["category_id"])]
+    annotations = [{**first, "id": n, "image_id": i, "category_id": c} for n, (i, c) in enumerate(boxes, start=1)]
+    file = lab.world / "twice.json"
+    file.write_text(json.dumps({**truth, "images": images, "annotations": annotations}))
+    classes = str(lab.world / "scenes.json")
+    memory = {"name": "scenes", "support": None, "classes": classes}
+    sections = {"memory": memory, "retriever": {"mode": "text"}, "ranker": {"method": "none"}}
+    settings = lab.settings(**sections, corpus={"uri": str(file)}, run={"shard_size": 1})
+    build.build_memory(lab.session, settings, fresh=False)
+    folder, metrics = lab.run(settings, tmp_path / "run", "detect")
+    assert folder.read("run.json")["counts"] == {"input": 5, "ok": 3, "failed": 0, "skipped": 2}
+    assert folder.pending(4) == [] and len(list((folder.path / "done").iterdir())) == 4
+    found = sorted(folder.predictions().to_pylist(), key=lambda row: (row["row"], row["place"]))
+    assert [(row["row"], row["place"]) for row in found] == [(1, 0), (1, 1), (3, 0)]
+    names = {one["id"]: one["name"] for one in truth["categories"]}
+    right = [row["class_name"] == names[category] for row, (_, category) in zip(found, boxes, strict=True)]
+    run = read_run(folder.path)
+    assert metrics["top1"] == pytest.approx(np.mean(right)) == pytest.approx(run.found.correct.mean())
+    assert metrics["duplicates"] == 2 and {one["image_id"] for one in folder.read("detections.json")} == {12, 14}
+
+
 def test_a_detector_proposes_and_a_killed_run_keeps_its_boxes(lab: Lab, tmp_path: Path) -> None:
     """A folder of pictures, one of them broken, through a detector of random weights: no truth, so counts and boxes alone."""
     shutil.copytree(lab.world / "scenes", tmp_path / "pictures")
@@ -203,7 +279,7 @@ def test_a_detector_proposes_and_a_killed_run_keeps_its_boxes(lab: Lab, tmp_path
     assert folder.errors()["uri"].to_pylist() == [str(tmp_path / "pictures" / "broken.jpg")]
     assert metrics.keys() == {"mean_k"}
     first, kept = rows(folder), {path: path.stat().st_mtime_ns for path in (folder.path / "proposals").iterdir()}
-    folder.part("predictions", 0).unlink()
+    folder._unmark("000000")
     folder, _ = lab.run(settings, tmp_path / "run", "detect")
     assert rows(folder) == first
     assert {path: path.stat().st_mtime_ns for path in (folder.path / "proposals").iterdir()} == kept
