@@ -101,7 +101,7 @@ def test_decode_notes_what_is_no_picture_and_passes_other_errors_on(photos: Path
     table = stages.Decode(fit, SIDE)(stages.load(index(photos, "broken", "missing", "good-0", "truncated")))
     assert table["stage"].to_pylist() == ["decode", "read", None, "decode"]
     first, second, third, fourth = table["error"].to_pylist()
-    assert first == "not a readable JPEG, PNG, WebP, GIF, BMP, TIFF or PPM image"
+    assert first and first.startswith("not a readable picture (JPEG, PNG, WebP")
     assert second and second != first and third is None and fourth and fourth != first
     assert [data is not None for data in table["pixels"].to_pylist()] == [False, False, True, False]
     assert table["image_id"].null_count == 1  # a broken file still has a name
