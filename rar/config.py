@@ -18,6 +18,8 @@ from pydantic.fields import FieldInfo
 
 from rar.schema import UserError
 
+LETTERS = 26  # A to Z
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -325,6 +327,12 @@ class Config(Strict):
             raise ValueError("route.coverage needs route.mode: calibrated")
         if self.detect.proposals is not None and self.detect.detector is not None:
             raise ValueError("set detect.proposals (a file) or detect.detector (a model), not both")
+        shown = self.retriever.top_k + self.ranker.none_of_these
+        if self.ranker.method == "letters" and self.retriever.mode != "all" and shown > LETTERS:
+            raise ValueError(
+                f"ranker.method letters has {LETTERS} labels, too few for retriever.top_k {self.retriever.top_k}"
+                f"{' with ranker.none_of_these' * self.ranker.none_of_these}: lower it, or set ranker.method to likelihood"
+            )
         if self.ranker.method == "endpoint" and self.ranker.base_url is None:
             raise ValueError("ranker.method endpoint needs ranker.base_url, e.g. http://host:8000/v1")
         return self

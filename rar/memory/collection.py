@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ SEARCH_HITS = 200_000  # per request: hits become Python objects on both sides
 IDS = 4096  # per request that names them
 
 PATIENCE_SECONDS = 60.0  # covers the restart of a Milvus server
+STANDSTILL_SECONDS = 600.0  # of an index that is being built: it moves on by whole segments
 HANDOVER_SECONDS = 600.0  # of new segments to their index, which takes a server ten seconds and more
 
 
@@ -166,8 +168,7 @@ class Collection:
         is done these entries are searched exactly, and leaving `open_store` waits for it. Raises UserError for another count.
         """
         self._call(lambda client: client.flush(self.name))
-        while self._call(lambda client: client.describe_index(self.name, "vector").get("pending_index_rows", 0)):
-            time.sleep(0.5)
+        self._wait_for_index()
         if self.meta()["index"] != "FLAT":
             self._wait_for_handover()
         self._expect(self.count(), expected)
@@ -179,6 +180,17 @@ class Collection:
         stock = self._take_stock()
         self._expect(stock["count"], expected)
         self._call(lambda client: client.alter_collection_properties(self.name, {layout.STATE_KEY: json.dumps(stock)}))
+
+    def _wait_for_index(self) -> None:
+        """Until no row waits for the index. Raises Unavailable where it has not come on for STANDSTILL_SECONDS."""
+        least, since = math.inf, time.monotonic()
+        while pending := self._call(lambda client: client.describe_index(self.name, "vector").get("pending_index_rows", 0)):
+            if pending < least:
+                least, since = pending, time.monotonic()
+            elif time.monotonic() - since > STANDSTILL_SECONDS:
+                reason = f"stopped building the index of memory {self.name!r} with {pending} rows to go; check its index nodes"
+                raise Unavailable(f"Milvus at {self.address} {reason}")
+            time.sleep(0.5)
 
     def _wait_for_handover(self) -> None:
         waiting = retry_if_result(lambda handed_over: not handed_over)
