@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +24,13 @@ from rar import boxes, config, fusion, identity
 from rar.columns import box_positions, candidates_of, positions, rankings_of, vectors_of
 from rar.corpus import coco
 from rar.corpus.datasets import named
-from rar.engine.session import Session
 from rar.evaluation import box_groups, clustering, metrics, scoring
 from rar.evaluation.ap import evaluate
 from rar.runfolder import RunFolder
 from rar.schema import Candidate, Ranking, RankStatus
+
+if TYPE_CHECKING:
+    from rar.engine.session import Session  # a finished run is measured again without Ray
 
 KEPT = ("leaked", "cluster_accuracy", "semantic_similarity")
 

@@ -277,7 +277,7 @@ def test_a_detector_proposes_and_a_killed_run_keeps_its_boxes(lab: Lab, tmp_path
     counts = folder.read("run.json")["counts"]
     assert counts == {"input": 13, "ok": 12, "failed": 1, "skipped": 0}
     assert folder.errors()["uri"].to_pylist() == [str(tmp_path / "pictures" / "broken.jpg")]
-    assert metrics.keys() == {"mean_k"}
+    assert metrics.keys() == {"mean_k", "duplicates"}
     first, kept = rows(folder), {path: path.stat().st_mtime_ns for path in (folder.path / "proposals").iterdir()}
     folder._unmark("000000")
     folder, _ = lab.run(settings, tmp_path / "run", "detect")
