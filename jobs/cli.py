@@ -11,6 +11,7 @@ from jobs.config import config
 from jobs.data import data
 from jobs.demo import demo
 from jobs.detect import detect
+from jobs.embed import embed
 from jobs.evaluate import evaluate
 from jobs.memory import memory
 from jobs.report import report
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, memory, classify, detect, evaluate, serve, ask, report, config):
+for verb in (demo, memory, classify, detect, embed, evaluate, serve, ask, report, config):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")

@@ -75,7 +75,9 @@ def build_memory(config_file: Path, out: Path | None, sets: list[str], dry_run: 
     folder.write_faults(built.failed)
     failed = built.failed.num_rows
     counts = {"input": built.rows + planned.ignored, "ok": built.rows - failed, "failed": failed, "skipped": planned.ignored}
-    folder.finish(counts, built.metrics, time.monotonic() - started, settings)
+    folder.finish(counts, built.metrics, time.monotonic() - started, settings, built.seconds)
+    for line in built.remarks:
+        say(f"  {line}")
     for key, value in built.metrics.items():
         say(f"  {key} {value:.4g}")
     return verdict(folder, settings)

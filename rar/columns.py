@@ -32,6 +32,23 @@ def with_candidates(table: pa.Table, found: Sequence[Sequence[Candidate]]) -> pa
     return table.append_column("candidates", pa.array(rows, CANDIDATES))
 
 
+def with_proposed(
+    table: pa.Table, rows: np.ndarray, class_ids: np.ndarray, names: pa.StringArray, columns: np.ndarray, scores: np.ndarray
+) -> pa.Table:
+    """The same from arrays: of the table's `rows` (n,) alone, the others have none.
+
+    class_ids: (C,) int64 and their names. columns: (n, k) positions in them, -1 none, these last. scores: (n, k) float32.
+    """
+    there = columns >= 0
+    counts = np.zeros(table.num_rows, np.int64)
+    counts[rows] = there.sum(axis=1)
+    chosen = columns[there]
+    fields = [pa.array(class_ids[chosen]), names.take(pa.array(chosen)), pa.array(scores[there].astype(np.float32))]
+    values = pa.StructArray.from_arrays(fields, fields=list(CANDIDATES.value_type))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+    return table.append_column("candidates", pa.ListArray.from_arrays(offsets, values, type=CANDIDATES))
+
+
 def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The columns of a schema, with nulls for those that the table lacks."""
     columns = [

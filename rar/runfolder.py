@@ -192,10 +192,17 @@ class RunFolder:
         by = {"config": _without_secrets(settings), "measured": identity.of_metrics(settings)}
         self.write("run.json", {**self.read("run.json"), **by})
 
-    def finish(self, counts: Mapping[str, int], metrics: Mapping[str, float], seconds: float, settings: Config) -> None:
-        """Write metrics.json and complete run.json; with that the run has ended."""
+    def finish(
+        self,
+        counts: Mapping[str, int],
+        metrics: Mapping[str, float],
+        seconds: float,
+        settings: Config,
+        stats: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write metrics.json and complete run.json; with that the run has ended. stats: as `stats`, where no shard has them."""
         self.write_metrics(metrics, settings)
-        stats = self.stats()
+        stats = self.stats() if stats is None else defaultdict(float, stats)
         stages: dict[str, dict[str, float]] = {
             stage: {"rows": int(stats[f"{stage}.rows"]), "seconds": round(stats[f"{stage}.seconds"], 3)}
             for stage in (key.removesuffix(".rows") for key in stats if key.endswith(".rows"))

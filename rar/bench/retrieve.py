@@ -33,13 +33,14 @@ from rar.engine.sinks import MilvusSink
 from rar.memory import reduced as projection
 from rar.memory.collection import Collection
 from rar.memory.store import connect
-from rar.retriever.heads import Head
+from rar.retriever import exact
+from rar.retriever.heads import CLIP_LOGIT_SCALE, Head
 
 KINDS = ("FLAT", "HNSW", "HNSW_SQ8", "REDUCED")
 NOT_ON_SERVER = "HNSW_SQ8"  # Milvus 2.3.5
 UPSERT_ROWS, SINK_ROWS = 10_000, 20_000  # at most, of a comparison of writes
 BLOCK = 20_000  # entries a call
-CLASSES = 13_204  # of the pipeline's head: as many as V3Det has
+CLASSES = (120, 1_203, 13_204)  # of the pipeline's head: the miniature's, LVIS's, V3Det's
 SIZES = (5_000, 20_000, 50_000, 100_000)
 
 Row = dict[str, Any]
@@ -68,8 +69,8 @@ def run(
     - stores.S.K.search: `pymilvus`, client.search on the same collection in the same batches (for REDUCED: on HNSW); `faiss`,
       the same index with the same settings in this process; `hnsw`, of REDUCED: our HNSW.
     - stores.S.K.build: `pymilvus`, upserts in equal requests; `faiss`, one build from first vector to last link of each.
-    - stores.S.pipeline: `retrieve`, the stage, vectors in and candidates out, against client.search for as many hits as it asks
-      for, and `retrieve_top_k` for no more than it returns; `datasink`, a write through Ray Data, against upserts.
+    - stores.S.pipeline: `retrieve`, the stage by number of classes, against a search of the head (see `retrieval`); `datasink`,
+      a write through Ray Data, against upserts.
     stores.S.K.recall is recall@10, also of the faiss index. .bytes, an entry: `vector_in_graph`, `on_disk` (Lite: the folder)
     and `index_on_disk`. .memory_mib, of the store's process (Linux): before, at most while building, at most while searching.
     recorded: recall@10 on the embeddings below the folder `data`, where one is given.
@@ -240,31 +241,53 @@ def datasink(server: Server, work: Work, repeats: int) -> dict[str, float]:
 
 
 def retrieval(server: Server, work: Work, repeats: int) -> Row:
-    """The stage of the pipeline, on a head whose classes are the first entries."""
-    weights = work.entries[:CLASSES]
-    count = len(weights)
-    names = [f"class {number}" for number in range(count)]
-    head = Head(np.arange(count), names, weights, np.zeros(count, np.float32))
-    entries, stored = head.to_entries(), Collection(server.address, "head")
-    stored.create(entries.vectors.shape[1], Index(kind="FLAT"), {"fingerprint": "bench"}, count)
-    stored.upsert(entries.entry_ids, entries.class_ids, entries.class_names, entries.vectors)
-    stored.seal(count)
-    stage = stages.Retrieve(config.Retriever(top_k=K), head, stored, stored)
-    client, queries = connect(server.address, None), np.pad(work.queries, ((0, 0), (0, 1)), constant_values=1)
+    """The stage of the pipeline, vectors in and candidates out, as `ours`; `reference`: the same by a search of the head.
+
+    A row a number of classes, with `us` a picture, and that over the time of ViT-B/32's forward pass in this process (bfloat16
+    where the processor has it, random weights, which cost the same).
+    """
+    rows: Row = {}
+    per_picture = vit_b32_us()
+    random = np.random.default_rng(0)
     tables = [
         pa.table({"error": pa.nulls(len(batch), pa.string()), "vector": vectors_column(batch)})
         for batch in raw.batches(work.queries)
     ]
-    depths = {"retrieve": min(count, max(K, stages.SHARE_DEPTH)), "retrieve_top_k": K}
-    return {
-        name: paired(
-            lambda: [stage(table) for table in tables],
-            lambda depth=depth: raw.search(client, "head", queries, None, depth),  # type: ignore[misc]
-            len(queries),
+    for count in CLASSES:
+        weights = random.normal(size=(count, work.queries.shape[1])).astype(np.float32)
+        weights *= CLIP_LOGIT_SCALE / np.linalg.norm(weights, axis=1, keepdims=True)
+        head = Head(np.arange(count), [f"class {number}" for number in range(count)], weights, np.zeros(count, np.float32))
+        entries, stored = head.to_entries(), Collection(server.address, f"head_{count}")
+        stored.create(entries.vectors.shape[1], Index(kind="FLAT"), {"fingerprint": "bench"}, count)
+        stored.upsert(entries.entry_ids, entries.class_ids, entries.class_names, entries.vectors)
+        stored.seal(count)
+        ours, theirs = (
+            stages.Retrieve(config.Retriever(top_k=5), lambda head=head: head, stored, stored, limit)  # type: ignore[misc]
+            for limit in (exact.EXACT_CLASSES, 0)
+        )
+        row = paired(
+            lambda ours=ours: [ours(table) for table in tables],  # type: ignore[misc]
+            lambda theirs=theirs: [theirs(table) for table in tables],  # type: ignore[misc]
+            len(work.queries),
             repeats,
         )
-        for name, depth in depths.items()
-    }
+        rows[str(count)] = row | {"us": 1e6 / row["ours"], "of_vit_b32": 1e6 / row["ours"] / per_picture}
+        stored.drop()
+    return {"retrieve": rows, "vit_b32_us": per_picture}
+
+
+def vit_b32_us(pictures: int = 16) -> float:
+    """Microseconds a picture of ViT-B/32's forward pass."""
+    import open_clip
+    import torch
+
+    model = open_clip.create_model("ViT-B-32", precision="bf16").eval()
+    with torch.inference_mode():
+        batch = torch.zeros(pictures, 3, 224, 224, dtype=torch.bfloat16)
+        model.encode_image(batch)
+        started = time.perf_counter()
+        model.encode_image(batch)
+        return 1e6 * (time.perf_counter() - started) / pictures
 
 
 def recalls(store: Store, name: str, work: Work) -> dict[str, float]:

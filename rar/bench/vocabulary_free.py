@@ -89,15 +89,14 @@ def named_entries(images: Entries, guesses: list[list[str]]) -> Entries:
 
 def _predict(collection: Collection, memory: Entries, queries: np.ndarray, guesses: list[list[str]]) -> dict[str, list[str]]:
     fill(collection, memory)
-    name_of = dict(zip(memory.class_ids.tolist(), memory.class_names, strict=True))
     nearest = collection.search(queries, 1).entry_ids
     first = dict(zip(memory.entry_ids, memory.class_names, strict=True))
     head = modes.fit_head("knn", memory, None)
-    candidates = modes.candidates_by_votes(head, collection.search, queries, TOP_K, N_NEIGHBORS)
-    proposed = [[name_of[one.class_id] for one in row] for row in candidates]
+    found = modes.propose_by_votes(head, collection.search, queries, TOP_K, N_NEIGHBORS)
+    proposed = [[one.class_name for one in row] for row in found.candidates(head.class_ids, head.class_names)]
     return {
         "guess": [names[0] for names in guesses],
-        "knn1": [first[found[0]] for found in nearest],
+        "knn1": [first[one[0]] for one in nearest],
         "retriever": [names[0] for names in proposed],
         "ranked": [rank_by_names(*pair)[0] for pair in zip(proposed, guesses, strict=True)],
     }

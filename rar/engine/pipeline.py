@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,6 @@ from ray.data.datasource import Datasink
 from rar import config
 from rar.engine import stages
 from rar.engine.actors import Pool
-from rar.runfolder import RunFolder
 
 TASK_CPUS = 0.5  # tasks wait for models about as much as they work
 
@@ -103,15 +103,21 @@ def write(table: pa.Table, sink: Datasink) -> None:
     ray.data.from_arrow(table).write_datasink(sink)
 
 
+class Counted(Protocol):
+    """What rows are written to: a run folder, a memory."""
+
+    def progress(self) -> Sequence[int]: ...
+
+
 @contextmanager
-def progress(folder: RunFolder, total: int, title: str) -> Iterator[None]:
-    """Print a line every few seconds from what is on disk: rows done, rows/s, time left. Works for any number of workers."""
+def progress(target: Counted, total: int, title: str) -> Iterator[None]:
+    """Print a line every few seconds from what is written: rows done, rows/s, time left. Works for any number of workers."""
     done = threading.Event()
-    start, began = sum(folder.progress()), time.monotonic()
+    start, began = sum(target.progress()), time.monotonic()
 
     def report() -> None:
         while not done.wait(5):
-            now = sum(folder.progress())
+            now = sum(target.progress())
             rate = (now - start) / (time.monotonic() - began)
             left = f"{(total - now) / rate:.0f} s left" if rate else "starting"
             print(f"  {title}: {now:,} of {total:,} rows, {rate:,.0f} rows/s, {left}", file=sys.stderr, flush=True)

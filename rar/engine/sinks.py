@@ -1,4 +1,5 @@
-"""Where Ray Data writes: `MilvusSink` puts blocks of entries into a memory, `ShardSink` puts shards into a run folder.
+"""Where Ray Data writes: `MilvusSink` puts blocks of entries into a memory, `ShardSink` puts shards into a run folder, and
+`EmbeddingSink` into a folder of embeddings.
 
 Ray retries a failed write task and may run one twice; entries have primary keys and shards have names, so a second write
 changes nothing.
@@ -6,32 +7,38 @@ changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import Datasink, WriteResult
 
-from rar.columns import fitted
+from rar import storage
+from rar.columns import fitted, vectors_of
 from rar.memory.collection import FIELDS, Collection
 from rar.runfolder import RunFolder
 from rar.schema import ERRORS, PREDICTIONS, UserError
 
 
-class MilvusSink(Datasink[int]):
-    """Upserts the columns entry_id, class_id, class_name and vector of every block; other columns are left out.
+class MilvusSink(Datasink[tuple[int, pa.Table]]):
+    """Upserts the columns entry_id, class_id, class_name and vector of every block; rows with an `error` are passed over.
 
-    The collection must exist (`Collection.create`) and is sealed by the caller, once, after the write.
-    `written` holds the number of entries after a write; it is what `seal` expects when the entry_ids are unique.
+    The collection must exist (`Collection.create`) and is sealed by the caller, once, after the write. After a write, `written`
+    is the number of entries that were sent and `told` the columns `tell` of all rows, written or not (and `seconds_*`, which
+    come by the row): what the driver learns of a build, which is never a vector.
     """
 
-    def __init__(self, collection: Collection) -> None:
-        self.collection = collection
-        self.written = 0
+    def __init__(self, collection: Collection, tell: Sequence[str] = ()) -> None:
+        self.collection, self.tell = collection, tuple(tell)
+        self.written, self.told = 0, pa.table({})
 
     @property
     def supports_distributed_writes(self) -> bool:
@@ -45,23 +52,70 @@ class MilvusSink(Datasink[int]):
         if missing:
             raise UserError(f"entries need the columns {', '.join(FIELDS)}; missing: {', '.join(missing)}")
 
-    def write(self, blocks: Iterable[Block], ctx: object) -> int:
-        """Returns the number of entries written by this task."""
-        return sum(self._upsert(BlockAccessor.for_block(block)) for block in blocks)
+    def write(self, blocks: Iterable[Block], ctx: object) -> tuple[int, pa.Table]:
+        """Returns the number of entries written by this task, and what is told of its rows."""
+        written, told = 0, []
+        for block in map(BlockAccessor.for_block, blocks):
+            if block.num_rows():
+                table, started = block.to_arrow(), time.perf_counter()
+                written += self._upsert(table)
+                each = (time.perf_counter() - started) / table.num_rows
+                table = table.append_column("seconds_write", pa.array([each] * table.num_rows))
+                told.append(table.select([name for name in table.column_names if name in self.tell or name[:8] == "seconds_"]))
+        return written, pa.concat_tables(told) if told else pa.table({})
 
-    def _upsert(self, block: BlockAccessor) -> int:
-        if block.num_rows() == 0:
+    def _upsert(self, table: pa.Table) -> int:
+        if "error" in table.column_names:
+            table = table.filter(pc.is_null(table["error"]))
+        if not table.num_rows:
             return 0
-        table = block.to_arrow()
         return self.collection.upsert(
             table["entry_id"].to_pylist(),
             table["class_id"].to_numpy(),
             table["class_name"].to_pylist(),
-            np.stack(list(block.to_numpy("vector"))),  # (N, D), from lists as well as from tensors
+            np.stack(list(BlockAccessor.for_block(table).to_numpy("vector"))),  # (N, D), from lists as well as from tensors
         )
 
-    def on_write_complete(self, write_result: WriteResult[int]) -> None:
-        self.written = sum(write_result.write_returns)
+    def on_write_complete(self, write_result: WriteResult[tuple[int, pa.Table]]) -> None:
+        self.written = sum(count for count, _ in write_result.write_returns)
+        tables = [table for _, table in write_result.write_returns if table.num_rows]
+        self.told = pa.concat_tables(tables) if tables else pa.table({})
+
+
+def embedding_file(folder: str, shard: int) -> str:
+    return f"{folder}/part-{shard:06d}.parquet"
+
+
+class EmbeddingSink(Datasink[int]):
+    """Writes each block, a whole shard, as one parquet file of id, uri, label and vector (float16), on any file system.
+
+    Rows that failed are lines of errors/part-N.jsonl, written first. A file is written under another name and then moved.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def write(self, blocks: Iterable[Block], ctx: object) -> int:
+        """Returns the number of vectors written by this task."""
+        tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
+        return sum(self._write(table) for table in tables if table.num_rows)
+
+    def _write(self, table: pa.Table) -> int:
+        fs, folder = storage.locate(self.folder)
+        shard, failed = table["shard"][0].as_py(), pc.is_valid(table["error"])
+        good, bad = table.filter(pc.invert(failed)), fitted(table.filter(failed), ERRORS)
+        lines = "".join(json.dumps(row) + "\n" for row in bad.to_pylist())
+        if lines:
+            fs.pipe_file(f"{folder}/errors/part-{shard:06d}.jsonl", lines.encode())
+        halves = vectors_of(good).astype(np.float16) if good.num_rows else np.zeros((0, 1), np.float16)
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(halves.ravel()), halves.shape[1])
+        columns = {"id": good["image_id"], "uri": good["uri"], "label": good["label"], "vector": vectors}
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns), buffer)
+        scratch = f"{folder}/.part-{shard:06d}.{os.getpid()}.tmp"
+        fs.pipe_file(scratch, buffer.getvalue().to_pybytes())
+        fs.mv(scratch, embedding_file(folder, shard))
+        return good.num_rows
 
 
 class ShardSink(Datasink[int]):
@@ -87,12 +141,12 @@ class ShardSink(Datasink[int]):
         failed = pc.is_valid(table["error"])
         good, bad = table.filter(pc.invert(failed)), table.filter(failed)
         RunFolder(self.folder).write_shard(
-            numbers[0], fitted(good, PREDICTIONS), fitted(bad, ERRORS), {**_seconds(table), **_mllm(good)}
+            numbers[0], fitted(good, PREDICTIONS), fitted(bad, ERRORS), {**stage_seconds(table), **_mllm(good)}
         )
         return table.num_rows
 
 
-def _seconds(table: pa.Table) -> dict[str, float]:
+def stage_seconds(table: pa.Table) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in table.column_names:
         if name.startswith("seconds_"):

@@ -11,20 +11,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from rar import config, fusion
 from rar.boxes import check_boxes
-from rar.columns import candidates_of, rankings_of, vectors_column, vectors_of, with_candidates, with_errors, with_vectors
+from rar.columns import (
+    candidates_of,
+    rankings_of,
+    vectors_column,
+    vectors_of,
+    with_candidates,
+    with_errors,
+    with_proposed,
+    with_vectors,
+)
 from rar.corpus import listing, vectors
 from rar.corpus.decode import decode, fit_square
 from rar.corpus.frame import Frame, frame_of
 from rar.crops import windows
-from rar.memory.collection import Collection, Entries, Hits
-from rar.retriever import modes
+from rar.memory.collection import Collection
+from rar.retriever import exact, modes
 from rar.schema import Candidate, Ranking, RankStatus, RowError, content_id, entry_id
 
 Stage = Callable[[pa.Table], pa.Table]
@@ -68,19 +77,45 @@ class LoadVectors:
         return with_errors(table, "read", [str(fault) if fault else None for fault in faults])
 
 
-class Lacking:
-    """Keeps the rows that a memory does not hold yet under their label, and those that failed."""
+HELD, RESUMED = "held", "resumed"  # `stage` of a row whose entry is in the memory, or in what a killed build has written
 
-    def __init__(self, held: Entries | None, fingerprint: str) -> None:
-        self.known = {} if held is None else dict(zip(held.entry_ids, held.class_names, strict=True))
-        self.fingerprint = fingerprint
+
+class Lacking:
+    """Asks a memory which rows it holds: these go no further, as if they were faulty; `error` says under which class.
+
+    places: stage -> the collection that is asked. A shard asks for its own ids, so that no worker carries those of the memory.
+    """
+
+    def __init__(self, places: Mapping[str, Collection], fingerprint: str) -> None:
+        self.places, self.fingerprint = dict(places), fingerprint
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = zip(table["image_id"].to_pylist(), table["label"].to_pylist(), strict=True)
-        lacking = [
-            image_id is None or self.known.get(entry_id(image_id, self.fingerprint)) != label for image_id, label in rows
+        image_ids = [
+            None if error else one for one, error in zip(*(table[c].to_pylist() for c in ("image_id", "error")), strict=True)
         ]
-        return table.filter(pa.array(lacking, pa.bool_()))
+        for stage, place in self.places.items():
+            ids = [None if one is None else entry_id(one, self.fingerprint) for one in image_ids]
+            known = place.labels_of(sorted({one for one in ids if one is not None}))
+            table = with_errors(table, stage, [known.get(one) if one else None for one in ids])
+            image_ids = [one if label not in known else None for one, label in zip(image_ids, ids, strict=True)]
+        return table
+
+
+class AsEntries:
+    """image_id (or text) and label -> entry_id, class_id and class_name. class_of: class name -> id."""
+
+    def __init__(self, class_of: Mapping[str, int], fingerprint: str) -> None:
+        self.class_of, self.fingerprint = dict(class_of), fingerprint
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        labels = table["label"].to_pylist()
+        ids = [None if one is None else entry_id(one, self.fingerprint) for one in table["image_id"].to_pylist()]
+        columns = {
+            "entry_id": pa.array(ids, pa.string()),
+            "class_id": pa.array([self.class_of[label] for label in labels], pa.int64()),
+            "class_name": pa.array(labels, pa.string()),
+        }
+        return _with_columns(table.drop_columns([name for name in ("bytes", "pixels") if name in table.column_names]), columns)
 
 
 class Propose:
@@ -275,54 +310,55 @@ class Embed:
 
 
 class Retrieve:
-    """vector -> candidates by a fitted head: searched itself, or (knn, tip) beside image entries; all: the whole vocabulary.
+    """vector -> candidates by a fitted head: scored whole, or (knn, tip) beside image entries; all: the whole vocabulary.
 
-    A candidate's score is the log of its probability. A linear head's is normalised over the SHARE_DEPTH best classes, which
-    stand for the whole vocabulary; those by votes over the candidates alone, as more of them would be a deeper search.
+    A candidate's score is the log of its probability. A linear head's is exact, normalised over the whole vocabulary, for up to
+    `exact_up_to` classes; a larger one is searched in Milvus and normalised over the SHARE_DEPTH best. By votes it is
+    normalised over the candidates alone, as more of them would be a deeper search.
     """
 
-    def __init__(self, settings: config.Retriever, head: modes.Head, classes: Collection, images: Collection) -> None:
-        """classes: the collection that holds `head`. images: the memory's images, which knn and tip search."""
-        self.settings, self.head, self.classes, self.images = settings, head, classes, images
-        self.names = dict(zip(head.class_ids.tolist(), head.class_names, strict=True))
-        if settings.mode not in ("knn", "tip"):  # looked up in Milvus: workers need no copy of the weights
-            self.head = replace(head, weights=head.weights[:0], bias=head.bias[:0])
+    def __init__(
+        self,
+        settings: config.Retriever,
+        head: Callable[[], modes.Head],
+        classes: Collection,
+        images: Collection,
+        exact_up_to: int = exact.EXACT_CLASSES,
+    ) -> None:
+        """head: gives the fitted head. classes: the collection that holds it. images: the entries that knn and tip search."""
+        self.settings, self.head, self.classes, self.images, self.exact_up_to = settings, head, classes, images, exact_up_to
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        found: list[list[Candidate]] = [[]] * table.num_rows
-        rows = [i for i, error in enumerate(table["error"].to_pylist()) if error is None]
-        if rows:
-            for row, candidates in zip(rows, self._candidates(table.take(rows)), strict=True):
-                found[row] = candidates
-        used = [name for name in ("vector", "pixels") if name in table.column_names]
-        return with_candidates(table.drop_columns(used), found)
+        rows = np.flatnonzero(table["error"].is_null().to_numpy())
+        if not len(rows):
+            return with_candidates(self._without_inputs(table), [[]] * table.num_rows)
+        head = self.head()
+        found = self._propose(head, table if len(rows) == table.num_rows else table.take(rows))
+        names = pa.array(head.class_names, pa.string())
+        return with_proposed(self._without_inputs(table), rows, head.class_ids, names, found.columns, found.scores)
 
-    def _candidates(self, table: pa.Table) -> list[list[Candidate]]:
-        settings, n_classes = self.settings, len(self.names)
+    @staticmethod
+    def _without_inputs(table: pa.Table) -> pa.Table:
+        return table.drop_columns([name for name in ("vector", "pixels") if name in table.column_names])
+
+    def _propose(self, head: modes.Head, table: pa.Table) -> exact.Proposed:
+        settings, n_classes = self.settings, len(head.class_ids)
         if settings.mode == "all":
-            every = [Candidate(class_id, name, -math.log(n_classes)) for class_id, name in self.names.items()]
-            return [every] * table.num_rows
+            shape = (table.num_rows, n_classes)
+            return exact.Proposed(
+                np.tile(np.arange(n_classes), (shape[0], 1)), np.full(shape, -math.log(n_classes), np.float32)
+            )
         queries, top_k = vectors_of(table), min(settings.top_k, n_classes)
         if settings.mode in ("knn", "tip"):
-            found = modes.candidates_by_votes(
-                self.head, self.images.search, queries, top_k, settings.n_neighbors, settings.sharpness
-            )
-            return [log_shares(candidates) for candidates in found]
+            asked = (queries, top_k, settings.n_neighbors, settings.sharpness)
+            return modes.propose_by_votes(head, self.images.search, *asked).shares()
+        if n_classes <= self.exact_up_to:
+            return exact.propose(head, queries, top_k)
         hits = self.classes.search(modes.augment(queries), min(max(top_k, SHARE_DEPTH), n_classes))
-        total = np.logaddexp.reduce(hits.scores.astype(np.float64), axis=1, keepdims=True)
-        best = Hits(hits.scores[:, :top_k] - total, hits.class_ids[:, :top_k], [row[:top_k] for row in hits.entry_ids])
-        return modes.candidates_from_hits(best, self.names)
+        return modes.propose_from_hits(hits, head.class_ids, top_k)
 
 
 SHARE_DEPTH = 64
-
-
-def log_shares(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Logits as scores -> logs of their softmax as scores; the order stays."""
-    if not candidates:
-        return []
-    total = float(np.logaddexp.reduce([candidate.score for candidate in candidates]))
-    return [replace(candidate, score=candidate.score - total) for candidate in candidates]
 
 
 class Recall:

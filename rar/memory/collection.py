@@ -286,11 +286,48 @@ class Collection:
 
     def _full(self, wanted: set[str]) -> tuple[dict[str, int], np.ndarray]:
         """entry_id -> row of the full vectors (N, D). One that was removed meanwhile is missing."""
-        ids, dim = sorted(wanted - {""}), self.meta()["dim"]
-        rows: list[dict[str, Any]] = []
-        for start in range(0, len(ids), IDS):
-            rows += self._read(partial(layout.texts, name=self.name, entry_ids=ids[start : start + IDS]))
+        dim, rows = self.meta()["dim"], list(self._named(sorted(wanted - {""}), ["entry_id", "full"]))
         return {row["entry_id"]: n for n, row in enumerate(rows)}, reduced.from_text([row["full"] for row in rows], dim)
+
+    def _named(self, entry_ids: Sequence[str], columns: list[str]) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(entry_ids), IDS):
+            some = list(entry_ids[start : start + IDS])
+            yield from self._read(partial(layout.named, name=self.name, entry_ids=some, columns=columns))
+
+    def labels_of(self, entry_ids: Sequence[str]) -> dict[str, str]:
+        """entry_id -> class name of those entries that are there."""
+        return {row["entry_id"]: row["class_name"] for row in self._named(entry_ids, ["entry_id", "class_name"])}
+
+    def classes(self) -> dict[str, int]:
+        """class name -> class id of all entries, a page at a time."""
+        pages = self._pages(FIELDS[:3])
+        return {row["class_name"]: row["class_id"] for page in pages for row in page}
+
+    def pour(self, target: Collection, without: frozenset[int] = frozenset()) -> None:
+        """Upsert all entries into another collection, whatever its index, a page at a time; not the classes `without`."""
+        column = "full" if self._reduced() else "vector"
+        columns, dim = [*FIELDS[:3], column], self.meta()["dim"]
+        for page in self._pages(columns):
+            rows = [row for row in page if row["class_id"] not in without]
+            found = [row[column] for row in rows]
+            vectors = reduced.from_text(found, dim) if self._reduced() else np.array(found, np.float32).reshape(-1, dim)
+            ids, class_ids, names = ([row[name] for row in rows] for name in FIELDS[:3])
+            target.upsert(ids, class_ids, names, vectors)
+
+    def samples(self) -> Iterator[np.ndarray]:
+        """The vectors (N, D) of one page of entries after the other."""
+        column, dim = "full" if self._reduced() else "vector", self.meta()["dim"]
+        for page in self._pages(["entry_id", column]):
+            found = [row[column] for row in page]
+            yield reduced.from_text(found, dim) if self._reduced() else np.array(found, np.float32)
+
+    def relabel(self, labels: Mapping[str, tuple[int, str]]) -> None:
+        """Give entries that are here another class (id, name), by entry_id."""
+        column = "full" if self._reduced() else "vector"
+        rows, dim = list(self._named(sorted(labels), ["entry_id", column])), self.meta()["dim"]
+        found, classes = [row[column] for row in rows], [labels[row["entry_id"]] for row in rows]
+        vectors = reduced.from_text(found, dim) if self._reduced() else np.array(found, np.float32).reshape(-1, dim)
+        self.upsert([row["entry_id"] for row in rows], [one for one, _ in classes], [name for _, name in classes], vectors)
 
     def _rows(self, queries: np.ndarray, depth: int) -> Iterator[Any]:
         """pymilvus' rows of hits, one a query, as they come."""
@@ -303,14 +340,18 @@ class Collection:
             data = [query.tobytes() for query in np.asarray(queries[start : start + step], "<f4")]
             yield from self._read(lambda client, data=data: client.search(self.name, data=data, **ask))  # type: ignore[misc]
 
-    def fetch(self) -> Entries:
-        """Every entry, sorted by entry_id."""
+    def fetch(self, *, vectors: bool = True) -> Entries:
+        """Every entry, sorted by entry_id; without `vectors` these are (N, 0)."""
+        if not vectors:
+            bare = [row for page in self._pages(FIELDS[:3]) for row in page]
+            entry_ids, class_ids, class_names = ([row[name] for row in bare] for name in FIELDS[:3])
+            return Entries(entry_ids, np.array(class_ids, np.int64), class_names, np.empty((len(bare), 0), np.float32))
         dim, column = self.meta()["dim"], "full" if self._reduced() else "vector"
         rows: list[dict[str, Any]] = []
         parts = [np.empty((0, dim), np.float32)]
         for page in self._pages([*FIELDS[:3], column]):
-            vectors = [row.pop(column) for row in page]
-            parts.append(reduced.from_text(vectors, dim) if self._reduced() else np.array(vectors, np.float32))
+            read = [row.pop(column) for row in page]
+            parts.append(reduced.from_text(read, dim) if self._reduced() else np.array(read, np.float32))
             rows += page
         entry_ids, class_ids, class_names = ([row[name] for row in rows] for name in FIELDS[:3])
         return Entries(entry_ids, np.array(class_ids, np.int64), class_names, np.concatenate(parts))
@@ -345,6 +386,10 @@ class Collection:
 
     def count(self) -> int:
         return self._count("Strong")
+
+    def progress(self) -> tuple[int]:
+        """Entries so far, asked over a connection of its own: another thread writes."""
+        return (Collection(self.address, self.name, self.token).count(),)
 
     def _count(self, consistency: str) -> int:
         counted = self._read(lambda client: client.query(self.name, output_fields=["count(*)"], consistency_level=consistency))

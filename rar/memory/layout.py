@@ -160,6 +160,6 @@ def is_handed_over(client: MilvusClient, name: str) -> bool:
     return flushed <= {one.segment_id for one in client.list_loaded_segments(name) if one.index_name}
 
 
-def texts(client: MilvusClient, name: str, entry_ids: list[str]) -> list[dict[str, Any]]:
-    """entry_id and full of the entries that are there, in any order."""
-    return client.query(name, ids=entry_ids, output_fields=["entry_id", "full"])
+def named(client: MilvusClient, name: str, entry_ids: list[str], columns: list[str]) -> list[dict[str, Any]]:
+    """Columns of the entries with these ids that are there, in any order."""
+    return client.query(name, ids=entry_ids, output_fields=columns, consistency_level="Strong")

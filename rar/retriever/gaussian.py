@@ -1,6 +1,8 @@
 """Classifiers in closed form from the moments of a set of images: class means, LDA, and posterior class means.
 
-All are linear in the query. Everything they need of the images is a sum, so leaving some out is a subtraction.
+All are linear in the query. Everything they need of the images is a sum: moments of shards are added up, and leaving some
+images out is a subtraction. Sums are kept in float64, because a within-class covariance is a small difference of large ones;
+what is made of them, matrices of classes x D, is float32, and goes through BLAS as a whole.
 
 The within-class covariance S is shrunk towards the identity. Class means of a few images are noisy, so `posterior` shrinks them
 too, direction by direction: by how much more the class means spread there than their noise explains, and not towards one common
@@ -35,11 +37,6 @@ class Moments:
     def __sub__(self, other: Moments) -> Moments:
         return Moments(self.gram - other.gram, self.sums - other.sums, self.counts - other.counts)
 
-    @property
-    def nothing(self) -> Moments:
-        """Moments of no image."""
-        return Moments(np.zeros_like(self.gram), np.zeros_like(self.sums), np.zeros_like(self.counts))
-
     @cached_property
     def known(self) -> np.ndarray:
         """(C,) bool: the classes that have an image."""
@@ -47,8 +44,15 @@ class Moments:
 
     @cached_property
     def means(self) -> np.ndarray:
-        """(known classes, D)."""
-        return self.sums[self.known] / self.counts[self.known, None]
+        """(known classes, D) float32."""
+        return (self.sums[self.known] / self.counts[self.known, None]).astype(np.float32)
+
+    def expected_by(self, names: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`_expected`, kept: it is the same for every prior."""
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept[0] is not names:
+            kept = self.__dict__["_kept"] = names, _expected(self, names)
+        return kept[1]
 
     @cached_property
     def spectrum(self) -> tuple[np.ndarray, np.ndarray, int]:
@@ -56,7 +60,12 @@ class Moments:
 
         0 eigenvalues where the images have no residuals to speak of: one image a class, or copies of it.
         """
-        values, basis = np.linalg.eigh(self.gram - (self.means * self.counts[self.known, None]).T @ self.means)
+        counts = self.counts[self.known].astype(np.float64)
+        between = np.zeros_like(self.gram)
+        for start in range(0, len(counts), BLOCK):  # exact sums: float64, a block at a time
+            sums = self.sums[self.known][start : start + BLOCK]
+            between += (sums / counts[start : start + BLOCK, None]).T @ sums
+        values, basis = np.linalg.eigh(self.gram - between)
         if values.sum() <= TINY * np.trace(self.gram):
             return np.zeros(len(basis)), np.eye(len(basis)), 0
         return np.maximum(values, 0) / values.mean(), basis, int(self.counts.sum() - self.known.sum())
@@ -72,7 +81,7 @@ class Part:
 
 
 def moments_of(vectors: np.ndarray, labels: np.ndarray, n_classes: int) -> Moments:
-    """Moments of the (N, D) images whose label is not -1, in blocks, so that float64 copies stay small."""
+    """Moments of the (N, D) images whose label is not -1, in blocks, so that float64 copies stay small. Add those of shards."""
     dim = vectors.shape[1]
     gram, sums = np.zeros((dim, dim)), np.zeros((n_classes, dim))
     rows = np.flatnonzero(labels >= 0)
@@ -80,14 +89,16 @@ def moments_of(vectors: np.ndarray, labels: np.ndarray, n_classes: int) -> Momen
         block = rows[start : start + BLOCK]
         values = vectors[block].astype(np.float64)
         gram += values.T @ values
-        np.add.at(sums, labels[block], values)
+        order = np.argsort(labels[block], kind="stable")
+        found, firsts = np.unique(labels[block][order], return_index=True)
+        sums[found] += np.add.reduceat(values[order], firsts)
     return Moments(gram, sums, np.bincount(labels[rows], minlength=n_classes))
 
 
 def centroids(images: Moments) -> Part:
     """Class means, re-normalised."""
     weights = images.sums / np.maximum(np.linalg.norm(images.sums, axis=1, keepdims=True), TINY)
-    return Part(weights, np.zeros(len(weights)), images.known)
+    return Part(weights.astype(np.float32), np.zeros(len(weights), np.float32), images.known)
 
 
 def discriminant(images: Moments, prior: float) -> Part:
@@ -95,8 +106,8 @@ def discriminant(images: Moments, prior: float) -> Part:
     variances, basis = _within(images, prior)
     centre = images.means.mean(axis=0)
     offsets = images.means - centre
-    weights, bias = np.zeros_like(images.sums), np.zeros(len(images.sums))
-    weights[images.known] = (offsets @ basis / variances) @ basis.T
+    weights, bias = np.zeros(images.sums.shape, np.float32), np.zeros(len(images.sums), np.float32)
+    weights[images.known] = offsets @ ((basis / variances) @ basis.T).astype(np.float32)
     bias[images.known] = -(weights[images.known] * (centre + offsets / 2)).sum(axis=1)
     return Part(weights, bias, images.known)
 
@@ -110,17 +121,18 @@ def posterior(images: Moments, prior: float, names: np.ndarray | None = None) ->
     expected) and a new image of the class has variance 1 + T / (nT + 1).
     """
     variances, basis = _within(images, prior)
-    whiten = basis / np.sqrt(variances * _noise(images))
-    expected, gaps, named = _expected(images, names)
-    counts = images.counts[images.known].astype(np.float64)
+    whiten = (basis / np.sqrt(variances * _noise(images))).astype(np.float32)
+    expected, gaps, named = images.expected_by(names)
+    counts = images.counts[images.known].astype(np.float32)
     spread, axes = _principal(gaps @ whiten)
+    spread, axes = spread.astype(np.float32), axes.astype(np.float32)
     even = spread.sum() / len(basis)
     share = MEANS_PRIOR * len(basis) / (MEANS_PRIOR * len(basis) + len(counts))
     noise = (1 / counts).mean()
     between, other = (np.maximum(v - noise, 0.02 * even) for v in ((1 - share) * spread + share * even, share * even))
     found = expected @ whiten
     gain = counts[:, None] * between / (counts[:, None] * between + 1)
-    found[images.known] += ((images.means - expected[images.known]) @ whiten @ axes * gain) @ axes.T
+    found[images.known] += ((images.means - expected[images.known]) @ (whiten @ axes) * gain) @ axes.T
     present = images.known | named
     centre = found[present].mean(axis=0)
     offsets = found - centre
@@ -144,7 +156,7 @@ def _noise(images: Moments) -> float:
     """Variance a dimension of an image about its class mean."""
     total = np.trace(images.gram)
     residuals = int(images.counts.sum() - images.known.sum())
-    within = total - (images.counts[images.known] * (images.means**2).sum(axis=1)).sum()
+    within = total - (np.einsum("cd,cd->c", images.sums, images.sums) / np.maximum(images.counts, 1)).sum()
     if residuals and within > TINY * total:
         return within / residuals / len(images.gram)
     spread = ((images.means - images.means.mean(axis=0)) ** 2).mean()
@@ -157,6 +169,7 @@ def _expected(images: Moments, names: np.ndarray | None) -> tuple[np.ndarray, np
 
     Ridge regression of class means on names; the differences are leave-one-class-out, and the ridge is that of the least.
     """
+    names = None if names is None else np.asarray(names, np.float32)
     centre, n_known = images.means.mean(axis=0), len(images.means)
     offsets = images.means - centre
     expected = np.tile(centre, (len(images.counts), 1))
@@ -171,16 +184,17 @@ def _expected(images: Moments, names: np.ndarray | None) -> tuple[np.ndarray, np
         return expected, gaps, nothing
     middle = names[both].mean(axis=0)
     variances, axes = _principal(names[both] - middle)  # ridge regression in the basis where it is diagonal
+    variances, axes = variances.astype(np.float32), axes.astype(np.float32)
     along = (names[both] - middle) @ axes
-    targets, best = offsets[inside] - offsets[inside].mean(axis=0), np.inf
+    targets, best, chosen = offsets[inside] - offsets[inside].mean(axis=0), np.inf, np.zeros(0)
+    squares, together = along**2, along.T @ targets
     for ridge in RIDGES:
-        each = 1 / np.maximum(len(along) * (variances + ridge * variances.mean()), TINY)
-        leverage = (along**2 * each).sum(axis=1, keepdims=True) + 1 / len(along)
-        slopes = each[:, None] * (along.T @ targets)
-        missed = (targets - along @ slopes) / np.maximum(1 - leverage, 0.05)
-        if (missed**2).sum() < best:
-            best, gaps[inside] = (missed**2).sum(), missed
-            expected[named] = images.means[inside].mean(axis=0) + (names[named] - middle) @ axes @ slopes
+        each = 1 / np.maximum(len(along) * (variances + ridge * variances.mean()), TINY).astype(np.float32)
+        slopes = each[:, None] * together
+        missed = (targets - along @ slopes) / np.maximum(1 - (squares @ each + 1 / len(along)), 0.05)[:, None]
+        if (loss := float(np.einsum("nd,nd->", missed, missed))) < best:
+            best, gaps[inside], chosen = loss, missed, slopes
+    expected[named] = images.means[inside].mean(axis=0) + (names[named] - middle) @ (axes @ chosen)
     return expected, gaps, named
 
 

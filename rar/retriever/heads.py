@@ -15,10 +15,12 @@ probabilities are a little too modest.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
 
+from rar.memory.collection import Collection
 from rar.memory.entries import Entries
 from rar.retriever import gaussian
 from rar.retriever.gaussian import TINY, Moments, Part
@@ -40,6 +42,7 @@ BIAS_PRIOR = 4.0  # a class's bias is shrunk as if it had been right this often,
 SCALE_PRIOR = 4.0  # pull of the scales towards their defaults; worth a handful of held-out images
 MAX_FOLDS = 5
 MAX_HELD_OUT, MAX_HELD_OUT_CELLS = 2048, 1 << 21  # held-out images, and images x classes, that the scales are fitted on
+MIN_HELD_OUT = 128  # images, however many classes
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class Head:
     bias: np.ndarray
     meta: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def length(self) -> float:
+        """The greatest norm of a class's weights."""
+        return float(np.linalg.norm(self.weights, axis=1).max(initial=0))
+
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """(N, D) queries -> (N, C) float32 scores: logits over all classes."""
         return np.asarray(queries, np.float32) @ self.weights.T + self.bias
@@ -71,8 +79,33 @@ class Head:
         """The inverse of `to_entries`, in whatever order the entries come; exact in float32."""
         order = np.argsort(entries.class_ids, kind="stable")
         vectors = np.asarray(entries.vectors, np.float32)[order]
-        names = [entries.class_names[position] for position in order]
-        return cls(np.asarray(entries.class_ids)[order], names, vectors[:, :-1].copy(), vectors[:, -1].copy(), meta)
+        names, class_ids = [entries.class_names[position] for position in order], np.asarray(entries.class_ids)[order]
+        if not vectors.shape[1]:  # read without its weights
+            return cls(class_ids, names, vectors, np.zeros(len(names), np.float32), meta)
+        return cls(class_ids, names, vectors[:, :-1].copy(), vectors[:, -1].copy(), meta)
+
+
+@dataclass(frozen=True)
+class StoredHead:
+    """Where a head lies. Calling it reads the head once a process; `digest`, of the memory, tells one state from another.
+
+    weights: without them (too many classes to hold) the head has its classes alone.
+    """
+
+    address: str
+    name: str
+    digest: str
+    weights: bool = True
+    token: str | None = field(default=None, repr=False)
+
+    def __call__(self) -> Head:
+        return _read(self)
+
+
+@lru_cache(maxsize=4)
+def _read(stored: StoredHead) -> Head:
+    one = Collection(stored.address, stored.name, stored.token)
+    return Head.from_entries(one.fetch(vectors=stored.weights), one.meta()["head"])
 
 
 def augment(queries: np.ndarray) -> np.ndarray:
@@ -132,7 +165,7 @@ class Problem:
         folds, n_folds = _folds(vectors, labels)
         each = [gaussian.moments_of(vectors, np.where(folds == fold, labels, -1), len(class_ids)) for fold in range(n_folds)]
         whole = sum(each[1:], each[0])
-        kept = [sum(each[:fold] + each[fold + 1 :], whole.nothing) for fold in range(n_folds)]
+        kept = [whole - one for one in each]
         names, text, spread = None, None, 1.0
         if texts is not None:  # entries of one class (synonyms) are averaged
             sums = gaussian.moments_of(
@@ -157,7 +190,7 @@ class Problem:
 
     def _image_part(self, images: Moments) -> Part:
         if not images.known.any():
-            return Part(np.zeros_like(images.sums), np.zeros(len(images.sums)), images.known)
+            return Part(np.zeros(images.sums.shape, np.float32), np.zeros(len(images.sums), np.float32), images.known)
         if self.mode == "lda":
             return gaussian.discriminant(images, self.prior)
         if self.mode == "centroid":
@@ -208,11 +241,11 @@ def _standardised(part: Part, images: Moments) -> tuple[Part, float]:
     if n_images == 0 or not part.present.any():
         return part, 1.0
     mean = images.sums.sum(axis=0) / n_images
-    covariance = images.gram / n_images - np.outer(mean, mean)
-    centred = part.weights[part.present] - part.weights[part.present].mean(axis=0)
-    variance = float(((centred @ covariance) * centred).sum(axis=1).mean())
+    covariance = (images.gram / n_images - np.outer(mean, mean)).astype(np.float32)
+    centred = part.weights[part.present] - _mean(part)
+    variance = float(np.einsum("cd,cd->", centred @ covariance, centred)) / len(centred)
     spread = variance**0.5 if variance > TINY else 1.0
-    return Part(part.weights / spread, part.bias / spread, part.present), spread
+    return Part(part.weights / np.float32(spread), part.bias / np.float32(spread), part.present), spread
 
 
 @dataclass(frozen=True)
@@ -229,13 +262,18 @@ class Fitted:
 
 def combine(parts: list[Part], fitted: Fitted) -> tuple[np.ndarray, np.ndarray]:
     """Weights (C, D) and bias (C,) of the scaled sum; one absent from a part takes the mean of the present, plus `neutral`."""
-    weights, bias = np.zeros_like(parts[0].weights), np.zeros_like(parts[0].bias)
+    weights, bias = np.zeros(parts[0].weights.shape, np.float32), np.zeros(parts[0].bias.shape, np.float32)
     for part, scale, neutral in zip(parts, fitted.scales, fitted.neutrals, strict=True):
         if not part.present.any():
             continue
-        weights += scale * np.where(part.present[:, None], part.weights, part.weights[part.present].mean(axis=0))
+        known = part.weights if part.present.all() else np.where(part.present[:, None], part.weights, _mean(part))
+        weights += np.float32(scale) * known
         bias += np.where(part.present, scale * part.bias, scale * part.bias[part.present].mean() + neutral)
     return weights, bias
+
+
+def _mean(part: Part) -> np.ndarray:
+    return part.weights[part.present].mean(axis=0)
 
 
 def fit(problem: Problem, seed: int) -> Fitted:
@@ -253,7 +291,7 @@ def _fit_scales(problem: Problem, seed: int) -> Fitted:
     both together, what text has alone, and for images a quarter of what either has alone (they are standardised).
     """
     labelled = np.flatnonzero(problem.labels >= 0)
-    limit = max(1, min(MAX_HELD_OUT, MAX_HELD_OUT_CELLS // len(problem.class_ids)))
+    limit = max(MIN_HELD_OUT, min(MAX_HELD_OUT, MAX_HELD_OUT_CELLS // len(problem.class_ids)))
     rows = np.sort(np.random.default_rng(seed).permutation(labelled)[:limit])
     scores, present, usable = _held_out_parts(problem, rows)
     truth = problem.labels[rows]

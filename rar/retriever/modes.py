@@ -1,38 +1,38 @@
 """Retrieval: from a memory to candidates, one contract for every mode.
 
 `fit_head` fits a mode on the entries of a memory; `held_out_scores` says how its own images would have been scored by a fit
-without them, for calibration; a search proposes candidates. text, centroid, lda and fused are linear (see heads): their head
-is searched itself. knn and tip (see votes) search the image entries; what they add to the votes is a head like the others, so
-that it is stored like them: for tip the text scores, for knn no weights and the balance of the classes as bias.
+without them, for calibration. text, centroid, lda and fused are linear (see heads): their head is scored whole (see exact), or
+searched itself where it is too large. knn and tip (see votes) search the image entries; what they add to the votes is a head
+like the others, so that it is stored like them: for tip the text scores, for knn no weights and the balance of the classes as
+bias.
 
 A row's scores are logits: their softmax over all classes is a calibrated probability, on images like those of the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
 
 from rar.memory.entries import Entries, Hits
 from rar.retriever import heads, votes
-from rar.retriever.heads import MODES, Head, Mode, augment
+from rar.retriever.exact import Proposed, best_of
+from rar.retriever.heads import MODES, Head, Mode, StoredHead, augment
 from rar.retriever.votes import Rule
-from rar.schema import Candidate
 
-__all__ = ["MODES", "Head", "Mode", "allows", "augment", "candidates_from_scores", "fit_head", "held_out_scores"]
+__all__ = ["MODES", "Head", "Mode", "StoredHead", "allows", "augment", "fit_head", "held_out_scores"]
 
 N_NEIGHBORS = 20  # as config.Retriever
 MAX_DEPTH = 16_384  # Milvus' limit of neighbors per query
 CELLS = 1 << 23  # images x classes, or images x entries, at once
+MIN_VOTED, DEEP, DEEP_ROWS = 256, 1024, 8  # of a large memory: images that votes are fitted on, their neighbors, images at once
 
 
-def allows(mode: Mode, images: Entries | None, texts: Entries | None) -> bool:
-    """Whether a memory of these entries has what a mode needs."""
-    has_images, has_texts = images is not None and len(images) > 0, texts is not None and len(texts) > 0
-    needs = {"text": has_texts, "tip": has_images and has_texts, "fused": has_images or has_texts}
-    return needs.get(mode, has_images)
+def allows(mode: Mode, images: bool, texts: bool) -> bool:
+    """Whether a memory that has image entries, and text entries, or not, has what a mode needs."""
+    return {"text": texts, "tip": images and texts, "fused": images or texts}.get(mode, images)
 
 
 def fit_head(mode: Mode, images: Entries | None, texts: Entries | None, seed: int = 0, n_neighbors: int = N_NEIGHBORS) -> Head:
@@ -47,10 +47,10 @@ def fit_head(mode: Mode, images: Entries | None, texts: Entries | None, seed: in
     """
     problem = heads.Problem.of(mode, images, texts)
     if mode == "knn":
-        rule = _fit_knn(problem, seed, n_neighbors)
+        rule, n_fitted = _fit_knn(problem, seed, n_neighbors)
         sizes = np.log(np.maximum(problem.whole.counts, 1))
         weights = np.zeros((len(sizes), problem.vectors.shape[1]), np.float32)
-        meta = {"mode": mode, "votes": asdict(rule)}
+        meta = {"mode": mode, "votes": asdict(rule), "held_out": n_fitted}
         return Head(problem.class_ids, problem.class_names, weights, (-rule.scale * sizes).astype(np.float32), meta)
     head = heads.head_of(heads.fit(problem, seed))
     if mode == "tip":
@@ -89,9 +89,10 @@ def held_out_scores(
     return np.concatenate(found or [np.zeros((0, len(problem.class_ids)))]).astype(np.float32)
 
 
-def _fit_knn(problem: heads.Problem, seed: int, n_neighbors: int) -> Rule:
+def _fit_knn(problem: heads.Problem, seed: int, n_neighbors: int) -> tuple[Rule, int]:
+    """The rule, and how many images it is fitted on."""
     rows, neighbors = _rows_to_fit_on(problem, seed)
-    return votes.fit_knn(*neighbors, problem.whole.counts, problem.labels[rows], n_neighbors)
+    return votes.fit_knn(*neighbors, problem.whole.counts, problem.labels[rows], n_neighbors), len(rows)
 
 
 def _fit_tip(problem: heads.Problem, head: Head, seed: int, n_neighbors: int) -> tuple[float, Rule]:
@@ -103,32 +104,48 @@ def _fit_tip(problem: heads.Problem, head: Head, seed: int, n_neighbors: int) ->
 
 
 def _rows_to_fit_on(problem: heads.Problem, seed: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Images whose class keeps an image without them, as many as time allows, and their held-out neighbors."""
+    """Images whose class keeps an image without them, and their held-out neighbors.
+
+    Up to MAX_HELD_OUT_CELLS / MIN_VOTED entries these are all neighbors. Above, they are MIN_VOTED images' DEEP nearest, block
+    by block, and images whose class is not among these are left out: a search would not find it either.
+    """
     kept = np.stack([each.known for each in problem.kept])[problem.folds, problem.labels]
-    limit = max(1, min(heads.MAX_HELD_OUT, heads.MAX_HELD_OUT_CELLS // max(len(problem.class_ids), len(problem.labels))))
-    rows = np.sort(np.random.default_rng(seed).permutation(np.flatnonzero(kept))[:limit])
-    return rows, _held_out_neighbors(problem, rows)
+    n_images, n_classes = len(problem.labels), len(problem.class_ids)
+    limit = min(heads.MAX_HELD_OUT, heads.MAX_HELD_OUT_CELLS // max(n_classes, n_images))
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(kept))
+    if limit >= MIN_VOTED:
+        rows = np.sort(order[:limit])
+        return rows, _held_out_neighbors(problem, rows)
+    rows = np.sort(order[:MIN_VOTED])
+    found = [_held_out_neighbors(problem, rows[start : start + DEEP_ROWS], DEEP) for start in range(0, len(rows), DEEP_ROWS)]
+    cosines, columns = (np.concatenate(part) for part in zip(*found, strict=True))
+    there = (columns == problem.labels[rows][:, None]).any(axis=1)
+    return rows[there], (cosines[there], columns[there])
 
 
-def _held_out_neighbors(problem: heads.Problem, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and columns (n, N) of each row's neighbors outside its fold, in order.
+def _held_out_neighbors(problem: heads.Problem, rows: np.ndarray, depth: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and columns (n, N) of each row's neighbors outside its fold, in order; of the `depth` nearest alone.
 
     Votes are still divided by the whole sizes of the classes: those outside the fold would give a left-out image's class away.
     """
     cosines = problem.vectors[rows] @ problem.vectors.T
     hidden = problem.folds[rows][:, None] == problem.folds[None]
     cosines[hidden] = -np.inf
+    if depth is not None and depth < cosines.shape[1]:
+        near = np.argpartition(cosines, cosines.shape[1] - depth, axis=1)[:, -depth:]
+        hidden = np.take_along_axis(hidden, near, 1)
+        return votes.nearest(np.take_along_axis(cosines, near, 1), np.where(hidden, -1, problem.labels[near]))
     return votes.nearest(cosines, np.where(hidden, -1, problem.labels[None]))
 
 
-def candidates_by_votes(
+def propose_by_votes(
     head: Head,
     search: Callable[[np.ndarray, int], Hits],
     queries: np.ndarray,
     top_k: int,
     n_neighbors: int,
     sharpness: float | None = None,
-) -> list[list[Candidate]]:
+) -> Proposed:
     """Candidates of knn and tip: `search`(queries, k) finds the image entries that vote, `head` (see fit_head) does the rest.
 
     The search goes deeper than n_neighbors where entries tie there, and (knn) until top_k classes are found or all entries.
@@ -137,7 +154,7 @@ def candidates_by_votes(
     rule = fitted.with_sharpness(sharpness)
     sizes = np.rint(np.exp(-head.bias / fitted.scale)) if rule.kind == "knn" else np.zeros_like(head.bias)
     top_k = min(top_k, len(head.class_ids))
-    found: list[list[Candidate]] = [[]] * len(queries)
+    found = Proposed(np.full((len(queries), top_k), -1), np.full((len(queries), top_k), -np.inf, np.float32))
     pending, depth = np.arange(len(queries)), n_neighbors + 1
     while len(pending):
         depth = min(depth, MAX_DEPTH)
@@ -151,10 +168,8 @@ def candidates_by_votes(
         ready = np.flatnonzero(done)
         for block in (ready[start : start + step] for start in range(0, len(ready), step)):
             scores = _voted(rule, head, queries[pending[block]], cosines[block], columns[block], sizes, n_neighbors)
-            for row, candidates in zip(
-                pending[block].tolist(), candidates_from_scores(scores, head.class_ids, head.class_names, top_k), strict=True
-            ):
-                found[row] = candidates
+            best = best_of(scores, top_k)
+            found.columns[pending[block]], found.scores[pending[block]] = best.columns, best.scores
         pending, depth = pending[~done], depth * 4
     return found
 
@@ -180,27 +195,13 @@ def _n_distinct(columns: np.ndarray) -> np.ndarray:
     return ((np.diff(ordered, axis=1, prepend=-1) != 0) & (ordered >= 0)).sum(axis=1)
 
 
-def candidates_from_scores(
-    scores: np.ndarray, class_ids: np.ndarray, class_names: Sequence[str], top_k: int
-) -> list[list[Candidate]]:
-    """The `top_k` best classes of each row of (N, C) scores, best first, ties by class id; -inf is no candidate."""
-    chosen = []
-    for row in np.asarray(scores):
-        columns = np.flatnonzero((row >= np.partition(row, -min(top_k, len(row)))[-min(top_k, len(row))]) & (row > -np.inf))
-        best = columns[np.lexsort((class_ids[columns], -row[columns]))][:top_k].tolist()
-        chosen.append([Candidate(int(class_ids[column]), class_names[column], float(row[column])) for column in best])
-    return chosen
+def propose_from_hits(hits: Hits, class_ids: np.ndarray, top_k: int) -> Proposed:
+    """What a search of a stored head found, a class a hit: best first, ties by class id. class_ids: the head's.
 
-
-def candidates_from_hits(hits: Hits, names: Mapping[int, str]) -> list[list[Candidate]]:
-    """What a search of a stored head found, a class a hit: best first, ties by class id; padding (class id -1) is dropped.
-
-    names: class id -> name.
+    A score is the log of the class's share of the hits, which stand for the whole vocabulary.
     """
-    chosen = []
-    for scores, class_ids in zip(hits.scores, hits.class_ids, strict=True):
-        ranked = sorted(
-            (-score, class_id) for class_id, score in zip(class_ids.tolist(), scores.tolist(), strict=True) if class_id >= 0
-        )
-        chosen.append([Candidate(class_id, names[class_id], -negated) for negated, class_id in ranked])
-    return chosen
+    columns = heads.columns_of(class_ids, hits.class_ids)
+    total = np.logaddexp.reduce(hits.scores.astype(np.float64), axis=1, keepdims=True)
+    order = np.lexsort((columns, -hits.scores), axis=1)[:, :top_k]
+    scores = np.take_along_axis(hits.scores - total, order, 1).astype(np.float32)
+    return Proposed(np.take_along_axis(columns, order, 1), scores)

@@ -20,14 +20,20 @@ def fit_weights(scores: np.ndarray, penalty: np.ndarray, truth: np.ndarray, prio
     """
     margins = scores - np.take_along_axis(scores, truth[None, :, None], axis=2)
 
-    def loss(weights: np.ndarray) -> float:
-        nll = log_sum_exp(np.tensordot(weights, margins, 1) + penalty).sum()
-        return float(nll + strength / 2 * ((weights - prior) ** 2).sum())
+    def evaluate(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        """The loss and the chances (N, K), by one exponential."""
+        logits = np.tensordot(weights, margins, 1) + penalty
+        most = logits.max(axis=1, keepdims=True)
+        np.exp(np.subtract(logits, most, out=logits), out=logits)
+        sums = logits.sum(axis=1, keepdims=True)
+        nll = float((np.log(sums) + most).sum())
+        return nll + strength / 2 * float(((weights - prior) ** 2).sum()), np.divide(logits, sums, out=logits)
 
     weights = np.maximum(prior, 0.0)
+    if not len(truth):
+        return weights
+    loss, chances = evaluate(weights)
     for _ in range(50):
-        logits = np.tensordot(weights, margins, 1) + penalty
-        chances = np.exp(logits - log_sum_exp(logits)[:, None])
         means = np.einsum("nk,pnk->pn", chances, margins)
         gradient = means.sum(axis=1) + strength * (weights - prior)
         second = np.einsum("nk,pnk,qnk->pq", chances, margins, margins, optimize=True)
@@ -35,9 +41,13 @@ def fit_weights(scores: np.ndarray, penalty: np.ndarray, truth: np.ndarray, prio
         free = (weights > 0) | (gradient < 0)
         step, size = np.zeros_like(weights), 1.0
         step[free] = np.linalg.solve(hessian[np.ix_(free, free)], gradient[free])
-        while size > 1e-9 and loss(np.maximum(weights - size * step, 0.0)) > loss(weights):
+        before, known = weights, loss
+        while size > 1e-9:
+            weights = np.maximum(before - size * step, 0.0)
+            loss, chances = evaluate(weights)
+            if loss <= known:
+                break
             size /= 2
-        before, weights = weights, np.maximum(weights - size * step, 0.0)
         if np.abs(weights - before).max() < 1e-9:
             break
     return weights

@@ -1,24 +1,28 @@
-"""Building a memory: support images and class names -> entries in Milvus -> fitted heads, also in Milvus.
+"""Building a memory: support images and class names -> entries in Milvus -> a fitted head, also in Milvus.
 
-A memory NAME is a handful of collections: NAME_images (one entry a support image), NAME_texts (one a class name) and
-NAME_head_MODE for each retrieval mode that its entries allow (see retrieve). Entry ids are content hash + encoder fingerprint,
-so building twice changes nothing, and a build embeds only what the memory lacks. A class keeps its id for life; new names get
-new ids. Nothing is taken away by a build: a class that the config no longer names stays until `remove`.
+A memory NAME is a handful of collections (see memory.catalog): images (one entry a support image), texts (one a class name) and
+a head a retrieval mode: of the configured mode here, of others when first asked for (see fitting). Entry ids are content hash +
+encoder fingerprint, so building twice changes nothing, and a build embeds only what the memory lacks. A class keeps its id for
+life; new names get new ids. Nothing is taken away by a build: a class that the config no longer names stays until `remove`.
 
-Heads are refitted from all entries at every build, in closed form: seconds for thousands of classes, and all entries in the
-driver's memory at once, which is what bounds the size of an image memory (a million of 512 dimensions are 2 GB).
+Shards go read -> ask -> decode -> embed -> MilvusSink in parallel, as they come. Each asks Milvus for its own ids, so that a
+killed build embeds again only the shards that were in flight. The driver learns content ids, labels and faults (some 80 bytes a
+picture, less than its row of the index), never a vector; with those it settles, by the rule of corpus.support, which label the
+entry of a picture has that stands under several, whoever wrote last. The exception is the index REDUCED, whose projection is
+fitted on up to SAMPLE vectors before the first is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from ray.data import Dataset
 
-from rar import config
 from rar.columns import fitted, vectors_of, with_vectors
 from rar.config import Config
 from rar.corpus import support, vectors
@@ -26,13 +30,19 @@ from rar.corpus.support import Plan
 from rar.encoder import templates
 from rar.engine import pipeline, stages
 from rar.engine.session import Session
-from rar.engine.sinks import MilvusSink
-from rar.memory.collection import Collection, Entries
+from rar.engine.sinks import MilvusSink, stage_seconds
+from rar.engine.stages import HELD, RESUMED
+from rar.memory import catalog
+from rar.memory.collection import Collection
 from rar.retriever import modes
-from rar.run.vocabulary import PARTS, check_kind, check_maker, class_ids, collection, entries_of, facts_of
+from rar.run import fitting, generation
+from rar.run.fitting import index_of
+from rar.run.generation import Draft
+from rar.run.vocabulary import PARTS, check_index, check_kind, check_mode, class_ids, collection, facts_of
 from rar.schema import ERRORS, UserError, content_id, entry_id
 
-ENTRY_COLUMNS = ["entry_id", "class_id", "class_name", "vector"]
+SAMPLE = 4096  # support images, at most, that the projection of REDUCED is fitted on
+TOLD = ("entry_id", "row", "uri", "image_id", "label", "stage", "error")
 
 
 def plan(settings: Config) -> Plan:
@@ -47,109 +57,241 @@ def plan(settings: Config) -> Plan:
 
 @dataclass(frozen=True)
 class Built:
-    """rows: support images and names that the memory was to hold; failed: those that it could not (ERRORS)."""
+    """rows: support images and names that the memory was to hold; failed: those that it could not (ERRORS).
+
+    seconds: `stage.rows` and `stage.seconds` of the stages. remarks: lines on what was odd.
+    """
 
     rows: int
     failed: pa.Table
     metrics: dict[str, float]
+    seconds: dict[str, float]
+    remarks: list[str]
 
 
 def build_memory(session: Session, settings: Config, *, fresh: bool) -> Built:
-    """Embed and write what the memory lacks, and fit the heads."""
+    """Embed and write what the memory lacks, fit the head, and make the result the live generation, all at once."""
     if settings.memory.version is not None:
         raise UserError("memory.version names a snapshot, which is never changed; leave it out to build the live memory")
     planned, address = plan(settings), session.memory_address
     facts = facts_of(session, settings, None)
     if settings.memory.classes is not None and not facts.embeds_texts and settings.memory.support is None:
         raise UserError(f"encoder.model {settings.encoder.model} embeds images alone: set memory.support, or use a CLIP")
-    parts = {kind: collection(settings, address, kind) for kind in PARTS}
-    if fresh:
-        _drop(settings, address)
-    for one in parts.values():
-        check_maker(settings, one, facts)
-    had = {kind: entries_of(one) for kind, one in parts.items()}
-    class_of = class_ids(planned.classes, had.values())
-    rows = _embed(session, settings, planned, facts, had)
-    rows = _with_entry_columns(rows, class_of, facts.fingerprint)
-    failed = rows.filter(pc.is_valid(rows["error"]))
-    good = rows.filter(pc.is_null(rows["error"]))
     meta = {"fingerprint": facts.fingerprint, "encoder": settings.encoder.model, "dim": facts.dim}
-    for kind, entries in zip(
-        PARTS, (good.filter(pc.is_null(good["text"])), good.filter(pc.is_valid(good["text"]))), strict=True
-    ):
-        if entries.num_rows:
-            _write(settings, parts[kind], had[kind], entries, meta)
-    metrics = fit_heads(settings, address, meta)
-    counts: dict[str, float] = {"classes": len(class_of), "embedded": good.num_rows}
-    counts |= {f"entries.{kind}": one.count() if one.exists() else 0 for kind, one in parts.items()}
+    draft = generation.begin(settings, address, meta, _identity(planned), fresh=fresh)
+    base = {kind: one for kind in PARTS if (one := draft.base_part(kind)) is not None}
+    class_of = class_ids(planned.classes, [one.classes() for one in base.values()])
+    named = bool(facts.embeds_texts or settings.memory.class_embeddings)
+    check_index(settings, len(class_of))
+    check_mode(settings, bool(planned.support.num_rows or "images" in base), named or "texts" in base)
+    texts, names = _write_texts(session, settings, planned, facts, draft, class_of)
+    images = _write_images(session, settings, planned, facts, draft, class_of)
+    changes = _settle(images, class_of, facts.fingerprint)
+    if draft.base is None or texts or changes.new or changes.labels or not generation.same_index(settings, draft.base):
+        _complete(settings, draft, texts, changes)
+    else:
+        draft.drop()
+    found = catalog.find(address, settings.memory.name, None, settings.memory.token)
+    _ensure_head(settings, address, found.generation, meta)
+    failed = images.filter(_is_fault(images)) if images.num_rows else ERRORS.empty_table()
+    metrics: dict[str, float] = {"classes": len(class_of), "embedded": names + changes.written}
+    metrics |= {f"entries.{kind}": found.counts.get(kind, 0) for kind in PARTS}
+    metrics |= {key: count for key, count in (("copies", changes.copies), ("conflicts", changes.conflicts)) if count}
     if planned.undescribed:
-        counts["undescribed"] = planned.undescribed
-    named = len(planned.classes) if facts.embeds_texts or settings.memory.class_embeddings else 0
-    return Built(planned.support.num_rows + named, fitted(failed, ERRORS), {**counts, **metrics})
+        metrics["undescribed"] = planned.undescribed
+    metrics |= _held_out(settings, address, found.generation)
+    rows = planned.support.num_rows + (len(planned.classes) if named else 0)
+    return Built(rows, fitted(failed, ERRORS), metrics, stage_seconds(images), changes.remarks)
 
 
-def _write(settings: Config, one: Collection, had: Entries | None, entries: pa.Table, meta: Mapping[str, object]) -> None:
-    known = set(had.entry_ids) if had is not None else set()
-    every = known | set(entries["entry_id"].to_pylist())
-    one.create(int(str(meta["dim"])), settings.memory.index, meta, len(every), vectors_of(entries))
-    pipeline.write(entries.select(ENTRY_COLUMNS), MilvusSink(one))
-    one.seal(len(every))
+def _identity(planned: Plan) -> str:
+    """Of a plan: what a killed build must have in common with the one that takes it up."""
+    digest = hashlib.sha256("\n".join(planned.classes).encode())
+    for name in ("uri", "label"):
+        digest.update("\n".join(map(str, planned.support[name].to_pylist())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _write_texts(
+    session: Session, settings: Config, planned: Plan, facts: stages.EncoderFacts, draft: Draft, class_of: dict[str, int]
+) -> tuple[int, int]:
+    """Embed and write the names that neither the memory nor a killed build has.
+
+    Returns how many are not in the memory, and how many were embedded.
+    """
+    held = {stage: one.classes() for stage, one in draft.places("texts").items()}
+    new = [name for name in planned.classes if name not in held.get(HELD, {})]
+    names = [name for name in new if name not in held.get(RESUMED, {})]
+    if settings.encoder.model == "precomputed":
+        rows = _brought_texts(settings, planned, names, facts.dim)
+        new = new if settings.memory.class_embeddings else []
+        data = pipeline.shards_of(rows.drop_columns(["shard"]), pipeline.evenly(rows, settings.run.shard_size))
+    elif facts.embeds_texts:
+        table = pa.table({"text": pa.array(names, pa.string())})
+        shards = pipeline.shards_of(table, pipeline.evenly(table, settings.run.shard_size))
+        data = pipeline.by_model(pipeline.plainly(shards, _as_image_rows), session.encoder(settings.encoder))
+    else:
+        return 0, 0
+    if names and new:
+        sink = MilvusSink(draft.create("texts", facts.dim, len(class_of)))
+        pipeline.plainly(pipeline.plainly(data, _named), stages.AsEntries(class_of, facts.fingerprint)).write_datasink(sink)
+    return len(new), len(names) if new else 0
+
+
+def _named(table: pa.Table) -> pa.Table:
+    """A name's content id stands in for that of a picture."""
+    ids = [content_id(text.encode()) for text in table["text"].to_pylist()]
+    return table.drop_columns(["image_id"]).append_column("image_id", pa.array(ids, pa.string()))
+
+
+def _write_images(
+    session: Session, settings: Config, planned: Plan, facts: stages.EncoderFacts, draft: Draft, class_of: dict[str, int]
+) -> pa.Table:
+    """Embed and write the support images that are nowhere yet; returns the columns TOLD (and seconds) of all of them."""
+    if not planned.support.num_rows:
+        return pa.table({})
+    base = draft.base_part("images")
+    size = planned.support.num_rows + (base.count() if base else 0)
+    sample = None
+    if index_of(settings, "images", size).kind == "REDUCED" and base is None and not draft.part("images").exists():
+        few = planned.support.take(np.unique(np.linspace(0, planned.support.num_rows - 1, SAMPLE).astype(int)))
+        found = pipeline.collect(_embedded(session, settings, few, facts, {}, class_of))
+        sample = vectors_of(found.filter(pc.is_null(found["error"]))) if found.num_rows else None
+    places = draft.places("images")
+    sink = MilvusSink(draft.create("images", facts.dim, size, sample), TOLD)
+    rows = _embedded(session, settings, planned.support, facts, places, class_of)
+    with pipeline.progress(sink.collection, planned.support.num_rows, f"memory {settings.memory.name}"):
+        rows.write_datasink(sink)
+    return sink.told
+
+
+def _embedded(
+    session: Session,
+    settings: Config,
+    index: pa.Table,
+    facts: stages.EncoderFacts,
+    places: dict[str, Collection],
+    class_of: dict[str, int],
+) -> Dataset:
+    """Rows of an index as entries with vectors; those that a place holds, and faulty ones, have an `error`."""
+    rows = pipeline.shards_of(index, pipeline.evenly(index, settings.run.shard_size))
+    precomputed = settings.encoder.model == "precomputed"
+    assert settings.memory.support is not None
+    read = stages.LoadVectors(settings.memory.support) if precomputed else stages.load
+    rows = pipeline.through(rows, "read", read)
+    if places:
+        rows = pipeline.through(rows, "ask", stages.Lacking(places, facts.fingerprint))
+    if not precomputed:
+        rows = pipeline.plainly(pipeline.with_pixels(rows, facts), _without_bytes)
+        rows = pipeline.by_model(rows, session.encoder(settings.encoder))
+    return pipeline.plainly(rows, stages.AsEntries(class_of, facts.fingerprint))
+
+
+def _without_bytes(table: pa.Table) -> pa.Table:
+    return table.drop_columns(["bytes"])
+
+
+def _is_fault(told: pa.Table) -> pa.ChunkedArray:
+    return pc.and_(pc.is_valid(told["error"]), pc.invert(pc.is_in(told["stage"], pa.array([HELD, RESUMED], pa.string()))))
+
+
+@dataclass(frozen=True)
+class Changes:
+    """written: rows that were embedded. new: images that the live memory lacks.
+
+    labels: entry_id -> class (id, name), where another is, or may be, written.
+    """
+
+    written: int
+    new: int
+    labels: dict[str, tuple[int, str]]
+    copies: int
+    conflicts: int
+    remarks: list[str]
+
+
+def _settle(told: pa.Table, class_of: dict[str, int], fingerprint: str) -> Changes:
+    """One entry a picture, by the rule of corpus.support, whichever of its rows was written last."""
+    if not told.num_rows:
+        return Changes(0, 0, {}, 0, 0, [])
+    rows = told.filter(pc.invert(_is_fault(told)))
+    image_ids, labels = rows["image_id"].to_pylist(), rows["label"].to_pylist()
+    settled = support.settle(image_ids, labels)
+    chosen = dict(zip(np.array(image_ids)[settled.keep].tolist(), np.array(labels)[settled.keep].tolist(), strict=True))
+    changed, new = {}, set()
+    stages_, held = rows["stage"].to_pylist(), rows["error"].to_pylist()  # held: the class that the entry has
+    for image_id, label, stage, known in zip(image_ids, labels, stages_, held, strict=True):
+        winner = chosen[image_id]
+        if stage != HELD:
+            new.add(image_id)
+        if (label if stage is None else known) != winner:
+            changed[entry_id(image_id, fingerprint)] = (class_of[winner], winner)
+    return Changes(stages_.count(None), len(new), changed, settled.copies, settled.conflicts, settled.remarks())
+
+
+def _complete(settings: Config, draft: Draft, texts: int, changes: Changes) -> None:
+    """Take over what the base holds, put labels right, seal, and fit the head: sealing it makes the generation the live one."""
+    counts = {kind: draft.base.counts.get(kind, 0) if draft.base else 0 for kind in PARTS}
+    counts = {"images": counts["images"] + changes.new, "texts": counts["texts"] + texts}
+    for kind, count in counts.items():
+        draft.take_over(kind)
+        if count == 0:
+            draft.part(kind).drop()
+    if changes.labels:
+        draft.part("images").relabel(changes.labels)
+    _commit(settings, draft, counts)
+
+
+def _commit(settings: Config, draft: Draft, counts: dict[str, int]) -> None:
+    parts = {kind: draft.part(kind) for kind, count in counts.items() if count}
+    for kind, one in parts.items():
+        one.seal(counts[kind])
+    mode: modes.Mode = "fused" if settings.retriever.mode == "all" else settings.retriever.mode
+    meta = {**draft.meta, "entries": catalog.entries_digest(parts)}
+    fitting.fit(settings, mode, parts, draft.part(f"head_{mode}"), meta)
+
+
+def _ensure_head(settings: Config, address: str, number: int, meta: dict) -> None:
+    """Fit the head of the configured mode, where there is none or one of other entries."""
+    mode: modes.Mode = "fused" if settings.retriever.mode == "all" else settings.retriever.mode
+    head = collection(settings, address, f"head_{mode}", number)
+    parts = {kind: one for kind in PARTS if (one := collection(settings, address, kind, number)).exists()}
+    digest = catalog.entries_digest(parts)
+    if not head.exists() or not head.state() or head.meta().get("entries") != digest:
+        fitting.fit(settings, mode, parts, head, {**meta, "entries": digest})
+
+
+def _held_out(settings: Config, address: str, number: int) -> dict[str, float]:
+    """On how many left-out images the head was fitted, and how often it was right on them."""
+    mode: modes.Mode = "fused" if settings.retriever.mode == "all" else settings.retriever.mode
+    meta = collection(settings, address, f"head_{mode}", number).meta()["head"]
+    fitted = {f"held_out.{mode}.images": meta["held_out"]} if "held_out" in meta else {}
+    return fitted | ({f"held_out.{mode}.top1": meta["held_out_top1"]} if meta.get("held_out_top1") and meta["held_out"] else {})
 
 
 def remove(settings: Config, address: str, names: Sequence[str]) -> dict[str, float]:
-    """Take classes with all their entries out of a memory, and refit the heads. Raises UserError for a name that it lacks."""
-    if settings.memory.version is not None:
+    """Take classes with all their entries out of a memory, and refit the head. Raises UserError for a name that it lacks."""
+    memory = settings.memory
+    if memory.version is not None:
         raise UserError("memory.version names a snapshot, which is never changed; leave it out to change the live memory")
-    removed = {kind: 0 for kind in PARTS}
-    parts = {kind: one for kind in PARTS if (one := collection(settings, address, kind)).exists()}
-    held = {kind: one.fetch() for kind, one in parts.items()}
-    class_of = class_ids([], held.values())
+    catalog.digest(address, memory.name, None, memory.token)
+    live = catalog.find(address, memory.name, None, memory.token)
+    parts = {kind: collection(settings, address, kind, live.generation) for kind in PARTS if kind in live.counts}
+    class_of = class_ids([], [one.classes() for one in parts.values()])
     if strange := [name for name in names if name not in class_of]:
-        raise UserError(
-            f"memory {settings.memory.name!r} has no class {strange[0]!r}; `rar memory CONFIG --describe` lists them"
-        )
-    for kind, one in parts.items():
-        removed[kind] = sum(one.remove_class(class_of[name]) for name in names)
-        one.seal(len(held[kind]) - removed[kind])
-    meta = next(iter(parts.values())).meta()
-    metrics = fit_heads(settings, address, {key: meta[key] for key in ("fingerprint", "encoder", "dim")})
-    return {**{f"removed.{kind}": count for kind, count in removed.items()}, **metrics}
-
-
-def _drop(settings: Config, address: str) -> None:
-    for kind in (*PARTS, *(f"head_{mode}" for mode in modes.MODES)):
-        collection(settings, address, kind).drop()
-
-
-def _embed(
-    session: Session, settings: Config, planned: Plan, facts: stages.EncoderFacts, had: Mapping[str, Entries | None]
-) -> pa.Table:
-    """The rows that the memory lacks, with their vectors (columns COLUMNS and `vector`), and those that failed."""
-    size = settings.run.shard_size
-    written = set(had["texts"].class_names) if had["texts"] is not None else set()
-    names = [name for name in planned.classes if name not in written]
-    pictures = pipeline.shards_of(planned.support, pipeline.evenly(planned.support, size))
-    if settings.encoder.model == "precomputed":
-        assert settings.memory.support is not None
-        read = pipeline.through(pictures, "read", stages.LoadVectors(settings.memory.support))
-        new = pipeline.through(read, "skip", stages.Lacking(had["images"], facts.fingerprint))
-        brought = pipeline.collect(pipeline.plainly(new, _brought_columns))
-        texts = _brought_texts(settings, planned, names, facts.dim)
-        return pa.concat_tables([brought, texts]) if brought.num_rows else texts
-    datasets = []
-    if planned.support.num_rows:
-        read = pipeline.through(pictures, "read", stages.load)
-        new = pipeline.through(read, "skip", stages.Lacking(had["images"], facts.fingerprint))
-        datasets.append(pipeline.plainly(pipeline.with_pixels(new, facts), _as_columns))
-    if facts.embeds_texts and names:
-        table = pa.table({"text": pa.array(names, pa.string())})
-        datasets.append(pipeline.plainly(pipeline.shards_of(table, pipeline.evenly(table, size)), _as_image_rows))
-    rows = (
-        pipeline.collect(pipeline.by_model(pipeline.together(datasets), session.encoder(settings.encoder)))
-        if datasets
-        else pa.table({})
-    )
-    return rows if rows.num_rows else _empty_rows(facts.dim)
+        raise UserError(f"memory {memory.name!r} has no class {strange[0]!r}; `rar memory CONFIG --describe` lists them")
+    meta = {key: next(iter(parts.values())).meta()[key] for key in ("fingerprint", "encoder", "dim")}
+    draft = generation.begin(settings, address, meta, f"without {sorted(names)}", fresh=False)
+    gone = frozenset(class_of[name] for name in names)
+    counts = {}
+    for kind in parts:
+        draft.take_over(kind, gone)
+        counts[kind] = draft.part(kind).count()
+        if not counts[kind]:
+            draft.part(kind).drop()
+    _commit(settings, draft, counts)
+    removed: dict[str, float] = {f"removed.{kind}": live.counts.get(kind, 0) - counts.get(kind, 0) for kind in PARTS}
+    return removed | _held_out(settings, address, draft.number)
 
 
 def _brought_texts(settings: Config, planned: Plan, names: Sequence[str], dim: int) -> pa.Table:
@@ -183,44 +325,3 @@ def _empty_rows(dim: int) -> pa.Table:
 def _as_image_rows(names: pa.Table) -> pa.Table:
     empty = {field.name: pa.nulls(names.num_rows, field.type) for field in COLUMNS}
     return pa.table({**empty, "shard": names["shard"], "text": names["text"], "label": names["text"]}, schema=COLUMNS)
-
-
-def _as_columns(table: pa.Table) -> pa.Table:
-    return table.append_column("text", pa.nulls(table.num_rows, pa.string())).select(COLUMNS.names).cast(COLUMNS)
-
-
-def _brought_columns(table: pa.Table) -> pa.Table:
-    """As COLUMNS, but with the vector that came along in the place of pixels."""
-    pixels = table.append_column("pixels", pa.nulls(table.num_rows, pa.large_binary()))
-    return _as_columns(pixels).drop_columns(["pixels"]).append_column("vector", table["vector"])
-
-
-def _with_entry_columns(rows: pa.Table, class_of: Mapping[str, int], fingerprint: str) -> pa.Table:
-    texts, image_ids = rows["text"].to_pylist(), rows["image_id"].to_pylist()
-    labels = rows["label"].to_pylist()
-    ids = [
-        entry_id(image_id or content_id((text or "").encode()), fingerprint)
-        for text, image_id in zip(texts, image_ids, strict=True)
-    ]
-    rows = rows.append_column("entry_id", pa.array(ids, pa.string()))
-    rows = rows.append_column("class_id", pa.array([class_of[label] for label in labels], pa.int64()))
-    return rows.append_column("class_name", pa.array(labels, pa.string()))
-
-
-def fit_heads(settings: Config, address: str, meta: Mapping[str, object]) -> dict[str, float]:
-    """Fit and write every head that the entries allow; returns the held-out accuracy of each linear one, where there is one."""
-    images, texts = (entries_of(collection(settings, address, kind)) for kind in PARTS)
-    metrics = {}
-    for mode in modes.MODES:
-        one = collection(settings, address, f"head_{mode}")
-        one.drop()
-        if not modes.allows(mode, images, texts):
-            continue
-        head = modes.fit_head(mode, images, texts, settings.run.seed, settings.retriever.n_neighbors)
-        entries = head.to_entries()
-        one.create(entries.vectors.shape[1], config.Index(), {**meta, "head": head.meta}, len(entries))
-        one.upsert(entries.entry_ids, entries.class_ids, entries.class_names, entries.vectors)
-        one.seal(len(entries))
-        if mode not in ("knn", "tip") and head.meta["held_out"]:
-            metrics[f"held_out.{mode}.top1"] = head.meta["held_out_top1"]
-    return metrics

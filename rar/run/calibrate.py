@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +16,13 @@ from rar.config import Config
 from rar.engine import client, pipeline, stages
 from rar.engine.replica import Exemplars, Prior
 from rar.engine.session import Session
-from rar.retriever import modes
-from rar.run import build, steps
-from rar.run.vocabulary import Vocabulary, collection, entries_of
+from rar.run import build, fitting, steps
+from rar.run.vocabulary import PARTS, Vocabulary, collection
 from rar.run.work import Work
 from rar.runfolder import RunFolder
 from rar.schema import Candidate, UserError
 
+FEW_IMAGES = 100  # below, a calibration is told to be thin
 PRIOR_IMAGES = 64  # that the label prior is estimated on
 PAPER = fusion.Calibration(weight_retriever=0.0, weight_ranker=1.0)  # the ranker's order is final, and it is always asked
 
@@ -43,11 +45,21 @@ def calibrate(
 
 
 def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prior | None) -> fusion.Calibration:
-    proposed, truth = _held_out_candidates(session, settings, vocabulary)
+    if settings.retriever.mode == "all":
+        raise UserError(
+            "route.mode calibrated needs a retriever that prefers some classes; with mode all set route.mode: always"
+        )
     support = build.plan(settings).support
-    rows = pipeline.through(pipeline.shards_of(support, pipeline.evenly(support, settings.run.shard_size)), "read", stages.load)
-    rows = pipeline.through(rows, "recall", stages.Recall(proposed))
-    asked = stages.Rank(client.ask(settings.ranker, prior, exemplars(settings)), PAPER, settings.ranker.batch_size)
+    drawn = np.random.default_rng([settings.run.seed, 5]).permutation(support.num_rows)[: settings.route.max_calibration_images]
+    few = support.take(np.sort(drawn))  # no other picture is read
+    read = pipeline.through(pipeline.shards_of(few, pipeline.evenly(few, settings.run.shard_size)), "read", stages.load)
+    read = read.materialize()
+    ids = pipeline.collect(pipeline.plainly(read, lambda table: table.select(["image_id"])))
+    proposed, truth = _held_out_candidates(session, settings, vocabulary, sorted(set(ids["image_id"].drop_null().to_pylist())))
+    if len(proposed) < FEW_IMAGES:
+        print(f"  calibrated on {len(proposed)} images alone; {FEW_IMAGES} and more are wanted", file=sys.stderr, flush=True)
+    rows = pipeline.through(read, "recall", stages.Recall(proposed))
+    asked = stages.Rank(client.ask(settings.ranker, prior, exemplars(settings, support)), PAPER, settings.ranker.batch_size)
     table = pipeline.collect(pipeline.through(rows, "rank", asked))
     table = table.sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
     table = table.filter(pc.is_in(table["image_id"], pa.array(list(proposed), pa.string())))
@@ -58,39 +70,30 @@ def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prio
 
 
 def _held_out_candidates(
-    session: Session, settings: Config, vocabulary: Vocabulary
+    session: Session, settings: Config, vocabulary: Vocabulary, image_ids: Sequence[str]
 ) -> tuple[dict[str, list[Candidate]], dict[str, int]]:
-    """image_id -> candidates by heads fitted without that image, and its class; at most `route.max_calibration_images`."""
-    mode = settings.retriever.mode
-    if mode == "all":
-        raise UserError(
-            "route.mode calibrated needs a retriever that prefers some classes; with mode all set route.mode: always"
-        )
-    images = entries_of(collection(settings, session.memory_address, "images"))
-    texts = entries_of(collection(settings, session.memory_address, "texts"))
-    if images is None:
+    """image_id -> candidates by heads fitted without that image, and its class; of those that the memory holds."""
+    parts = {kind: one for kind in PARTS if (one := collection(settings, session.memory_address, kind)).exists()}
+    if "images" not in parts:
         raise UserError(f"memory {settings.memory.name!r} has no images though memory.support is set; build it again")
-    drawn = np.random.default_rng([settings.run.seed, 5]).permutation(len(images))[: settings.route.max_calibration_images]
-    rows = np.sort(drawn)
-    given = (settings.retriever.n_neighbors, settings.retriever.sharpness)
-    scores = modes.held_out_scores(mode, images, texts, settings.run.seed, rows.tolist(), *given)
+    found, class_ids, best = fitting.held_out(settings, parts, image_ids)
     ids = np.array(sorted(vocabulary.names))
-    names = [vocabulary.names[class_id] for class_id in ids.tolist()]
-    top_k = min(settings.retriever.top_k, len(ids))
-    deep = modes.candidates_from_scores(scores, ids, names, top_k if mode in ("knn", "tip") else stages.SHARE_DEPTH)
-    candidates = [stages.log_shares(row)[:top_k] for row in deep]
-    image_ids = [images.entry_ids[row].rsplit("-", 1)[0] for row in rows]
-    return dict(zip(image_ids, candidates, strict=True)), dict(zip(image_ids, images.class_ids[rows].tolist(), strict=True))
+    candidates = best.candidates(ids, [vocabulary.names[one] for one in ids.tolist()])
+    return dict(zip(found, candidates, strict=True)), dict(zip(found, class_ids, strict=True))
 
 
-def exemplars(settings: Config) -> Exemplars | None:
-    """Where the pictures lie that are shown beside the names of candidates: the first support images of each class."""
+def exemplars(settings: Config, support: pa.Table | None = None) -> Exemplars | None:
+    """Where the pictures lie that are shown beside the names of candidates: the first support images of each class.
+
+    support: of the plan, where it is known.
+    """
     if not settings.ranker.exemplars:
         return None
     if settings.memory.support is None:
         raise UserError("ranker.exemplars shows support images: set memory.support")
     found: Exemplars = {}
-    for row in build.plan(settings).support.sort_by("row").to_pylist():
+    support = build.plan(settings).support if support is None else support
+    for row in support.sort_by("row").to_pylist():
         places = found.setdefault(row["label"], [])
         if len(places) < settings.ranker.exemplars:
             places.append((row["uri"], row["offset"], row["size"]))

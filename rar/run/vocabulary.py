@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import itemgetter
 
@@ -13,8 +13,10 @@ from rar.corpus import listing, vectors
 from rar.engine import stages
 from rar.engine.session import Session
 from rar.memory import catalog
-from rar.memory.collection import Collection, Entries
+from rar.memory.collection import Collection
 from rar.retriever import modes
+from rar.retriever.exact import EXACT_CLASSES
+from rar.run import fitting
 from rar.schema import UserError
 
 PARTS = ("images", "texts")
@@ -33,42 +35,74 @@ class Vocabulary:
 def open_memory(session: Session, settings: Config) -> Vocabulary:
     """What a retrieval mode searches. Raises UserError where the memory is missing, lacks it, or is of another encoder."""
     facts = facts_of(session, settings, settings.corpus)
-    memory, mode = settings.memory, settings.retriever.mode
-    address = session.memory_address
-    digest = catalog.digest(address, memory.name, memory.version, memory.token)
-    head, images = (collection(settings, address, kind) for kind in (f"head_{'fused' if mode == 'all' else mode}", "images"))
-    if not head.exists():
+    memory, address = settings.memory, session.memory_address
+    mode: modes.Mode = "fused" if settings.retriever.mode == "all" else settings.retriever.mode
+    catalog.digest(address, memory.name, memory.version, memory.token)  # raises
+    found = catalog.find(address, memory.name, memory.version, memory.token)
+    parts = {kind: collection(settings, address, kind, found.generation) for kind in PARTS if kind in found.counts}
+    head = collection(settings, address, f"head_{mode}", found.generation)
+    check_mode(settings, bool(found.counts.get("images")), bool(found.counts.get("texts")))
+    check_maker(settings, next(iter(parts.values())), facts)
+    if not head.exists() or not head.state():  # another mode than the one that the memory was built for
+        meta = {key: next(iter(parts.values())).meta()[key] for key in ("fingerprint", "encoder", "dim")}
+        fitting.fit(settings, mode, parts, head, {**meta, "entries": found.digest})
+    elif head.meta().get("entries", found.digest) != found.digest:
+        raise UserError(
+            f"memory {memory.name!r}: head {mode} was fitted on other entries than there are; mend it with `rar memory CONFIG`"
+        )
+    digest, images = found.digest, collection(settings, address, "images", found.generation)
+    bare = modes.StoredHead(address, head.name, digest, weights=False, token=memory.token)
+    names = dict(zip(bare().class_ids.tolist(), bare().class_names, strict=True))
+    check_index(settings, len(names))
+    held = replace(bare, weights=mode in ("knn", "tip") or len(names) <= EXACT_CLASSES)
+    return Vocabulary(names, facts, stages.Retrieve(settings.retriever, held, head, images), digest)
+
+
+def check_mode(settings: Config, images: bool, texts: bool) -> None:
+    """Raises UserError where a memory with or without image and text entries has not what the retrieval mode needs."""
+    mode = settings.retriever.mode
+    if not modes.allows("fused" if mode == "all" else mode, images, texts):
         needs = {"text": "class names", "tip": "class names and support images"}.get(mode, "support images")
-        raise UserError(f"memory {memory.name!r} has nothing for retriever.mode {mode}, which needs {needs}; see `rar memory`")
-    check_maker(settings, head, facts)
-    fitted = modes.Head.from_entries(head.fetch(), head.meta()["head"])
-    names = dict(zip(fitted.class_ids.tolist(), fitted.class_names, strict=True))
-    return Vocabulary(names, facts, stages.Retrieve(settings.retriever, fitted, head, images), digest)
+        raise UserError(
+            f"memory {settings.memory.name!r} has nothing for retriever.mode {mode}, which needs {needs}; see `rar memory`"
+        )
 
 
-def collection(settings: Config, address: str, kind: str) -> Collection:
-    """A part of the memory: images, texts or head_MODE; of the snapshot that the config names, if it names one."""
+def check_index(settings: Config, n_classes: int) -> None:
+    """Raises UserError for an index that nothing would search."""
+    kind, mode = settings.memory.index.kind, settings.retriever.mode
+    if kind not in ("auto", "FLAT") and mode not in ("knn", "tip") and n_classes <= EXACT_CLASSES:
+        raise UserError(
+            f"memory.index.kind {kind} is of no use to retriever.mode {mode}, which scores all {n_classes:,} classes exactly "
+            "and searches nothing; leave it out, or set retriever.mode to knn or tip"
+        )
+
+
+def collection(settings: Config, address: str, kind: str, generation: int | None = None) -> Collection:
+    """A part of the memory: images, texts or head_MODE; of the snapshot that the config names, if it names one.
+
+    generation: of the live memory; default: the current one.
+    """
     memory = settings.memory
-    return Collection(address, catalog.collection_name(memory.name, kind, memory.version), memory.token)
-
-
-def entries_of(one: Collection) -> Entries | None:
-    """All entries of a part; None where it does not exist or is empty."""
-    return one.fetch() if one.exists() and one.count() else None
+    if generation is None:
+        found = [
+            one for one in catalog.memories(address, memory.token) if (one.name, one.version) == (memory.name, memory.version)
+        ]
+        generation = found[0].generation if found else 0
+    return Collection(address, catalog.collection_name(memory.name, kind, memory.version, generation), memory.token)
 
 
 def class_names(settings: Config, address: str) -> list[str]:
     """The classes of a memory, by id. Raises UserError where there is no such memory."""
     memory = settings.memory
-    counts = catalog.find(address, memory.name, memory.version, memory.token).counts
-    held = [collection(settings, address, kind).fetch() for kind in PARTS if kind in counts]
-    return list(class_ids([], held))
+    found = catalog.find(address, memory.name, memory.version, memory.token)
+    parts = [collection(settings, address, kind, found.generation) for kind in PARTS if kind in found.counts]
+    return list(class_ids([], [part.classes() for part in parts]))
 
 
-def class_ids(names: Sequence[str], held: Iterable[Entries | None]) -> dict[str, int]:
-    """class name -> id: those of the memory as they are, the others counted on from there."""
-    pairs = (zip(one.class_names, one.class_ids.tolist(), strict=True) for one in held if one is not None)
-    known = dict(sorted(chain.from_iterable(pairs), key=itemgetter(1)))
+def class_ids(names: Sequence[str], held: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """class name -> id: those of the memory (`held`) as they are, the others counted on from there."""
+    known = dict(sorted(chain.from_iterable(one.items() for one in held), key=itemgetter(1)))
     free = max(known.values(), default=-1) + 1
     new = [name for name in names if name not in known]
     return known | {name: free + position for position, name in enumerate(new)}

@@ -35,6 +35,8 @@ def in_this_process(folder: Path) -> Iterator[Server]:
 def result(ray_session: Session) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieve, "lite_server", in_this_process)
+        patch.setattr(retrieve, "CLASSES", (120, 1203))
+        patch.setattr(retrieve, "vit_b32_us", lambda: 12_000.0)  # its weights need seconds to be drawn
         return retrieve.run(rows=500, dim=36, queries=20, repeats=1, kinds=("FLAT", "HNSW", "REDUCED"))
 
 
@@ -53,7 +55,9 @@ def test_every_index_is_measured(result: dict[str, Any]) -> None:
         assert set(lite[kind]) == {"recall", "search", "build", "seconds", "bytes", "memory_mib"}
         assert set(lite[kind]["build"]) == {"pymilvus", "faiss"}
         assert set(lite[kind]["search"]) == {"pymilvus", "faiss"} | ({"hnsw"} if kind == "REDUCED" else set())
-    assert set(lite["pipeline"]) == {"retrieve", "retrieve_top_k", "datasink"}
+    assert set(lite["pipeline"]) == {"retrieve", "vit_b32_us", "datasink"}
+    assert set(lite["pipeline"]["retrieve"]) == {"120", "1203"}
+    assert all(row["us"] > 0 and row["of_vit_b32"] > 0 for row in lite["pipeline"]["retrieve"].values())
     rows = list(throughputs(result))
     assert len(rows) == 3 * 4 + 1 + 3
     assert all(min(row["ours"], row["reference"], row["ratio"]) > 0 for row in rows)

@@ -62,7 +62,7 @@ def test_blocks_become_entries(address: str) -> None:
     collection.drop()
     collection.create(DIM, Index(), {"fingerprint": "f"}, size_hint=10)
     sink = MilvusSink(collection)
-    written = sink.write([block(0, 3), block(0, 0), block(3, 2)], ctx=None)
+    written, _ = sink.write([block(0, 3), block(0, 0), block(3, 2)], ctx=None)
     collection.seal(5)
     entries = collection.fetch()
     assert written == 5
@@ -75,14 +75,22 @@ def test_blocks_become_entries(address: str) -> None:
 def test_a_retried_task_changes_nothing(collection: Collection) -> None:
     sink = MilvusSink(collection)
     for _ in range(2):
-        assert sink.write([block(0, 3)], ctx=None) == 3
+        assert sink.write([block(0, 3)], ctx=None)[0] == 3
     collection.seal(3)
 
 
-def test_the_counts_of_the_tasks_are_summed(collection: Collection) -> None:
-    sink = MilvusSink(collection)
-    sink.on_write_complete(WriteResult(num_rows=7, size_bytes=1, write_returns=[3, 4]))
-    assert sink.written == 7
+def test_faulty_rows_are_told_and_not_written(collection: Collection) -> None:
+    sink = MilvusSink(collection, tell=["entry_id", "error"])
+    parts = [block(0, 3), block(3, 2)]
+    errors = [[None, "gone", None], [None, None]]
+    blocks = [part.append_column("error", pa.array(one, pa.string())) for part, one in zip(parts, errors, strict=True)]
+    returns = [sink.write([one], ctx=None) for one in blocks]
+    sink.on_write_complete(WriteResult(num_rows=5, size_bytes=1, write_returns=returns))
+    collection.seal(4)
+    assert sink.written == 4 and collection.fetch().entry_ids == ["e000", "e002", "e003", "e004"]
+    told = sink.told.to_pydict()
+    assert all(seconds > 0 for seconds in told.pop("seconds_write"))
+    assert told == {"entry_id": [f"e00{n}" for n in range(5)], "error": [None, "gone", None, None, None]}
 
 
 def test_mistakes_are_found_before_the_first_task(collection: Collection) -> None:

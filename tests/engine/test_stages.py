@@ -24,6 +24,7 @@ from rar.fusion import Calibration
 from rar.memory.collection import Collection, Entries, ExactIndex
 from rar.miniature.world import render, rng_of, vocabulary
 from rar.retriever import modes
+from rar.retriever.exact import best_of
 from rar.schema import INDEX, Candidate, Ranking, RankStatus, content_id
 
 SIDE = 16
@@ -295,24 +296,25 @@ def stored(entries: Entries) -> Collection:
     return cast(Collection, exact)
 
 
-def retriever(images: Entries, **settings: Any) -> stages.Retrieve:
+def retriever(images: Entries, exact_up_to: int = 100, **settings: Any) -> stages.Retrieve:
     """A memory of these images and of names near their classes, behind the stage."""
     names = Entries(["a", "b", "c", "d"], np.arange(4), list(NAMES.values()), images.vectors[::3])
     asked = config.Retriever(**settings)
     assert asked.mode != "all"
     head = modes.fit_head(asked.mode, images, names)
-    return stages.Retrieve(asked, head, stored(head.to_entries()), stored(images))
+    return stages.Retrieve(asked, lambda: head, stored(head.to_entries()), stored(images), exact_up_to)
 
 
+@pytest.mark.parametrize("exact_up_to", [100, 3], ids=["exact", "searched"])
 @pytest.mark.parametrize("mode", ["text", "centroid", "lda", "fused"])
-def test_retrieve_by_a_head_is_the_heads_own_scores(images: Entries, mode: Any) -> None:
-    work = retriever(images, mode=mode, top_k=3)
+def test_retrieve_by_a_head_is_the_heads_own_scores(images: Entries, mode: Any, exact_up_to: int) -> None:
+    work = retriever(images, exact_up_to, mode=mode, top_k=3)
     names = Entries(["a", "b", "c", "d"], np.arange(4), list(NAMES.values()), images.vectors[::3])
     queries, head = unit(np.random.default_rng(1), 5, DIM), modes.fit_head(mode, images, names)
     table = work(healthy(queries))
     scores = head.scores(queries)
     shares = scores - np.logaddexp.reduce(scores, axis=1)[:, None]
-    expected = modes.candidates_from_scores(shares, head.class_ids, head.class_names, 3)
+    expected = best_of(shares, 3).candidates(head.class_ids, head.class_names)
     for found, row in zip(candidates_of(table), expected, strict=True):
         assert [(c.class_id, c.class_name) for c in found] == [(c.class_id, c.class_name) for c in row]
         assert [c.score for c in found] == pytest.approx([c.score for c in row], abs=1e-4)
@@ -352,7 +354,7 @@ def test_retrieve_all_proposes_the_vocabulary_in_its_order() -> None:
     nothing = cast(Collection, ExactIndex(DIM))  # is not asked
     names = {2: "owl", 5: "kite", 7: "wren"}
     head = modes.Head(np.array(list(names)), list(names.values()), np.zeros((3, DIM), np.float32), np.zeros(3, np.float32))
-    table = stages.Retrieve(config.Retriever(mode="all", top_k=1), head, nothing, nothing)(
+    table = stages.Retrieve(config.Retriever(mode="all", top_k=1), lambda: head, nothing, nothing)(
         healthy(np.zeros((2, DIM), np.float32))
     )
     for row in candidates_of(table):

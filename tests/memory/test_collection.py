@@ -470,3 +470,28 @@ def test_types_are_imported_without_milvus() -> None:
     code = "import sys, rar.memory.collection; print([m for m in ('pymilvus', 'milvus_lite', 'grpc') if m in sys.modules])"
     root = ROOT
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("index", [FLAT, REDUCED], ids=["FLAT", "REDUCED"])
+def test_entries_are_named_poured_into_another_index_and_relabelled(collection: Collection, index: Index) -> None:
+    vectors = lying_low(20)
+    built(collection, vectors, index)
+    assert collection.labels_of(["e000003", "e000010", "none"]) == {"e000003": "class 3", "e000010": "class 3"}
+    assert collection.classes() == {f"class {n}": n for n in range(7)}
+    bare = collection.fetch(vectors=False)
+    assert bare.entry_ids == names(20) and bare.vectors.shape == (20, 0)
+    (sample,) = collection.samples()
+    np.testing.assert_array_equal(sample, vectors)
+    target = Collection(collection.address, f"{collection.name}_poured")
+    target.create(36, FLAT, META, size_hint=20)
+    try:
+        collection.pour(target, frozenset([3]))
+        target.relabel({"e000004": (9, "nine"), "not there": (1, "one")})
+        target.seal(20 - 3)
+        poured = target.fetch()
+        kept = [n for n in range(20) if n % 7 != 3]
+        assert poured.entry_ids == [f"e{n:06d}" for n in kept]
+        np.testing.assert_array_equal(poured.vectors, vectors[kept])
+        assert [poured.class_ids[3], poured.class_names[3], poured.class_names[4]] == [9, "nine", "class 5"]
+    finally:
+        target.drop()

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rar.memory.entries import Entries, ExactIndex, Hits
 from rar.retriever import gaussian, heads, modes, votes
@@ -41,7 +39,8 @@ def propose(
 ) -> list[list[Candidate]]:
     exact = ExactIndex(images.vectors.shape[1])
     exact.upsert(images.entry_ids, images.class_ids, images.class_names, images.vectors)
-    return modes.candidates_by_votes(head, exact.search, queries, top_k, n_neighbors, sharpness)
+    found = modes.propose_by_votes(head, exact.search, queries, top_k, n_neighbors, sharpness)
+    return found.candidates(head.class_ids, head.class_names)
 
 
 def top1(head: modes.Head, images: Entries, queries: np.ndarray) -> np.ndarray:
@@ -307,7 +306,7 @@ def test_head_round_trip_is_exact_and_searchable() -> None:
 def test_missing_kinds_are_the_users_mistake(mode: modes.Mode, word: str) -> None:
     with pytest.raises(UserError, match=word):
         modes.fit_head(mode, None, None)
-    assert not modes.allows(mode, None, None)
+    assert not modes.allows(mode, images=False, texts=False)
 
 
 @pytest.mark.parametrize("mode", modes.MODES)
@@ -315,7 +314,7 @@ def test_missing_kinds_are_the_users_mistake(mode: modes.Mode, word: str) -> Non
 def test_allows_says_what_can_be_fitted(mode: modes.Mode, kinds: str) -> None:
     images = entries(np.eye(3), [0, 1, 2]) if kinds != "texts" else None
     texts = entries(np.eye(3), [0, 1, 2]) if kinds != "images" else None
-    if modes.allows(mode, images, texts):
+    if modes.allows(mode, images=images is not None, texts=texts is not None):
         assert modes.fit_head(mode, images, texts).class_ids.tolist() == [0, 1, 2]
     else:
         with pytest.raises(UserError, match=f"mode {mode} needs"):
@@ -327,32 +326,13 @@ def test_two_encoders_in_one_memory_are_the_users_mistake() -> None:
         modes.fit_head("fused", entries(np.eye(3), [0, 1, 2]), entries(np.eye(4), [0, 1, 2, 3]))
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(1, 8))
-def test_candidates_are_the_sorted_classes(rows: list[list[int]], top_k: int) -> None:
-    class_ids = np.array([40, 10, 30, 20, 60, 50])
-    names = [f"class {class_id}" for class_id in class_ids]
-    for row, found in zip(rows, modes.candidates_from_scores(np.array(rows), class_ids, names, top_k), strict=True):
-        oracle = sorted(zip(row, class_ids.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))[:top_k]
-        assert [(candidate.score, candidate.class_id) for candidate in found] == oracle
-        assert all(candidate.class_name == f"class {candidate.class_id}" for candidate in found)
-
-
-def test_a_row_without_scores_has_no_candidates() -> None:
-    scores = np.array([[-np.inf, 1.0, -np.inf], [-np.inf] * 3])
-    found = modes.candidates_from_scores(scores, np.arange(3), ["a", "b", "c"], 2)
-    assert [[candidate.class_name for candidate in row] for row in found] == [["b"], []]
-
-
 def test_hits_of_a_head_are_its_classes_with_ties_by_class_id() -> None:
-    hits = Hits(
-        np.array([[0.9, 0.8, 0.8], [0.5, -np.inf, -np.inf]], np.float32),
-        np.array([[4, 9, 2], [3, -1, -1]]),
-        [["a", "b", "c"], ["e", "", ""]],
-    )
-    found = modes.candidates_from_hits(hits, {2: "two", 3: "three", 4: "four", 9: "nine"})
+    scores = np.array([[0.9, 0.8, 0.8], [0.5, -np.inf, -np.inf]], np.float32)
+    hits = Hits(scores, np.array([[4, 9, 2], [3, -1, -1]]), [["a", "b", "c"], ["e", "", ""]])
+    class_ids, names = np.array([2, 3, 4, 9]), ["two", "three", "four", "nine"]
+    found = modes.propose_from_hits(hits, class_ids, 3).candidates(class_ids, names)
     assert [[candidate.class_name for candidate in row] for row in found] == [["four", "two", "nine"], ["three"]]
-    assert found[0][0].score == pytest.approx(0.9)
+    assert found[0][0].score == pytest.approx(0.9 - np.logaddexp.reduce([0.9, 0.8, 0.8])) and found[1][0].score == 0
 
 
 def test_one_neighbor_is_the_plain_nearest() -> None:

@@ -5,6 +5,11 @@ With real Ray and Milvus Lite. Not covered: pictures (tests/test_pipeline.py), a
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +17,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from rar import config
 from rar.engine.session import Session
 from rar.memory import catalog
 from rar.memory.collection import open_store
 from rar.run import build, recognise
-from rar.run.vocabulary import class_names, collection, entries_of, open_memory
+from rar.run.fitting import entries_of
+from rar.run.vocabulary import class_names, collection, open_memory
 from rar.run.work import classify_work
 from rar.runfolder import RunFolder
 from rar.schema import UserError
+from tests.conftest import ROOT
 
 DIM, CLASSES = 16, ["ant", "bee", "cat", "dog", "eel", "fly"]
 
@@ -143,6 +151,99 @@ def test_bad_vectors_are_rows_of_errors(session: Session, tmp_path: Path) -> Non
     built = build.build_memory(session, settings("bad", str(tmp_path / "bad.npz")), fresh=False)
     assert built.rows == 6 and built.metrics["entries.images"] == 4
     assert [row["uri"] for row in built.failed.to_pylist()] == [f"{tmp_path}/bad.npz#{row}" for row in (1, 4)]
+
+
+def entries(given: config.Config, session: Session) -> Any:
+    found = entries_of(collection(given, session.memory_address, "images"))
+    assert found is not None
+    return found
+
+
+def test_writers_in_any_number_leave_the_same_memory(session: Session, tmp_path: Path) -> None:
+    support, digests = write(tmp_path / "a.npz", CLASSES, 8, 1), []
+    for size in (48, 5):  # one shard, and ten at once
+        given = settings(f"by_{size}", support, run={"shard_size": size})
+        assert build.build_memory(session, given, fresh=False).metrics["embedded"] == 48
+        digests.append(catalog.digest(session.memory_address, f"by_{size}"))
+    assert digests[0] == digests[1]
+
+
+def test_a_build_that_died_is_not_seen_and_is_taken_up(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = settings("died", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1))
+    build.build_memory(session, first, fresh=False)
+    before = catalog.digest(session.memory_address, "died")
+    more = settings("died", write(tmp_path / "b.npz", ["ant", "bee"], 4, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_commit", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            build.build_memory(session, more, fresh=False)
+    assert catalog.digest(session.memory_address, "died") == before
+    assert class_names(more, session.memory_address) == ["bee", "dog"] and len(entries(more, session)) == 6
+    built = build.build_memory(session, more, fresh=False)
+    assert built.metrics["entries.images"] == 14 and class_names(more, session.memory_address) == ["bee", "dog", "ant"]
+    assert built.metrics["embedded"] == 0 and built.seconds["ask.rows"] == 8
+    whole = settings("alive", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1))
+    build.build_memory(session, whole, fresh=False)
+    build.build_memory(session, settings("alive", str(tmp_path / "b.npz")), fresh=False)
+    assert catalog.digest(session.memory_address, "alive") == catalog.digest(session.memory_address, "died") != before
+    assert len(catalog.generations(session.memory_address, "died")) == 2  # the live one and the one before
+
+
+def test_one_picture_under_two_labels_is_settled_and_told(session: Session, tmp_path: Path) -> None:
+    found, labels = around(["bee", "dog"], 3, 1)
+    found, labels = np.concatenate([found, found[[0, 0, 4]]]), [*labels, "dog", "dog", "dog"]
+    np.savez(tmp_path / "twice.npz", embeddings=found, labels=np.array(labels))
+    given = settings("twice", str(tmp_path / "twice.npz"), run={"shard_size": 2})
+    built = build.build_memory(session, given, fresh=False)
+    assert (built.metrics["entries.images"], built.metrics["copies"], built.metrics["conflicts"]) == (6, 2, 1)
+    assert built.metrics["embedded"] == 9
+    assert "1 pictures stand under several labels" in " ".join(built.remarks)
+    assert sorted(entries(given, session).class_names) == ["bee"] * 2 + ["dog"] * 4
+    before = catalog.find(session.memory_address, "twice")
+    assert build.build_memory(session, given, fresh=False).metrics["embedded"] == 0
+    assert catalog.find(session.memory_address, "twice") == before  # not even another generation
+
+
+def test_a_head_of_other_entries_is_refused(session: Session, tmp_path: Path) -> None:
+    given = settings("stale", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1))
+    build.build_memory(session, given, fresh=False)
+    images = collection(given, session.memory_address, "images")
+    images.seal(6 - images.remove_class(0))
+    with pytest.raises(UserError, match=r"head fused was fitted on other entries .* mend it with `rar memory CONFIG`"):
+        open_memory(session, given)
+    with np.load(tmp_path / "a.npz") as whole:
+        np.savez(tmp_path / "dogs.npz", embeddings=whole["embeddings"][3:], labels=whole["labels"][3:])
+    mended = settings("stale", str(tmp_path / "dogs.npz"))
+    assert build.build_memory(session, mended, fresh=False).metrics["embedded"] == 0
+    assert list(open_memory(session, mended).names.values()) == ["dog"]
+
+
+@pytest.mark.slow
+def test_a_build_that_is_killed_three_times_leaves_the_same_memory(tmp_path: Path) -> None:
+    """The command, killed with all that it started at random moments of its writing, and repeated until it is through."""
+    support = write(tmp_path / "a.npz", CLASSES, 2000, 1)
+    digests = []
+    for name, kills in (("whole", 0), ("killed", 3)):
+        data = {"memory": {"name": "m", "uri": str(tmp_path / name), "support": {"uri": support}}, "ranker": {"method": "none"}}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**data, "encoder": {"model": "precomputed"}, "run": {"shard_size": 64}}))
+        command = [sys.executable, "-m", "jobs.cli", "memory", str(file), "--out", str(tmp_path / f"{name}_run")]
+        random = np.random.default_rng(kills)
+        for _ in range(kills):
+            process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(random.uniform(8, 25))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+        with open_store(str(tmp_path / name)) as address:
+            found = catalog.find(address, "m")
+            assert found.counts["images"] == 12_000
+            digests.append(found.digest)
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.slow
