@@ -10,8 +10,8 @@ is full they wait and ask again.
 different applications of the same class because a batch is worth a hundred single requests: no queue limit and no
 autoscaling target would fit both. Cost: a cluster that does both holds the model twice.
 
-In a replica one thread runs the model, others decode; the event loop stays free for health checks. A batch that fails is tried
-again image by image, so that one request cannot spoil its neighbors'.
+In a replica one thread runs the model, others decode; the event loop stays free for health checks. A batch that fails is halved
+until the image is found that fails alone (isolate), so that one image cannot spoil its neighbors'.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import asyncio
 import collections
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
-from types import MappingProxyType
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from ray import serve
@@ -34,6 +33,8 @@ from rar import config, miniature
 from rar.corpus import listing
 from rar.corpus.decode import decode
 from rar.engine.batching import Batcher
+from rar.engine.isolate import Isolate, reason
+from rar.engine.stages import free_gpu_memory
 from rar.schema import Ranking, RankStatus, RowError, Unavailable, UserError
 
 Batch = tuple[list[bytes], list[list[str]]]  # encoded images, candidates' names of each
@@ -43,7 +44,7 @@ Exemplars = dict[str, list[Place]]  # class name -> pictures of it
 One = tuple[bytes, list[str]]  # an encoded image, its candidates' names
 CHARS_PER_TOKEN = 3.0  # of candidates' names; what a picture and the prompt cost is learned from the answers
 FIRST_GUESS = 512.0  # tokens of a picture and its prompt before the first answer
-SICK = 3  # failures of the model in a row after which a replica asks to be replaced
+SICK = 3  # batches in a row without any answer after which a replica asks to be replaced
 EXEMPLAR_SIDE = 336  # pixels, at least, that a larger exemplar keeps of its short side
 FAULTS = (RowError, UserError, Unavailable)  # of one request
 
@@ -52,6 +53,15 @@ class Ranks(Protocol):
     """What MllmRanker and EndpointRanker have in common."""
 
     def rank(self, images: Sequence[np.ndarray], names: Sequence[Sequence[str]]) -> list[Ranking]: ...
+
+
+class Asked(NamedTuple):
+    """An image with its candidates; the pictures of each candidate, and the label prior, where they are used."""
+
+    pixels: np.ndarray
+    names: list[str]
+    exemplars: list[list[np.ndarray]] | None = None
+    prior: Prior | None = None
 
 
 class RankerReplica:
@@ -70,6 +80,7 @@ class RankerReplica:
         except UserError as error:
             self.mistake = str(error)
             return
+        self.whole = self._isolate(self.ranker, (UserError, Unavailable))
         self.base = self._batcher(self.ranker)
 
         async def adapt(name: str) -> Batcher[One, Ranking]:  # a function, as Serve hangs the loaded adapters on it
@@ -100,20 +111,21 @@ class RankerReplica:
         prior: Prior | None = None,
         exemplars: list[list[list[Place]]] | None = None,
     ) -> list[Ranking]:
-        """One Ranking an image. A picture that cannot be decoded is a FALLBACK with its reason as the response.
+        """One Ranking an image. A picture that cannot be decoded, or that the model fails on, is a FALLBACK with its reason as
+        the response.
 
         exemplars: for each image and candidate, where pictures of the class lie; one that cannot be read is left out.
         """
-        pixels = await self._decoded(images)
-        good = [row for row, picture in enumerate(pixels) if not isinstance(picture, RowError)]
-        more: dict[str, Any] = {} if prior is None else {"prior": prior}
-        if exemplars is not None:
-            more["exemplars"] = [[pictures_at(places) for places in exemplars[row]] for row in good]
-        answers = await self._run(self.ranker, [pixels[row] for row in good], [names[row] for row in good], more)
-        rankings = dict(zip(good, answers, strict=True))
+        pictures = await self._decoded(images)
+        good = [row for row, picture in enumerate(pictures) if not isinstance(picture, RowError)]
+        shown = [None if exemplars is None else [pictures_at(places) for places in exemplars[row]] for row in good]
+        rows = [Asked(pictures[row], names[row], pair, prior) for row, pair in zip(good, shown, strict=True)]  # type: ignore[arg-type]
+        answers: list[Any] = list(pictures)
+        for row, answer in zip(good, await self._run(self.whole, rows), strict=True):
+            answers[row] = answer
         return [
-            rankings.get(row) or Ranking(tuple(range(len(names[row]))), RankStatus.FALLBACK, response=f"[{picture}]")
-            for row, picture in enumerate(pixels)
+            fallback(len(listed), reason(answer)) if isinstance(answer, Exception) else answer
+            for answer, listed in zip(answers, names, strict=True)
         ]
 
     async def prior(self, images: list[bytes], names: list[list[str]], counts: list[int]) -> Prior:
@@ -142,52 +154,60 @@ class RankerReplica:
 
     def _batcher(self, ranker: Ranks) -> Batcher[One, Ranking]:
         fits = Fits(self.settings.batch_size, self.online.batch_tokens)
+        isolated = self._isolate(ranker, (Unavailable,))
 
         async def work(waiting: list[One]) -> list[Ranking | Exception]:
-            answers = await self._answers(ranker, waiting)
+            answers = await self._answers(isolated, waiting)
             fits.learn([names for _, names in waiting], answers)
             return answers
 
         return Batcher(work, fits, self.online.batch_wait_s)
 
-    async def _answers(self, ranker: Ranks, waiting: list[One]) -> list[Ranking | Exception]:
-        """A Ranking or its own fault for each; a batch that fails is tried image by image."""
-        pictures = await self._decoded([image for image, _ in waiting])
-        good = [row for row, picture in enumerate(pictures) if not isinstance(picture, RowError)]
-        answers: list[Any] = list(pictures)
-        for row, answer in zip(good, await self._each(ranker, [(pictures[row], waiting[row][1]) for row in good]), strict=True):
+    def _isolate(self, ranker: Ranks, raised: tuple[type[Exception], ...]) -> Isolate[Asked, Ranking]:
+        def work(rows: list[Asked]) -> list[Ranking]:
+            rank: Any = ranker.rank  # exemplars and prior are of local models alone
+            more: dict[str, Any] = {} if rows[0].prior is None else {"prior": rows[0].prior}
+            if rows[0].exemplars is not None:
+                more["exemplars"] = [row.exemplars for row in rows]
+            return rank([row.pixels for row in rows], [row.names for row in rows], **more)
+
+        return Isolate(work, free_gpu_memory, raised)
+
+    async def _answers(self, isolated: Isolate[Asked, Ranking], waiting: list[One]) -> list[Ranking | Exception]:
+        """A Ranking or its own fault for each."""
+        answers: list[Any] = list(await self._decoded([image for image, _ in waiting]))
+        good = [row for row, picture in enumerate(answers) if not isinstance(picture, RowError)]
+        try:
+            found = await self._run(isolated, [Asked(answers[row], waiting[row][1]) for row in good])
+        except Unavailable as error:  # an endpoint that stayed away does so for all of them
+            found = [error] * len(good)
+        for row, answer in zip(good, found, strict=True):
             answers[row] = answer
         return answers
-
-    async def _each(self, ranker: Ranks, rows: list[tuple[Any, list[str]]]) -> list[Ranking | Exception]:
-        try:
-            return list(await self._run(ranker, [pixels for pixels, _ in rows], [names for _, names in rows]))
-        except Unavailable as error:  # an endpoint that stayed away does so for all of them
-            return [error] * len(rows)
-        except Exception as error:
-            if len(rows) == 1:
-                return [error]
-        return [answer for row in rows for answer in await self._each(ranker, [row])]
 
     async def _decoded(self, images: Sequence[bytes]) -> list[np.ndarray | RowError]:
         loop = asyncio.get_running_loop()
         return list(await asyncio.gather(*(loop.run_in_executor(self.decoders, try_decode, image) for image in images)))
 
-    async def _run(
-        self, ranker: Ranks, pixels: list[Any], names: list[list[str]], more: Mapping[str, Any] = MappingProxyType({})
-    ) -> list[Ranking]:
+    async def _run(self, isolated: Isolate[Asked, Ranking], rows: list[Asked]) -> list[Ranking | Exception]:
+        return await asyncio.get_running_loop().run_in_executor(self.worker, self._work, isolated, rows)
+
+    def _work(self, isolated: Isolate[Asked, Ranking], rows: list[Asked]) -> list[Ranking | Exception]:
+        """In the model's thread."""
         started = time.perf_counter()
-        rank = partial(ranker.rank, **more)
-        try:
-            answers = await asyncio.get_running_loop().run_in_executor(self.worker, rank, pixels, names)
-        except (UserError, Unavailable):
-            raise
-        except Exception:
+        answers = isolated(rows)
+        ranked = [answer for answer in answers if isinstance(answer, Ranking)]
+        if ranked:
+            self.failures = 0
+            self.meters.note(ranked, time.perf_counter() - started)
+        elif any(not isinstance(answer, FAULTS) for answer in answers):
             self.failures += 1
-            raise
-        self.failures = 0
-        self.meters.note(answers, time.perf_counter() - started)
         return answers
+
+
+def fallback(count: int, why: str) -> Ranking:
+    """The retriever's order of `count` candidates."""
+    return Ranking(tuple(range(count)), RankStatus.FALLBACK, response=f"[{why}]")
 
 
 def load_ranker(settings: config.Ranker, threads: int | None) -> Ranks:

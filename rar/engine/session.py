@@ -21,7 +21,7 @@ import ray.data
 from tenacity import retry, stop_after_attempt
 
 from rar import config
-from rar.engine import stages
+from rar.engine import faults, stages
 from rar.engine.actors import ModelActor, Pool
 from rar.memory.store import open_store
 from rar.schema import UserError
@@ -77,7 +77,7 @@ class Session:
 
 @contextmanager
 def opened(memory: config.Memory | None = None, *, create: bool = False) -> Iterator[Session]:
-    """Milvus (with `memory`) and Ray for the length of a command.
+    """Milvus (with `memory`) and Ray for the length of a command; what fails in it leaves as the contract's errors (faults).
 
     With `create` an embedded store may be new; one that a user's mistake leaves empty is removed again. Raises UserError where
     there is no store, and what `memory.store.open_store` raises.
@@ -87,6 +87,7 @@ def opened(memory: config.Memory | None = None, *, create: bool = False) -> Iter
         raise UserError(f"there is no memory at {memory.uri}; build it with `rar memory CONFIG`")
     try:
         with ExitStack() as stack:
+            stack.enter_context(faults.crossing())
             address = stack.enter_context(open_store(memory.uri, memory.token)) if memory is not None else None
             yield Session(address, stack.enter_context(_in_ray()))
     except UserError:
@@ -109,8 +110,9 @@ def _in_ray() -> Iterator[int | None]:
     context.target_max_block_size = None  # a shard is never split
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # else Ray Data hides a UserError in an error of its own
     for name in ("ray.data", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log as errors is raised as well
     try:
         yield threads
     finally:

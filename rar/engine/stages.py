@@ -32,6 +32,7 @@ from rar.corpus import listing, vectors
 from rar.corpus.decode import decode, fit_square
 from rar.corpus.frame import Frame, frame_of
 from rar.crops import windows
+from rar.engine.isolate import Isolate, parted, reason
 from rar.memory.collection import Collection
 from rar.retriever import exact, modes
 from rar.schema import Candidate, Ranking, RankStatus, RowError, content_id, entry_id
@@ -128,8 +129,11 @@ class Propose:
         from rar.crops.detector import Proposer  # torch belongs to the detector's actors
 
         assert settings.detector is not None
-        self.limit, self.batch = settings.max_boxes, settings.detector.batch_size
-        self.proposer = Proposer(settings.detector)
+        self.batch = settings.detector.batch_size
+        proposer = Proposer(settings.detector)
+        self.propose: Isolate[np.ndarray, tuple[np.ndarray, np.ndarray]] = Isolate(
+            lambda images: proposer.propose(images, settings.max_boxes), free_gpu_memory
+        )
 
     def facts(self) -> None:
         """Nothing that the driver must know."""
@@ -137,7 +141,7 @@ class Propose:
     def __call__(self, table: pa.Table) -> pa.Table:
         boxes: list[list[list[float]]] = [[] for _ in range(table.num_rows)]
         scores: list[list[float]] = [[] for _ in range(table.num_rows)]
-        faults: list[str | None] = [None] * table.num_rows
+        faults: dict[str, list[str | None]] = {stage: [None] * table.num_rows for stage in ("decode", "detect")}
         healthy = [row for row, error in enumerate(table["error"].to_pylist()) if error is None]
         for start in range(0, len(healthy), self.batch):
             images, frames = {}, {}
@@ -145,15 +149,16 @@ class Propose:
                 try:
                     images[row], frames[row] = framed(table["bytes"][row].as_py(), *(table[key][row].as_py() for key in SIZE))
                 except RowError as error:
-                    faults[row] = str(error)
-            for row, (found, found_scores) in zip(
-                images, self.proposer.propose(list(images.values()), self.limit), strict=True
-            ):
-                boxes[row], scores[row] = frames[row].to_file(found).tolist(), found_scores.tolist()
-        table = table.drop_columns(["bytes", *(name for name in PROPOSED.names if name in table.column_names)])
-        for field, values in zip(PROPOSED, (boxes, scores), strict=True):
-            table = table.append_column(field, pa.array(values, field.type))
-        return with_errors(table, "decode", faults)
+                    faults["decode"][row] = str(error)
+            for row, found in zip(images, self.propose(list(images.values())), strict=True):
+                if isinstance(found, Exception):
+                    faults["detect"][row] = reason(found)
+                else:
+                    boxes[row], scores[row] = frames[row].to_file(found[0]).tolist(), found[1].tolist()
+        table = _proposed(table, boxes, scores)
+        for stage, reasons in faults.items():
+            table = with_errors(table, stage, reasons)
+        return table
 
 
 SIZE = ("width", "height")  # the columns of schema coco.BOXES that tell the frame of boxes
@@ -166,6 +171,13 @@ def framed(data: bytes, width: int | None, height: int | None) -> tuple[np.ndarr
 
 
 PROPOSED = pa.schema([("boxes_xyxy", pa.list_(pa.list_(pa.float32()))), ("box_scores", pa.list_(pa.float32()))])
+
+
+def _proposed(table: pa.Table, boxes: list[list[list[float]]], scores: list[list[float]]) -> pa.Table:
+    table = table.drop_columns(["bytes", *(name for name in PROPOSED.names if name in table.column_names)])
+    for field, values in zip(PROPOSED, (boxes, scores), strict=True):
+        table = table.append_column(field, pa.array(values, field.type))
+    return table
 
 
 class Crop:
@@ -286,6 +298,8 @@ class Embed:
         from rar.encoder.towers import load_encoder  # torch belongs to the encoder's actors; other workers stay small
 
         self.encoder = load_encoder(settings)
+        self.images = Isolate(self._squares, free_gpu_memory)
+        self.texts: Isolate[str, np.ndarray] = Isolate(lambda names: list(self.encoder.prototypes(names)), free_gpu_memory)
         self.work = timed("embed", self._embed)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -299,14 +313,28 @@ class Embed:
 
     def _embed(self, table: pa.Table) -> pa.Table:
         vectors = np.zeros((table.num_rows, self.encoder.dim), np.float32)
-        rows, data = _present(table["pixels"])
+        faults: list[str | None] = [None] * table.num_rows
+        for name, embed in (("pixels", self.images), ("text", self.texts)):
+            rows, values = _present(table[name]) if name in table.column_names else ([], [])
+            good, found, failed = parted(embed(values))
+            if good:
+                vectors[[rows[place] for place in good]] = np.stack(found)
+            for place, why in failed.items():
+                faults[rows[place]] = why
+        return with_errors(with_vectors(table, vectors), "embed", faults)
+
+    def _squares(self, data: list[bytes]) -> list[np.ndarray]:
+        """Raw squares of each row, one a view -> a vector a row."""
         side = self.encoder.side
         squares = np.frombuffer(bytearray().join(data), np.uint8).reshape(-1, side, side, 3)
-        vectors[rows] = mean_of_views(self.encoder.embed_images(squares), [len(one) // (3 * side**2) for one in data])
-        if "text" in table.column_names:
-            rows, names = _present(table["text"])
-            vectors[rows] = self.encoder.prototypes(names) if rows else 0
-        return with_vectors(table, vectors)
+        return list(mean_of_views(self.encoder.embed_images(squares), [len(one) // (3 * side**2) for one in data]))
+
+
+def free_gpu_memory() -> None:
+    """What torch holds back for later goes to who asks now; nothing where no GPU is in use."""
+    import torch
+
+    torch.cuda.empty_cache()
 
 
 class Retrieve:

@@ -139,7 +139,7 @@ def test_a_run_is_not_resumed_on_a_memory_that_changed(session: Session, tmp_pat
     build.build_memory(session, given, fresh=False)
     run(given, session, tmp_path / "run")
     build.build_memory(session, settings("moved", write(tmp_path / "b.npz", ["ant"], 3, 1)), fresh=False)
-    with pytest.raises(UserError, match=r"memory has changed since .* use --fresh"):
+    with pytest.raises(UserError, match=r"the memory has changed .* use --fresh"):
         run(given, session, tmp_path / "run")
     run(given, session, tmp_path / "run", fresh=True)
 

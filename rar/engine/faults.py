@@ -1,0 +1,77 @@
+"""The one door for failures: what Ray, Ray Data and Serve raise -> the errors of the contract, by the causes inside.
+
+An error on a worker reaches the driver wrapped: by the task, by Ray Data, by the actor in between, each time as another type
+with a traceback as its text. What counts is at the bottom: a UserError or Unavailable crosses as itself; a process, node or
+replica that is gone is Unavailable in one line; anything else is a crash and keeps its traceback. `jobs.common.guarded` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.data.exceptions import ExecutionTimeoutError, SystemException
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RaySystemError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from rar.engine.isolate import reason
+from rar.schema import Unavailable, UserError
+
+GONE = {
+    OutOfMemoryError: "a node of the cluster ran out of memory; give it more, or lower run.shard_size",
+    OutOfDiskError: "a node of the cluster has no disk space left for Ray's temporary files",
+    RayActorError: "a process of the run died and did not come back",
+    WorkerCrashedError: "a worker process died again and again",
+    NodeDiedError: "a node of the cluster died",
+    ObjectLostError: "a node of the cluster died with data that nobody else has; start the command again, it resumes",
+    DeploymentUnavailableError: "the ranker's application is not there any more",
+    ExecutionTimeoutError: "the run made no progress for half an hour",
+    GetTimeoutError: "a process of the run does not answer",
+    RaySystemError: "Ray itself failed",
+}
+
+
+def told(error: BaseException) -> UserError | Unavailable | None:
+    """The error of the contract at the bottom of what was raised; None for a crash."""
+    chain = [error]
+    while (inner := _inner(chain[-1])) is not None and inner not in chain:
+        chain.append(inner)
+    for one in chain:
+        if isinstance(one, UserError | Unavailable) and not isinstance(one, RayTaskError):  # Ray makes a type that is both
+            return one
+    words = next((words for kind, words in GONE.items() if isinstance(chain[-1], kind)), None)
+    return Unavailable(f"{words} ({reason(chain[-1])})") if words else None
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    """What an error was raised for. Ray Data adds a SystemException without content as the cause of its own."""
+    for one in (getattr(error, "cause", None), error.__cause__):
+        if isinstance(one, BaseException) and not isinstance(one, SystemException):
+            return one
+    return None
+
+
+@contextmanager
+def crossing() -> Iterator[None]:
+    """Around all that a command does with Ray."""
+    try:
+        yield
+    except (UserError, Unavailable) as error:
+        if not isinstance(error, RayTaskError):
+            raise
+        raise (told(error) or error) from None
+    except Exception as error:
+        known = told(error)
+        if known is None:
+            raise
+        raise known from None

@@ -1,0 +1,104 @@
+"""A batch that fails -> exactly the rows that make it fail, and the answers of the others. The one piece of code for the
+encoder, the detector and the ranker; it knows nothing of any of them.
+
+A model fails for many reasons that no type tells apart: a picture whose shape its processor refuses, a batch that is too large
+for memory, a GPU that is gone. What tells them apart is trying again with fewer rows: a batch that fails is halved until the
+row is found that fails alone. That costs about 2 log2(n) calls a faulty row. A batch that never fails goes through in one call,
+so its numbers are what they would be without this file; those of a halved one may differ in their last digits.
+
+Memory: where the halves of a batch that ran out of it work, the size that worked is kept, and later batches are no larger. A
+row that runs out of memory alone is at fault itself, and changes no later batch.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+from rar.schema import RowError, Unavailable, UserError
+
+Row = TypeVar("Row")
+Answer = TypeVar("Answer")
+REASON_CHARS = 300
+
+
+class Broken(Exception):
+    """The device answers nothing more in this process, whatever it is asked (a sticky CUDA error): only a new one helps."""
+
+
+class Isolate(Generic[Row, Answer]):
+    """Calls `work`, rows -> one answer a row, and gives each row its answer, or the exception that it raises alone.
+
+    relieve: called after running out of memory, before the next try; e.g. torch.cuda.empty_cache. raised: what concerns all
+    rows and is raised as it is. `limit` is the largest batch that is tried; None until one was too large for memory.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[list[Row]], Sequence[Answer]],
+        relieve: Callable[[], object] = lambda: None,
+        raised: tuple[type[Exception], ...] = (UserError, Unavailable),
+    ) -> None:
+        self.work, self.relieve, self.raised = work, relieve, raised
+        self.limit: int | None = None
+
+    def __call__(self, rows: Sequence[Row]) -> list[Answer | Exception]:
+        """Raises Broken, and the errors of `raised`."""
+        rows = list(rows)
+        size = self.limit or len(rows) or 1
+        return [answer for start in range(0, len(rows), size) for answer in self._batch(rows[start : start + size])]
+
+    def _batch(self, rows: list[Row]) -> list[Answer | Exception]:
+        worked: list[int] = []  # sizes of the parts
+        faults: list[Exception] = []  # of the batch, then of its parts
+        answers = self._halved(rows, worked, faults)
+        if faults and is_memory(faults[0]) and not any(isinstance(answer, Exception) for answer in answers):
+            self.limit = max(worked)
+        return answers
+
+    def _halved(self, rows: list[Row], worked: list[int], faults: list[Exception]) -> list[Answer | Exception]:
+        try:
+            answers: list[Answer | Exception] = list(self.work(rows))
+        except self.raised:
+            raise
+        except Exception as error:
+            if is_broken(error):
+                raise Broken(reason(error)) from error
+            fault = error.with_traceback(None)  # its frames hold the batch's tensors
+        else:
+            worked.append(len(rows))
+            return answers
+        faults.append(fault)
+        if is_memory(fault):
+            gc.collect()
+            self.relieve()
+        if len(rows) == 1:
+            return [fault]
+        middle = (len(rows) + 1) // 2
+        return [answer for half in (rows[:middle], rows[middle:]) for answer in self._halved(half, worked, faults)]
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line; of a row's own fault its words alone."""
+    text = " ".join(str(error).split())[:REASON_CHARS]
+    if isinstance(error, RowError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the GPU or of the process."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or type(error).__name__ == "OutOfMemoryError"
+
+
+def is_broken(error: BaseException) -> bool:
+    """CUDA answers every call after an illegal access or a failed assertion on the device with that same error."""
+    return not is_memory(error) and ("CUDA error" in str(error) or type(error).__name__ == "AcceleratorError")
+
+
+def parted(answers: Sequence[Any]) -> tuple[list[int], list[Any], dict[int, str]]:
+    """Positions and values of the answers, and what is wrong with the others by position."""
+    good = [row for row, answer in enumerate(answers) if not isinstance(answer, Exception)]
+    bad = {row: reason(answer) for row, answer in enumerate(answers) if isinstance(answer, Exception)}
+    return good, [answers[row] for row in good], bad

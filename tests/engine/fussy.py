@@ -1,0 +1,63 @@
+"""Small real models that fail on pictures of one colour; Ray and Serve start them as they start the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rar.engine import stages
+from rar.engine.replica import RankerReplica
+from rar.schema import Ranking
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def shows(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    return bool((picture == np.array(colour, np.uint8)).all())
+
+
+class FussyEmbed(stages.Embed):
+    """An encoder that cannot stand red pictures."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        embed = self.encoder.embed_images
+
+        def fussy(squares: np.ndarray) -> np.ndarray:
+            if any(shows(square, RED) for square in squares):
+                raise ValueError("red is no colour")
+            return embed(squares)
+
+        self.encoder.embed_images = fussy  # type: ignore[method-assign, assignment]
+
+
+class FussyPropose(stages.Propose):
+    """A detector whose memory green pictures exhaust."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        propose = self.propose.work
+
+        def fussy(images: list[np.ndarray]) -> Sequence[Any]:
+            if any(shows(image, GREEN) for image in images):
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return propose(images)
+
+        self.propose.work = fussy
+
+
+class FussyReplica(RankerReplica):
+    """A ranker that cannot stand blue pictures."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        rank = self.ranker.rank
+
+        def fussy(images: Sequence[np.ndarray], names: Sequence[Sequence[str]], **more: Any) -> list[Ranking]:
+            if any(shows(image, BLUE) for image in images):
+                raise ValueError("blue is no colour")
+            return rank(images, names, **more)
+
+        self.ranker.rank = fussy

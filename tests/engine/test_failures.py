@@ -1,0 +1,117 @@
+"""What goes wrong on workers, on a real Ray and Serve: pictures that models fail on, processes that die, mistakes found late.
+
+Not covered: real GPUs, several nodes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+from PIL import Image
+from ray import serve
+
+from rar import config
+from rar.engine import client, faults, pipeline, stages
+from rar.engine.actors import ModelActor, Pool
+from rar.engine.session import Session
+from rar.run.work import detect_work
+from rar.schema import Unavailable, UserError
+from tests.crops.test_detector import save_owlv2
+from tests.engine import fussy
+from tests.engine.fussy import BLUE, GREEN, RED
+from tests.run.test_recognise import Lab, lab, rows
+
+__all__ = ["lab"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(6):
+        Image.new("RGB", (40, 30), (number * 40, 90, 20)).save(folder / f"good{number}.png")
+    for name, colour in {"red": RED, "green": GREEN, "blue": BLUE}.items():
+        Image.new("RGB", (40, 30), colour).save(folder / f"{name}.png")
+    return folder
+
+
+def pool_of(session: Session, load: Any, settings: Any) -> Pool:
+    actor = ModelActor.options(num_cpus=0.01).remote(load, settings, session.threads_of(1))  # type: ignore[attr-defined]
+    return Pool([actor])
+
+
+def test_encoder_and_ranker_that_raise_on_a_picture_fail_exactly_that_row(
+    lab: Lab, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = lab.settings(
+        corpus={"uri": str(photos)}, encoder={"batch_size": 8}, ranker={"max_new_tokens": 7}, route={"mode": "always"}
+    )
+    key = ("encoder", settings.encoder.model_dump_json())
+    lab.session.pools[key] = pool_of(lab.session, fussy.FussyEmbed, settings.encoder)
+    monkeypatch.setattr(client, "RankerReplica", fussy.FussyReplica)
+    folder, _ = lab.run(settings, tmp_path / "run")
+    serve.delete(client.app_name(settings.ranker))
+    del lab.session.pools[key]
+    (failed,) = folder.errors().to_pylist()
+    assert (Path(failed["uri"]).name, failed["stage"], failed["error"]) == ("red.png", "embed", "ValueError: red is no colour")
+    found = {Path(row["uri"]).name: (row["rank_status"], row["response"]) for row in rows(folder)}
+    assert found.pop("blue.png") == ("fallback", "[ValueError: blue is no colour]")
+    assert len(found) == 7 and {status for status, _ in found.values()} == {"ranked"}
+    assert folder.read("run.json")["counts"] == {"input": 9, "ok": 8, "failed": 1, "skipped": 0}
+
+
+def test_a_detector_that_raises_on_one_picture_fails_exactly_that_row(photos: Path, tmp_path: Path) -> None:
+    detect = config.Detect.model_validate({"detector": {"model": str(save_owlv2(tmp_path / "owl")), "threshold": 0.0}})
+    index = detect_work(config.build({"corpus": {"uri": str(photos)}, "detect": detect.model_dump()})).index
+    shard = index.append_column("shard", pa.array([0] * index.num_rows, pa.int32()))
+    found = fussy.FussyPropose(detect)(stages.load(shard)).to_pylist()
+    failed = [(Path(row["uri"]).name, row["stage"], row["error"]) for row in found if row["error"]]
+    assert failed == [("green.png", "detect", "RuntimeError: CUDA out of memory. Tried to allocate 20.00 GiB")]
+    assert all(row["boxes_xyxy"] for row in found if not row["error"])
+
+
+class Raises:
+    """A stage."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        raise self.error
+
+
+@ray.remote(max_restarts=0)
+class Doomed:
+    def end(self) -> None:
+        os._exit(1)
+
+
+def _in_a_task(error: Exception) -> None:
+    table = pa.table({"x": [1]})
+    with faults.crossing():
+        pipeline.collect(pipeline.through(pipeline.shards_of(table, pipeline.evenly(table, 1)), "x", Raises(error)))
+
+
+def test_mistakes_found_in_a_task_cross_as_themselves(ray_session: Session) -> None:
+    with pytest.raises(UserError) as mistake:
+        _in_a_task(UserError("lower retriever.top_k"))
+    assert type(mistake.value) is UserError and str(mistake.value) == "lower retriever.top_k"
+    with pytest.raises(Unavailable) as away:
+        _in_a_task(Unavailable("Milvus at x stayed away"))
+    assert type(away.value) is Unavailable and str(away.value) == "Milvus at x stayed away"
+
+
+def test_a_crash_in_a_task_stays_a_crash(ray_session: Session) -> None:
+    with pytest.raises(Exception, match="a bug") as crash:
+        _in_a_task(ValueError("a bug"))
+    assert not isinstance(crash.value, UserError | Unavailable)
+
+
+def test_a_process_that_is_gone_is_one_line(ray_session: Session) -> None:
+    with pytest.raises(Unavailable, match="a process of the run died") as gone, faults.crossing():
+        ray.get(Doomed.remote().end.remote())  # type: ignore[attr-defined]
+    assert "\n" not in str(gone.value)
