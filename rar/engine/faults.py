@@ -48,9 +48,10 @@ def told(error: BaseException) -> UserError | Unavailable | None:
         chain.append(inner)
     for one in chain:
         if isinstance(one, UserError | Unavailable) and not isinstance(one, RayTaskError):  # Ray makes a type that is both
-            return one
-    words = next((words for kind, words in GONE.items() if isinstance(chain[-1], kind)), None)
-    return Unavailable(f"{words} ({reason(chain[-1])})") if words else None
+            words, *advice = str(one).splitlines() or [""]  # Ray Data writes advice on retries below
+            return type(one)(words) if advice else one
+    said = next((words for kind, words in GONE.items() if isinstance(chain[-1], kind)), None)
+    return Unavailable(f"{said} ({reason(chain[-1])})") if said else None
 
 
 def _inner(error: BaseException) -> BaseException | None:
@@ -66,12 +67,8 @@ def crossing() -> Iterator[None]:
     """Around all that a command does with Ray."""
     try:
         yield
-    except (UserError, Unavailable) as error:
-        if not isinstance(error, RayTaskError):
-            raise
-        raise (told(error) or error) from None
     except Exception as error:
         known = told(error)
-        if known is None:
+        if known is None or known is error:
             raise
         raise known from None

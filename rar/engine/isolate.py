@@ -12,7 +12,6 @@ row that runs out of memory alone is at fault itself, and changes no later batch
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -71,7 +70,6 @@ class Isolate(Generic[Row, Answer]):
             return answers
         faults.append(fault)
         if is_memory(fault):
-            gc.collect()
             self.relieve()
         if len(rows) == 1:
             return [fault]

@@ -8,6 +8,7 @@ rows), which the writer sums up.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -334,6 +335,7 @@ def free_gpu_memory() -> None:
     """What torch holds back for later goes to who asks now; nothing where no GPU is in use."""
     import torch
 
+    gc.collect()  # tensors of the failed try may hang in cycles
     torch.cuda.empty_cache()
 
 

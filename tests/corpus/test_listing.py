@@ -493,7 +493,6 @@ def test_real_photos_by_folder_and_by_manifest() -> None:
         ({"uri": "list.json"}, "is a list, no COCO file"),
         ({"uri": "zero.json"}, "no images in .*zero.json"),
         ({"uri": "nosuchprotocol://x"}, "cannot read nosuchprotocol"),
-        ({"uri": ""}, "the name is empty"),
     ],
 )
 def test_a_mistake_is_one_clear_line(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rar.engine.isolate import Broken, Isolate, is_memory, parted
@@ -45,7 +45,6 @@ def test_the_reason_is_one_line() -> None:
     assert (good, values, faults) == ([0, 2], [0, 4], {1: "ValueError: cannot stand [1] and more lines"})
 
 
-@settings(deadline=None)  # each halving collects garbage
 @given(st.integers(1, 70), st.integers(1, 70))
 def test_a_batch_too_large_for_memory_is_halved_and_the_size_remembered(n: int, room: int) -> None:
     fake, relieved = Fake(set(), room), []
