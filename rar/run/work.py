@@ -68,6 +68,8 @@ def detect_work(settings: Config) -> Work:
         listed = coco.is_json(corpus)
         pictures = coco.list_pictures(corpus) if listed else coco.without_boxes(named.read(corpus).index)
         return Work(pictures, True, ERRORS.empty_table())
+    if os.path.isdir(corpus.uri):
+        raise UserError(f"{corpus.uri} is a folder, no JSON of boxes; name a COCO or LVIS JSON, or set detect.detector")
     index, faults = coco.read_boxes(corpus, settings.detect)
     return Work(index, True, pa.Table.from_pylist(faults, ERRORS))
 
