@@ -125,13 +125,12 @@ def every_file(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 AGAIN = """
-import sys, time
+import sys
 from pathlib import Path
 from jobs.classify import run
 code = run("classify", Path(sys.argv[1]), Path(sys.argv[2]), [], False, False)
 heavy = {"ray", "torch", "transformers", "open_clip"} & set(sys.modules)
 assert not heavy, heavy
-assert time.process_time() < 5, time.process_time()
 sys.exit(code)
 """
 
