@@ -245,3 +245,9 @@ def test_the_reference_loads_as_the_defaults_and_holds_every_key(tmp_path: Path)
 def test_configs_as_people_have_them(name: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         config.load(SHARED_DATA.parent / "cases" / "config" / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("corpus", [{}, {"uri": ""}, {"uri": "a", "dataset": "oxford_pets", "root": "b", "split": "test"}])
+def test_a_corpus_has_one_source(corpus: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"give uri \(where the images lie\) or dataset"):
+        config.build({"corpus": corpus})
