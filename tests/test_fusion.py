@@ -53,7 +53,7 @@ def top1(case: Case, calibration: Calibration) -> float:
 finite = st.floats(-50, 50)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data(), st.integers(0, 8), finite, finite, st.sampled_from(list(RankStatus)), st.booleans())
 def test_fused_order_is_a_permutation_and_probabilities_sum_to_one(
     data: st.DataObject, n: int, a: float, b: float, status: RankStatus, scored: bool
@@ -108,7 +108,7 @@ def test_default_asks_always_unless_there_is_nothing_to_order() -> None:
     assert fusion.routed(candidates(1), Calibration())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(0, 100), st.floats(0, 100), st.one_of(st.just(math.inf), st.floats(0, 1)), st.integers(0, 9999))
 def test_calibration_survives_json(a: float, b: float, threshold: float, images: int) -> None:
     calibration = Calibration(a, b, a, threshold, 0.1, images, 0.5, None)

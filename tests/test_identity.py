@@ -80,7 +80,7 @@ def fingerprint(of: Config) -> str:
     return identity.fingerprint(identity.of_run(of))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(some_of(SPEED), some_of(METRICS), some_of(RESULT))
 def test_what_decides_speed_or_metrics_alone_is_left_out(
     speed: dict[str, Any], metrics: dict[str, Any], result: dict[str, Any]
@@ -88,7 +88,7 @@ def test_what_decides_speed_or_metrics_alone_is_left_out(
     assert identity.of_run(with_values({**speed, **metrics, **result})) == identity.of_run(with_values(result))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(some_of(RESULT), some_of(RESULT))
 def test_anything_else_changes_the_identity_and_is_named(first: dict[str, Any], second: dict[str, Any]) -> None:
     one, other = with_values(first), with_values(second)

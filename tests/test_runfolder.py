@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rar import config, identity, runfolder
@@ -292,7 +292,6 @@ def test_files_can_be_read_by_anyone(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "errors").to_pylist() == failed("b").to_pylist()
 
 
-@settings(deadline=None)
 @given(shards=st.lists(st.dictionaries(st.sampled_from(["read.rows", "read.seconds", "mllm.calls"]), st.integers(0, 99))))
 def test_stats_are_summed_over_shards(tmp_path_factory: pytest.TempPathFactory, shards: list[dict[str, float]]) -> None:
     folder = RunFolder(tmp_path_factory.mktemp("run"))

@@ -4,7 +4,7 @@ import hashlib
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rar import schema
@@ -33,7 +33,6 @@ def test_a_ranking_is_nothing_else(order: tuple[int, ...]) -> None:
         Ranking(order, RankStatus.RANKED)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(-1, 5), max_size=5))
 def test_only_permutations_are_accepted(order: list[int]) -> None:
     if set(order) == set(range(len(order))):  # as many different numbers as places: each once
@@ -48,7 +47,6 @@ def test_an_image_is_named_by_its_content() -> None:
     assert len(content_id(b"")) == 32
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=20), st.binary(max_size=20))
 def test_equal_content_equal_id(first: bytes, second: bytes) -> None:
     assert (content_id(first) == content_id(second)) == (first == second)
@@ -56,7 +54,6 @@ def test_equal_content_equal_id(first: bytes, second: bytes) -> None:
     assert content_id(first, BOX) != content_id(first)
 
 
-@settings(deadline=None)
 @given(st.tuples(finite, finite, finite, finite), st.integers(0, 3))
 def test_a_box_that_moves_a_pixel_is_another_id(box_xyxy: tuple[float, ...], side: int) -> None:
     moved = [value + (position == side) for position, value in enumerate(box_xyxy)]

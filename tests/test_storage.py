@@ -84,7 +84,6 @@ def test_numbered_parts_are_in_natural_order(root: str) -> None:
     assert storage.files(root, ".npy") == storage.files(f"{root}/p_*.npy") == found
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("a0129_/", max_size=6), max_size=6))
 def test_natural_order_is_an_order(names: list[str]) -> None:
     found = sorted(names, key=storage.natural)
@@ -117,7 +116,7 @@ def test_loops_of_links_end(tmp_path: Path) -> None:
     assert walked(tmp_path / "set") == ["cat/all/1.png", "dog/all/1.png", "gone", "self"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     folders=st.lists(
         st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map("/".join), min_size=1, max_size=6, unique=True
@@ -167,7 +166,6 @@ def test_suffixes_and_hidden_names(name: str, suffix: str, hidden: bool) -> None
     assert (storage.suffix(name), storage.hidden(name)) == (suffix, hidden)
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("ab.", min_size=1, max_size=4), min_size=1, max_size=4))
 def test_a_name_is_hidden_by_any_of_its_parts(parts: list[str]) -> None:
     alone = [storage.hidden(part) for part in parts]

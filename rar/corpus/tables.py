@@ -219,7 +219,8 @@ def _checked(reader: Any, file: str) -> Iterator[list[str]]:
         width = width or len(row)
         if len(row) < width or any(row[width:]):
             raise UserError(
-                f"corpus: {file}, line {reader.line_num}: {len(row)} cells under {width} columns; quote what holds a delimiter"
+                f"corpus: {file}, line {reader.line_num}: {len(row)} cells under {width} columns; quote what holds a delimiter "
+                "or a line end"
             )
         yield row[:width]
 

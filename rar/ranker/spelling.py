@@ -289,10 +289,14 @@ def _mention(
         return None
     gaps = [text[a.end : b.start] for a, b in pairwise(inside)]
     said = tuple(token.word for token in inside)
+    parted = [  # two lines, two names
+        "\n" in gap and joined(said[:number], [token.stem for token in inside[:number]]) in vocabulary.joined
+        for number, gap in enumerate(gaps, 1)
+    ]
     fits: dict[tuple[bool, bool, int, int], list[int]] = {}
     for name, position, alias in spellings:
         own = list(zip(name.gaps, name.wraps, strict=True)) if len(name.words) == length else [("", False)] * len(gaps)
-        if all(_gap_fits(gap, *pair, inside[0].stem in vocabulary.joined) for gap, pair in zip(gaps, own, strict=True)):
+        if all(_gap_fits(gap, *pair, two) for gap, pair, two in zip(gaps, own, parted, strict=True)):
             there = text[max(0, start - name.lead) :][: len(name.raw)]
             case = 2 if there == name.raw else 1 if there.casefold() == name.raw.casefold() else 0
             same = name.words == said or (len(name.words) != length and name.compact == "".join(said))
@@ -306,10 +310,8 @@ def _mention(
     return Mention(start, end, candidates, best[0] and (best[1] or len(candidates) == 1), _negated(text, words, place, end))
 
 
-def _gap_fits(gap: str, own: str, wraps: bool, first_is_name: bool) -> bool:
-    if "\n" in gap and not wraps and first_is_name:  # two lines, two names
-        return False
-    return bool(SOFT_GAP.fullmatch(gap)) or SPACES.sub("", gap) == own
+def _gap_fits(gap: str, own: str, wraps: bool, parted: bool) -> bool:
+    return not (parted and not wraps) and (bool(SOFT_GAP.fullmatch(gap)) or SPACES.sub("", gap) == own)
 
 
 def english_word(text: str, start: int, end: int) -> bool:

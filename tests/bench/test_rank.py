@@ -1,6 +1,6 @@
 """The ranker's benches on a few images: every row is there, and both sides do the same work.
 
-Run: pytest tests/test_bench_rank.py. Not covered: speed, which `rar bench rank` measures; a GPU.
+Not covered: speed, which `rar bench rank` measures; a GPU.
 """
 
 from __future__ import annotations

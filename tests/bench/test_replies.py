@@ -1,4 +1,4 @@
-"""rar bench replies: counts over a file of replies. Run: pytest tests/bench/test_replies.py"""
+"""rar bench replies: counts over a file of replies."""
 
 from __future__ import annotations
 

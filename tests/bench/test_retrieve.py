@@ -1,6 +1,6 @@
 """The bench of the memory on a few vectors: every row is there, and what it counts is right.
 
-Run: pytest tests/test_bench_retrieve.py, and with -m server for the real server.
+With -m server: the real server.
 Not covered: speed, which `rar bench retrieve` measures.
 """
 

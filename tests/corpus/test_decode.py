@@ -522,7 +522,7 @@ def mutants(draw: st.DrawFn) -> bytes:
 
 
 @given(data=st.one_of(st.binary(max_size=200), mutants()), min_side=st.sampled_from([None, 1, 4]))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_any_bytes_give_pixels_or_a_row_error(data: bytes, min_side: int | None) -> None:
     try:

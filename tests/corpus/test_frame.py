@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
@@ -27,7 +27,6 @@ def png(width: int, height: int, orientation: int, box: tuple[int, int, int, int
     return buffer.getvalue()
 
 
-@settings(deadline=None)
 @given(st.integers(5, 8), st.data())
 def test_a_box_of_the_stored_picture_is_found_in_the_upright_one(orientation: int, draw: st.DataObject) -> None:
     width, height = draw.draw(st.sampled_from([(20, 31), (31, 20), (8, 40)]))

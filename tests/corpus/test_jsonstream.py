@@ -21,7 +21,7 @@ encodings = st.sampled_from(["utf-8", "utf-8-sig", "utf-16"])
 documents = st.lists(values, max_size=5) | st.dictionaries(st.text(max_size=4), values, max_size=5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     documents, st.integers(1, 9), st.sampled_from([None, 1]), st.booleans(), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"])
 )
@@ -37,7 +37,6 @@ def test_items_are_those_of_json_loads(
         assert repr(list(items(path, "a test"))) == repr(expected)  # NaN is not equal to itself
 
 
-@settings(deadline=None)
 @given(documents, st.data())
 def test_a_damaged_document_is_refused_as_json_loads_refuses_it(
     tmp_path_factory: pytest.TempPathFactory, data: Any, draw: st.DataObject

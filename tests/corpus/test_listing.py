@@ -604,7 +604,7 @@ def test_one_broken_row_group_does_not_take_the_others_along(tmp_path: Path) -> 
         max_size=8,
     )
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_rows_give_one_result_each(rows: list[tuple[str, int | None, int | None]]) -> None:
     results = read_many([uri for uri, _, _ in rows], [offset for _, offset, _ in rows], [size for _, _, size in rows])
     assert len(results) == len(rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rar.config import Memory
@@ -55,7 +55,6 @@ def slow_draw(labels: list[str], shots: int, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["ü", "a", "b c", "zz"]), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 9))
 def test_shots_are_drawn_class_by_class_and_nested(labels: list[str], shots: int, seed: int) -> None:
     drawn = support.draw(rows(labels), shots, seed)["row"].to_pylist()

@@ -3,12 +3,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rar.config import Corpus
@@ -96,6 +97,7 @@ def test_large_cells_blank_lines_and_trailing_delimiters(tmp_path: Path) -> None
     [
         (b"uri,label\na,cat\nb\n", "line 3: 1 cells under 2 columns"),
         (b"uri,label\na,cat,sat\n", "line 2: 3 cells under 2 columns"),
+        (b"uri,label,note\na,cat,x\ry\n", "line 3: 1 cells under 3 columns; quote what holds a delimiter or a line end"),
         (b'uri,label\na,"cat\nb,dog\n', "line 3: unexpected end of data; check the quotes"),
         (b'uri,label\na,"cat"s\n', "line 2: .*; check the quotes"),
         (b"uri\ncaf\xe9\n", "neither UTF-8 nor UTF-16; save it as UTF-8"),
@@ -111,6 +113,14 @@ def test_csv_with_two_readings_is_refused_with_its_line(tmp_path: Path, data: by
 CELLS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 
+def written(row: Sequence[str], delimiter: str, quoting: int) -> str:
+    r"""One row without its line end. Python before 3.13 quotes a cell for those line ends alone that it writes itself, and
+    leaves a lone \r bare between \n: a file of two readings, which is refused."""
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter, lineterminator="\r\n", quoting=quoting).writerow(row)  # type: ignore[arg-type]
+    return text.getvalue().removesuffix("\r\n")
+
+
 @given(
     rows=st.lists(st.tuples(CELLS, CELLS, CELLS), max_size=6),
     order=st.permutations(["uri", "label", "note"]),
@@ -119,7 +129,6 @@ CELLS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
     end=st.sampled_from(["\n", "\r\n"]),
     quoting=st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC]),
 )
-@settings(deadline=None)
 def test_what_python_writes_is_what_is_read(
     tmp_path_factory: pytest.TempPathFactory,
     rows: list[tuple[str, str, str]],
@@ -129,10 +138,7 @@ def test_what_python_writes_is_what_is_read(
     end: str,
     quoting: int,
 ) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter=delimiter, lineterminator=end, quoting=quoting)  # type: ignore[arg-type]
-    writer.writerows([order, *rows])
-    data = text.getvalue().encode(encoding)
+    data = "".join(written(row, delimiter, quoting) + end for row in [order, *rows]).encode(encoding)
     uris, labels = names_in(tmp_path_factory.mktemp("csv"), data)
     assert uris == [row[order.index("uri")] or None for row in rows]
     assert labels == [tables.label(row[order.index("label")]) for row in rows]

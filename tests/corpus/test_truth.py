@@ -169,7 +169,7 @@ files = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(files)
 def test_any_file_is_read_or_refused_and_counts_add_up(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"

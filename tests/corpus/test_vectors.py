@@ -243,7 +243,7 @@ def test_the_fingerprint_is_of_source_and_dimension() -> None:
 
 
 @given(raw=hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=st.floats(width=32)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_row_has_unit_norm_or_a_reason(tmp_path_factory: pytest.TempPathFactory, raw: np.ndarray) -> None:
     folder = tmp_path_factory.mktemp("any")
     (folder / "a.npy").write_bytes(npy(raw))

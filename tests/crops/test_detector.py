@@ -1,6 +1,6 @@
 """Proposals by open detectors, on tiny randomly initialised checkpoints built here: OWLv2, Grounding DINO, MM-Grounding DINO.
 
-Run: pytest tests/test_propose.py. Not covered: whether a proposal is any good (random weights), GPUs.
+Not covered: whether a proposal is any good (random weights), GPUs.
 """
 
 from __future__ import annotations

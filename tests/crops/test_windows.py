@@ -133,7 +133,7 @@ def test_crops_equal_the_slow_definition(outside: windows.Outside, view: windows
     assert_alike(plain_crops(image, BOXES, crop, view), result.astype(int))  # what the benchmark compares with
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.tuples(st.floats(0, 99), st.floats(0, 69), st.floats(1, 200), st.floats(1, 200)),
     st.sampled_from(OUTSIDES),
@@ -149,7 +149,7 @@ def test_any_box_equals_the_slow_definition(
     assert_alike(got, slow_crop(image, np.array([x, y, x + w, y + h]), crop, view))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(OUTSIDES), st.sampled_from(VIEWS))
 def test_a_plain_image_gives_plain_crops(height: int, width: int, outside: windows.Outside, view: windows.View) -> None:
     image = np.full((height, width, 3), (200, 100, 50), np.uint8)

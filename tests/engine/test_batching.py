@@ -88,7 +88,7 @@ def test_a_caller_that_went_away_is_not_worked_for() -> None:
     assert asyncio.run(run()) == [[0], [4]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 9).map(lambda number: 2 * number), max_size=40), st.integers(1, 40))
 def test_every_item_is_answered_in_order_and_no_batch_is_over_its_limit(items: list[int], limit: int) -> None:
     async def run() -> None:

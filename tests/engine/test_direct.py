@@ -1,6 +1,6 @@
 """Asking servers without a replica between, in process. The whole way through Ray is in tests/run/test_recognise.
 
-Run: pytest tests/engine/test_direct.py. Not covered: a cluster whose workers reach a server by other ways than the driver.
+Not covered: a cluster whose workers reach a server by other ways than the driver.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""MilvusSink against a real embedded Milvus, ShardSink against a run folder, by blocks as the stages make them.
-
-Run: pytest tests/test_sinks.py
-"""
+"""MilvusSink against a real embedded Milvus, ShardSink against a run folder, by blocks as the stages make them."""
 
 from __future__ import annotations
 

@@ -478,7 +478,7 @@ def test_rank_passes_rows_with_errors_on() -> None:
     assert [images for images, _ in ask.asked] == [[b"\x00", b"\x02"]]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(FAULT_PATTERNS, st.booleans(), st.sampled_from([0.0, 0.4, np.inf]))
 def test_every_row_leaves_as_a_prediction_or_as_an_error(
     photos: Path, images: Entries, faults: list[str | None], is_ranked: bool, threshold: float
@@ -527,7 +527,6 @@ def test_timed_of_no_rows() -> None:
     assert table["seconds_idle"].to_pylist() == []
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 4), st.data())
 def test_vectors_survive_arrow(n: int, dim: int, data: st.DataObject) -> None:
     vectors = np.random.default_rng(0).normal(size=(n, dim)).astype(np.float32)
@@ -540,7 +539,6 @@ def test_vectors_survive_arrow(n: int, dim: int, data: st.DataObject) -> None:
         np.testing.assert_array_equal(vectors_of(table.slice(n - cut)), vectors[n - cut :])
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 99), st.text(max_size=5), st.floats(-9, 9, width=32)), max_size=3), max_size=4)
 )

@@ -7,7 +7,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rar.evaluation.clustering import cluster_accuracy, semantic_similarity
@@ -26,14 +26,12 @@ def best_pairing(predicted: list[str], truth: list[str]) -> float:
     return max(hits) / len(truth)
 
 
-@settings(deadline=None)  # the first call imports scipy
 @given(PAIRS)
 def test_clusters_against_every_pairing(pairs: list[tuple[str, str]]) -> None:
     predicted, truth = [guess for guess, _ in pairs], [true for _, true in pairs]
     assert cluster_accuracy(predicted, truth) == pytest.approx(best_pairing(predicted, truth))
 
 
-@settings(deadline=None)  # the first call imports scipy
 @given(PAIRS)
 def test_names_of_clusters_do_not_matter(pairs: list[tuple[str, str]]) -> None:
     predicted, truth = [guess for guess, _ in pairs], [true for _, true in pairs]

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rar.evaluation.intervals import (
@@ -106,7 +106,6 @@ def test_over_seeds_is_students_t() -> None:
     assert over_seeds([0.7])[0] == 0.7 and math.isnan(over_seeds([0.7])[1]) and math.isnan(over_seeds([])[0])
 
 
-@settings(deadline=None)  # the first call imports scipy
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40))
 def test_mcnemar_against_counting_coin_tosses(pairs: list[tuple[bool, bool]]) -> None:
     """The chance that fair coins, one for each image that the arms disagree on, fall at least as unevenly as seen."""

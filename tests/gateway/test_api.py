@@ -381,7 +381,7 @@ queries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200) | json_values.map(json.dumps).map(str.encode) | queries.map(json.dumps).map(str.encode))
 @example(json.dumps(good(candidates=["\udfff"])).encode())
 def test_whatever_is_sent_is_refused_in_one_line_or_ranked(body: bytes) -> None:
@@ -393,7 +393,7 @@ def test_whatever_is_sent_is_refused_in_one_line_or_ranked(body: bytes) -> None:
             assert reply.error and reply.status in (400, 413, 422)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=60), st.sampled_from([b"", png(), png()[:40], b"P6 8 8 255\n", b"GIF89a", b"\xff\xd8\xff\xe0"]))
 def test_whatever_bytes_are_called_a_picture(tail: bytes, head: bytes) -> None:
     reply = post("/rank", good(image=text(head + tail)))

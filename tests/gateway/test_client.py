@@ -1,6 +1,6 @@
 """The client against the API itself over real HTTP, with a backend that counts; and the command `rar ask`.
 
-Run: pytest tests/gateway/test_client.py. The whole service behind the API is in test_app.
+The whole service behind the API is in test_app.
 """
 
 from __future__ import annotations

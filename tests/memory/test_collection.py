@@ -1,6 +1,6 @@
 """The memory's contract on embedded Milvus and on a real server, against exact search in numpy.
 
-Run: pytest tests/test_memory.py, and with -m server for the real server.
+With -m server: the real server.
 Not covered: servers newer than 2.3.5, and collections on several nodes.
 """
 

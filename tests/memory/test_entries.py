@@ -56,7 +56,7 @@ def test_hits_are_cut_and_padded() -> None:
     assert found.entry_ids == [["a", "b"], ["d", ""], ["", ""]]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.0]), st.text("ab", min_size=1)), max_size=4), max_size=4))
 def test_order_is_score_then_id_and_padding_stays_last(rows: list[list[tuple[float, str]]]) -> None:
     found = hits(

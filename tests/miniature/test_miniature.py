@@ -88,7 +88,7 @@ def test_world_seeds_end(seed: int) -> None:
         vocabulary("novel", seed)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(specs, st.integers(0, 999))
 def test_a_photo_is_a_function_of_its_key(spec: Spec, number: int) -> None:
     first = render(spec, 64, rng_of(0, "test", spec.name, number))
@@ -98,7 +98,7 @@ def test_a_photo_is_a_function_of_its_key(spec: Spec, number: int) -> None:
         assert (first != render(spec, 64, rng_of(*key))).any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(specs, st.floats(12, 60), st.floats(-0.3, 1.3), st.floats(-0.3, 1.3), st.integers(0, 99))
 def test_the_box_of_an_object_is_tight(spec: Spec, radius: float, x: float, y: float, seed: int) -> None:
     """Against the pixels that a flat picture loses; half-covered ones at the edge may count or not. May leave the picture."""

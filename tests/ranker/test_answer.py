@@ -1,6 +1,6 @@
 """Where replies state their answer: siblings of every kind of reply that models were seen to give.
 
-Each is (reply, candidates joined by "|", the stated answer). Run: pytest tests/ranker/test_answer.py
+Each is (reply, candidates joined by "|", the stated answer).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The answer cache: what comes back is what was put, another question is a miss, and damage is never an answer.
 
-Run: pytest tests/test_cache.py. Not covered: a real NFS mount.
+Not covered: a real NFS mount.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Label priors of models whose liking is known, and position-consistency of rankers whose answer is obvious.
 
-Run: pytest tests/test_debias.py. Not covered: whether a real model gets better (`rar bench rank` measures the miniature).
+Not covered: whether a real model gets better (`rar bench rank` measures the miniature).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The endpoint ranker over real HTTP: a small server here that sees colours and can misbehave, `transformers serve` and vLLM.
 
-Run: pytest tests/ranker/test_endpoint.py, and with -m server for the real ones. Not covered: TLS, hosted models.
+With -m server: the real ones. Not covered: TLS, hosted models.
 """
 
 from __future__ import annotations
@@ -589,7 +589,7 @@ def test_any_body_is_a_reply_or_a_fault(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("offers", [Offers(True, True), Offers(False, True), Offers(False, False)])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=bodies, status=st.sampled_from([200, 200, 200, 400, 429, 500]))
 def test_any_reply_gives_a_permutation(shared_server: Server, offers: Offers, body: bytes, status: int) -> None:
     shared_server.answer = lambda _: Response(body, status)
@@ -628,7 +628,7 @@ def test_a_name_is_data(server: Server, offers: Offers) -> None:
         assert len(text.splitlines()) == 1 + 9 + 1
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=st.lists(st.text(max_size=30), min_size=2, max_size=28))
 def test_any_names_give_a_permutation(shared_server: Server, names: list[str]) -> None:
     shared_server.answer, asker = colour_model(), ranker(shared_server, attempts=1)

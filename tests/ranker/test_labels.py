@@ -1,7 +1,4 @@
-"""Labels as tokens, on tokenizers made of a table. Whole tokenizers are in test_mllm, whole vocabularies in test_rank.
-
-Run: pytest tests/ranker/test_labels.py.
-"""
+"""Labels as tokens, on tokenizers made of a table. Whole tokenizers are in test_mllm, whole vocabularies in test_rank."""
 
 from __future__ import annotations
 

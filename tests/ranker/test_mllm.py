@@ -1,6 +1,6 @@
 """Loading a checkpoint: what is refused and how, adapters, quantisation; and how pictures and labels reach the model.
 
-Run: pytest tests/test_mllm.py. Not covered: GPUs, hub names, remote code; quantisation where bitsandbytes is not installed.
+Not covered: GPUs, hub names, remote code; quantisation where bitsandbytes is not installed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The pace against engines in virtual time: three kinds of latency and one that refuses, each beside every fixed number.
 
-Run: pytest tests/ranker/test_pace.py. Times are simulated, so that a busy machine changes nothing. The pace over real HTTP is
-in test_endpoint.
+Times are simulated, so that a busy machine changes nothing. The pace over real HTTP is in
+test_endpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the MLLM is asked, word by word. Run: pytest tests/ranker/test_prompt.py"""
+"""What the MLLM is asked, word by word."""
 
 from __future__ import annotations
 

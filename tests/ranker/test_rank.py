@@ -1,6 +1,6 @@
 """The ranker against slow oracles (one forward pass a reply, no batch, padding or cache) on tiny checkpoints of all families.
 
-Run: pytest tests/test_rank.py. Not covered: whether a ranking is any good (random weights), GPUs, remote code.
+Not covered: whether a ranking is any good (random weights), GPUs, remote code.
 """
 
 from __future__ import annotations

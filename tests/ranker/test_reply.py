@@ -1,7 +1,4 @@
-"""The reply parser: literal replies whose answer is obvious, properties over any text, and real answers of GPT-4V.
-
-Run: pytest tests/ranker/test_reply.py
-"""
+"""The reply parser: literal replies whose answer is obvious, properties over any text, and real answers of GPT-4V."""
 
 from __future__ import annotations
 
@@ -124,6 +121,7 @@ def test_longer_name_wins_at_a_place():
 def test_names_do_not_reach_across_separators():
     names = ["sofa", "bed", "sofa bed", "bed, sofa"]
     assert parse("['bed', 'sofa', 'sofa bed', 'bed, sofa']", names) == ((1, 0, 2, 3), RANKED)
+    assert parse("1. red red\n2. red red red", ["red red", "red red red"]) == ((0, 1), RANKED)
 
 
 def test_digits_as_names_survive_numbering():
@@ -149,10 +147,10 @@ def test_plural_and_singular_are_two_classes():
     "unit", ["a ", "[", "sparrow ", "sparow, ", "not a ", "aaaa,", " ", "answer ", "'", "\n1. ", "\\", "A, "]
 )
 def test_endless_replies_take_no_time(unit: str):
-    began = time.perf_counter()
+    began = time.process_time()  # of this process alone: other work on the machine is no fault of the parser
     order, _ = parse(unit * 300_000, BIRDS)
     assert sorted(order) == [0, 1, 2]
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_match_name():
@@ -175,7 +173,6 @@ TEXTS = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(response=TEXTS, names=st.lists(TEXTS, max_size=6))
 def test_any_text_gives_a_permutation(response: str, names: list[str]):
     order, status = parse(response, names)
@@ -206,7 +203,7 @@ def distinct(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     names=st.lists(
         st.lists(WORDS, min_size=1, max_size=4).map(" ".join).filter(distinct), min_size=1, max_size=7, unique_by=distinct
@@ -219,33 +216,50 @@ def test_rendered_lists_are_recovered(names: list[str], style: Callable[[list[st
     assert parse(style([names[position] for position in order]), names) == (order, RANKED)
 
 
+def some_or_all(*recorded: tuple[str, float, float]) -> list:
+    """(file, every n-th case, at least so many percent) of (file, percent of every tenth case as measured, percent of all)."""
+    return [
+        pytest.param(file, every, percent, marks=marks, id=f"{file}-{every}")
+        for file, some, whole in recorded
+        for every, percent, marks in ((10, some, ()), (1, whole, pytest.mark.slow))
+    ]
+
+
 @needs_data
 @pytest.mark.parametrize(
-    ("dataset", "published"), [("aircraft", 56.6), ("cars", 62.7), ("dtd", 57.7), ("eurosat", 46.8), ("caltech101", 93.7)]
+    ("dataset", "every", "at_least"),
+    some_or_all(
+        ("aircraft", 59.8, 56.1), ("cars", 67.2, 62.2), ("dtd", 65.0, 57.2), ("eurosat", 47.2, 46.3), ("caltech101", 92.7, 93.2)
+    ),
 )
-def test_published_accuracies_of_gpt4v(dataset: str, published: float):
-    """The first written name that is in the vocabulary, over the images that were answered, as the authors count."""
+def test_published_accuracies_of_gpt4v(dataset: str, every: int, at_least: float):
+    """The first written name that is in the vocabulary, over the images that were answered, as the authors count.
+
+    All of them: the published 56.6, 62.7, 57.7, 46.8 and 93.7, less half a percent.
+    """
     data = json.loads((SHARED_DATA / "gpt4v_rankings" / f"{dataset}.json").read_text())
     vocabulary = Vocabulary(data["class_names"])
-    found = {text: match_name(text, vocabulary) for texts in data["responses"].values() for text in texts}
+    answers = list(data["responses"].items())[::every]
+    found = {text: match_name(text, vocabulary) for _, texts in answers for text in texts}
     truth = {name: match_name(name, vocabulary) for name in set(data["truth"].values())}
     assert None not in truth.values()
     right = 0
-    for file, texts in data["responses"].items():
+    for file, texts in answers:
         first = next((found[text] for text in texts if found[text] is not None), None)
         right += first == truth[data["truth"][file]]
-    assert 100 * right / len(data["responses"]) > published - 0.5
+    assert 100 * right / len(answers) > at_least
 
 
 @needs_data
-@pytest.mark.parametrize(("file", "at_least"), [("birds_qwen.json", 0.9), ("birds_gemini.json", 0.9)])
-def test_prose_of_real_models(file: str, at_least: float):
+@pytest.mark.parametrize(("file", "every", "at_least"), some_or_all(("birds_qwen.json", 99, 90), ("birds_gemini.json", 99, 90)))
+def test_prose_of_real_models(file: str, every: int, at_least: float):
     """Out of the name that the reply's own authors extracted and four others, the extracted one is read first."""
     replies = json.loads((SHARED_DATA / "mllm_replies" / file).read_text())
     names = sorted({reply["name"] for reply in replies})
+    asked = list(enumerate(replies))[::every]
     right = 0
-    for seed, reply in enumerate(replies):
+    for seed, reply in asked:
         others = random.Random(seed).sample([name for name in names if name != reply["name"]], 4)
         order, _ = parse(reply["reply"], [*others, reply["name"]])
         right += order[0] == 4
-    assert right / len(replies) >= at_least
+    assert 100 * right / len(asked) > at_least

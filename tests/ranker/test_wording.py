@@ -1,7 +1,4 @@
-"""Prompt files: the built-in one word for word, what a user's file may change, and one clear line for each mistake.
-
-Run: pytest tests/test_wording.py.
-"""
+"""Prompt files: the built-in one word for word, what a user's file may change, and one clear line for each mistake."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Exact candidates against the slow way: float64 scores of every class, sorted one row at a time.
-
-Run: pytest tests/retriever/test_exact.py
-"""
+"""Exact candidates against the slow way: float64 scores of every class, sorted one row at a time."""
 
 from __future__ import annotations
 
@@ -62,7 +59,7 @@ def test_blocks_change_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (exact.propose(head, queries[7:8], 6).columns == whole.columns[7]).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=12, max_size=12), min_size=1, max_size=4), st.integers(1, 14))
 def test_the_best_of_scores_are_the_sorted_columns(rows: list[list[int]], top_k: int) -> None:
     scores = np.where(np.array(rows) == -3, -np.inf, np.array(rows, float))

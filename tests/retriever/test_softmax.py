@@ -87,7 +87,7 @@ def test_separable_images_end_at_finite_weights() -> None:
     assert np.isfinite(found).all() and found[0] > 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 5), st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 10.0]))
 def test_no_step_away_is_better(n_scores: int, n_images: int, n_columns: int, seed: int, strength: float) -> None:
     """The loss is convex, so a point that no small step along any axis improves is its minimum over weights >= 0."""

@@ -52,7 +52,7 @@ def test_a_high_sharpness_does_not_underflow() -> None:
     np.testing.assert_allclose(found, [[-700, -800, -1900]], rtol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(0, 10_000), st.booleans())
 def test_one_neighbor_is_plain_nearest_neighbor(n: int, n_classes: int, seed: int, coarse: bool) -> None:
     """Against a loop: the nearest entry, of equals the one of the lowest class, whatever the classes' sizes."""
@@ -67,7 +67,7 @@ def test_one_neighbor_is_plain_nearest_neighbor(n: int, n_classes: int, seed: in
         assert found[0].argmax() == columns[best]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 25), st.integers(1, 25), st.integers(0, 10_000))
 def test_votes_are_sums_over_the_neighbors(n: int, n_neighbors: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

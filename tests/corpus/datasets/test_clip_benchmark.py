@@ -49,7 +49,7 @@ def read(root: Path, name: str = "wds_vtab/made") -> Listed:
     return named.read(Corpus(dataset=name, root=str(root), split="test"))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.tuples(st.integers(0, 255), st.integers(0, len(NAMES) - 1)), min_size=1, max_size=24),
     each=st.integers(1, 3),

@@ -59,7 +59,7 @@ def pictures(index: pa.Table) -> list[Any]:
 
 
 @pytest.mark.parametrize("write", [hub, saved, saved_dictionary])
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=ROWS, parts=st.integers(1, 3))
 def test_a_round_trip(write: Any, rows: list[tuple[int, int]], parts: int, tmp_path: Path) -> None:
     root = tmp_path / "set #1"
