@@ -19,7 +19,7 @@ def classify(
     guarded(lambda: run("classify", config_file, out, sets or [], dry_run, fresh))
 
 
-def run(verb: str, config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
+def run(verb: str, config_file: Path, out: str | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
     """`rar classify` and `rar detect`, which differ in their work alone."""
     quiet()
     settings = config.load(config_file, sets)

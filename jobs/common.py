@@ -10,13 +10,14 @@ from typing import Annotated
 
 import typer
 
+from rar import storage
 from rar.config import Config
 from rar.runfolder import RunFolder
 from rar.schema import Exit, Unavailable, UserError
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; see the README for every key.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set retriever.top_k=10. Repeatable.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/<verb>-<config's name>.")]
+Out = Annotated[str | None, typer.Option("--out", help="Run folder (a path, s3://...). Default: runs/<verb>-<config's name>.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it would cost; touch nothing.")]
 Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or (default) go on where an equal run stopped.")]
 
@@ -44,8 +45,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_folder_path(out: Path | None, verb: str, config_file: Path) -> Path:
-    return (out or Path("runs") / f"{verb}-{config_file.stem}").expanduser()
+def run_folder_path(out: str | None, verb: str, config_file: Path) -> Path:
+    """Raises UserError for a folder that only this machine would have, where the job runs on a cluster."""
+    if "RAY_ADDRESS" in os.environ and (out is None or not ("://" in out or Path(out).expanduser().is_absolute())):
+        raise UserError(
+            "on a cluster --out must be a place that every node reaches: an absolute path on a shared disk, or s3://..."
+        )
+    return storage.place(out or Path("runs") / f"{verb}-{config_file.stem}")
 
 
 def verdict(folder: RunFolder, settings: Config) -> int:

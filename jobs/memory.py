@@ -49,7 +49,7 @@ def memory(
     guarded(lambda: other(config_file, sets or [], chosen, remove or []))
 
 
-def build_memory(config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
+def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
     quiet()
     settings = config.load(config_file, sets)
     from rar.engine import session

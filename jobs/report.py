@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jobs.common import guarded, quiet, say
 
-Runs = Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)]
-Out = Annotated[Path, typer.Option("--out", help="The page to write.")]
+Runs = Annotated[list[str], typer.Argument(help="Run folders.", show_default=False)]
+Out = Annotated[str, typer.Option("--out", help="The page to write.")]
 
 
-def report(runs: Runs, out: Out = Path("report.html")) -> None:
+def report(runs: Runs, out: Out = "report.html") -> None:
     """Write a page that compares runs: arms, plots, pictures of won and lost cases, errors, timing.
 
     Example: rar report runs/a runs/b --out comparison.html
@@ -21,11 +20,12 @@ def report(runs: Runs, out: Out = Path("report.html")) -> None:
     guarded(lambda: run(runs, out))
 
 
-def run(runs: list[Path], out: Path) -> int:
+def run(runs: list[str], out: str) -> int:
     quiet()
+    from rar import storage
     from rar.report.page import write_report
 
-    write_report(runs, out)
+    write_report([storage.place(run) for run in runs], storage.place(out))
     say(f"wrote {out}")
     return 0
 

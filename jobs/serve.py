@@ -18,7 +18,7 @@ def serve(config_file: ConfigFile, out: Out = None, sets: Sets = None, dry_run: 
     guarded(lambda: run(config_file, out, sets or [], dry_run, fresh))
 
 
-def run(config_file: Path, out: Path | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
+def run(config_file: Path, out: str | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
     quiet()
     settings = config.load(config_file, sets)
     from rar.engine import session

@@ -10,15 +10,13 @@ listing, however many shards there are), its content the seconds and tokens. Cos
 
 A folder is refused to a run of another identity (see identity), in words that say what differs.
 
-The folder must be on a file system that all workers share (one machine, NFS); object stores are not written to.
+The folder lies on any file system that all workers reach (see storage.place): a disk they share, or an object store.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +29,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rar import identity
+from rar import identity, storage
 from rar.config import Config
 from rar.identity import Identity
 from rar.schema import ERRORS, PREDICTIONS, SCHEMA_VERSION, UserError
@@ -43,27 +41,28 @@ BEFORE = "before"  # the part of what failed before there was a shard
 class RunFolder:
     """Paths and rules of one run folder. Opening refuses a folder of another verb or identity."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path.absolute()  # workers may stand elsewhere
+    def __init__(self, path: str | Path) -> None:
+        self.path = storage.place(path)
 
     @classmethod
-    def open(cls, path: Path, verb: str, settings: Config, *, fresh: bool, name: str, group: str) -> RunFolder:
+    def open(cls, path: str | Path, verb: str, settings: Config, *, fresh: bool, name: str, group: str) -> RunFolder:
         """Create the folder, or take up one of the same identity. Raises UserError as `check` does."""
         cls.check(path, verb, settings, fresh=fresh)
         folder = cls(path)
         if fresh:
-            shutil.rmtree(path, ignore_errors=True)
+            storage.remove(folder.path)
         for part in ("predictions", "errors", "done"):
-            (path / part).mkdir(parents=True, exist_ok=True)
-        if (path / "run.json").exists():
+            (folder.path / part).mkdir(parents=True, exist_ok=True)
+        if (folder.path / "run.json").exists():
             folder._pin(identity.of_run(settings))
         else:
             folder.write("run.json", _beginning(verb, settings, name, group))
         return folder
 
     @classmethod
-    def check(cls, path: Path, verb: str, settings: Config, *, fresh: bool) -> None:
+    def check(cls, path: str | Path, verb: str, settings: Config, *, fresh: bool) -> None:
         """Raises UserError for a folder that is not a run's, or (unless `fresh`) holds a run of another verb or identity."""
+        path = storage.place(path)
         if path.is_file():
             raise UserError(f"{path} is a file; choose a folder for --out")
         if not path.exists() or not any(path.iterdir()):
@@ -106,7 +105,7 @@ class RunFolder:
         file = self.path / name
         if not file.exists():
             _write_table(index, file)
-        return pq.read_table(file)
+        return read_table(file)
 
     def pending(self, n_shards: int) -> list[int]:
         """Numbers of the shards that are not done yet."""
@@ -145,7 +144,7 @@ class RunFolder:
             self._mark(BEFORE, 0, errors.num_rows, {})
 
     def _mark(self, part: str, predicted: int, failed: int, stats: Mapping[str, float]) -> None:
-        _replace(self.path / "done" / f"part-{part}_{predicted}_{failed}.json", json.dumps(dict(stats)).encode())
+        storage.write(self.path / "done" / f"part-{part}_{predicted}_{failed}.json", json.dumps(dict(stats)).encode())
 
     def _unmark(self, part: str) -> None:
         for mark in (self.path / "done").glob(f"part-{part}_*.json"):
@@ -165,7 +164,7 @@ class RunFolder:
 
     def proposals(self) -> pa.Table:
         """The boxes of all shards, one row an image."""
-        return pa.concat_tables([pq.read_table(file) for file in sorted((self.path / "proposals").glob("part-*.parquet"))])
+        return pa.concat_tables([read_table(file) for file in sorted((self.path / "proposals").glob("part-*.parquet"))])
 
     def predictions(self) -> pa.Table:
         return _read_parts(self.path / "predictions", PREDICTIONS)
@@ -219,7 +218,7 @@ class RunFolder:
 
     def write(self, name: str, data: Any) -> None:
         """Write JSON, whole or not at all. Raises ValueError for a number that JSON lacks (use None)."""
-        _replace(self.path / name, json.dumps(data, indent=1, allow_nan=False).encode())
+        storage.write(self.path / name, json.dumps(data, indent=1, allow_nan=False).encode())
 
 
 def _beginning(verb: str, settings: Config, name: str, group: str) -> dict[str, Any]:
@@ -252,18 +251,15 @@ def _git_commit() -> str | None:
 
 
 def _read_parts(folder: Path, schema: pa.Schema) -> pa.Table:
-    tables = [pq.read_table(file, partitioning=None) for file in sorted(folder.glob("*.parquet"))]
+    tables = [read_table(file) for file in sorted(folder.glob("*.parquet"))]
     return pa.concat_tables([table.replace_schema_metadata(None).cast(schema) for table in tables] or [schema.empty_table()])
 
 
+def read_table(file: Path) -> pa.Table:
+    with file.open("rb") as stream:
+        return pq.read_table(stream)
+
+
 def _write_table(table: pa.Table, file: Path) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    _replace(file, sink.getvalue())
-
-
-def _replace(file: Path, data: bytes | pa.Buffer) -> None:
-    """Write a file whole or not at all, also when two processes write the same one."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    scratch.write_bytes(data)
-    scratch.replace(file)
+    with storage.writing(file) as stream:
+        pq.write_table(table, stream)

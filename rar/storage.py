@@ -1,4 +1,5 @@
-"""Where files lie: names on any fsspec file system, listed in an order that does not depend on it.
+"""Where files lie: names on any fsspec file system, listed in an order that does not depend on it; and files that are written
+whole or not at all.
 
 A name without `://` is local, and is made absolute, because workers may run in another folder. Files and folders whose name
 starts with a dot are not listed (`.ipynb_checkpoints`, macOS's `._photo.jpg`). `~` is the user's home.
@@ -12,9 +13,12 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, cast
 
 import fsspec
 import pyarrow as pa
@@ -22,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rar.schema import Unavailable, UserError
 
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}  # what is sent there is whole or not there
 NUMBER = re.compile(r"([0-9]+)")
 NUMBER_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -119,6 +124,59 @@ def open_file(file: str) -> Any:
     """A seekable binary stream."""
     fs, path = locate(file)
     return fs.open(path, "rb")
+
+
+def place(name: str | Path) -> Path:
+    """A file or folder on any file system, with the methods of pathlib; a local one is absolute, `~` is the user's home.
+
+    Elsewhere it is a UPath, which has the same methods; what it lists is never remembered, as other processes write there, too.
+    """
+    if "://" not in str(name):
+        return Path(name).expanduser().absolute()
+    if not isinstance(name, str):
+        return name
+    from upath import UPath
+
+    return cast(Path, UPath(name, use_listings_cache=False))
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[IO[bytes]]:
+    """A binary stream for a file that appears when it is whole, or not at all; also when two processes write the same one.
+
+    On a local disk under another name that is then moved. Elsewhere a local file that is then sent, to another name where that
+    file system shows half of what is sent (an object store does not, and moves by copying).
+    """
+    scratch = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    if isinstance(file, os.PathLike):
+        try:
+            with scratch.open("xb") as stream:
+                yield stream
+            scratch.replace(file)
+        finally:
+            scratch.unlink(missing_ok=True)
+        return
+    fs, path = locate(str(file))
+    with tempfile.NamedTemporaryFile() as local:
+        yield cast(IO[bytes], local)
+        local.flush()
+        if OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+            fs.put_file(local.name, str(scratch))
+            fs.mv(str(scratch), path)
+        else:
+            fs.put_file(local.name, path)
+
+
+def write(file: Path, data: bytes | pa.Buffer) -> None:
+    with writing(file) as stream:
+        stream.write(data)
+
+
+def remove(folder: Path) -> None:
+    """A folder with all that is in it; nothing where there is none."""
+    fs, path = locate(str(folder))
+    if kind_of(fs, path):
+        fs.rm(path, recursive=True)
 
 
 def hidden(name: str) -> bool:

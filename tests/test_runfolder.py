@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rar import config, identity, runfolder
+from rar import config, identity, storage
 from rar.runfolder import RunFolder
 from rar.schema import ERRORS, INDEX, PREDICTIONS, UserError
 
@@ -190,21 +192,23 @@ def test_a_kill_between_the_two_files_leaves_the_shard_pending(tmp_path: Path, m
     class Killed(BaseException):
         pass
 
-    def replace(file: Path, data: bytes) -> None:
+    @contextmanager
+    def writing(file: Path) -> Iterator[IO[bytes]]:
         if file.parent.name == "predictions":
             raise Killed
-        whole(file, data)
+        with whole(file) as stream:
+            yield stream
 
-    whole = runfolder._replace
+    whole = storage.writing
     with monkeypatch.context() as patched:
-        patched.setattr(runfolder, "_replace", replace)
+        patched.setattr(storage, "writing", writing)
         with pytest.raises(Killed):
             folder.write_shard(0, predicted("a"), failed("b"), {})
     assert folder.part("errors", 0).exists()
     assert folder.pending(1) == [0]
     folder.write_shard(0, predicted("a"), failed("b"), {})
     with monkeypatch.context() as patched:  # of a shard that is done
-        patched.setattr(runfolder, "_replace", replace)
+        patched.setattr(storage, "writing", writing)
         with pytest.raises(Killed):
             folder.write_shard(0, predicted("a", "b"), failed(), {})
     assert folder.pending(1) == [0]
@@ -218,13 +222,18 @@ def test_a_kill_while_a_file_is_written_leaves_nothing_that_counts(tmp_path: Pat
     folder.write_shard(0, predicted("a"), failed(), {})
     before = folder.read("run.json")
 
-    def half(file: Path, data: bytes) -> int:
-        with file.open("wb") as stream:
-            stream.write(bytes(data)[: len(data) // 2])
+    def half(file: Path, target: Path) -> None:
+        os.truncate(file, file.stat().st_size // 2)
         raise KeyboardInterrupt
 
+    def kept(file: Path, missing_ok: bool = False) -> None:
+        if file.suffix != ".tmp":  # who is killed tidies nothing up
+            unlink(file, missing_ok)
+
+    unlink = Path.unlink
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", half)
+        patched.setattr(Path, "replace", half)
+        patched.setattr(Path, "unlink", kept)
         for write in (
             lambda: folder.write_shard(1, predicted("b"), failed(), {}),
             lambda: folder.write("run.json", {}),

@@ -17,6 +17,7 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.context import _check_cached_client_alive
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
@@ -127,6 +128,7 @@ class Ask:
         retry=retry_if_exception_type((BackPressureError, *GONE)),
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_random_exponential(multiplier=0.2, max=20),
+        before_sleep=lambda _: _check_cached_client_alive(),  # a worker may know a Serve that has ended
         reraise=True,
     )
     def _send(self, batch: Batch) -> list[Ranking]:

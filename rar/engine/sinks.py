@@ -8,7 +8,6 @@ changes nothing.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -82,14 +81,14 @@ class MilvusSink(Datasink[tuple[int, pa.Table]]):
         self.told = pa.concat_tables(tables) if tables else pa.table({})
 
 
-def embedding_file(folder: str, shard: int) -> str:
-    return f"{folder}/part-{shard:06d}.parquet"
+def embedding_file(shard: int) -> str:
+    return f"part-{shard:06d}.parquet"
 
 
 class EmbeddingSink(Datasink[int]):
     """Writes each block, a whole shard, as one parquet file of id, uri, label and vector (float16), on any file system.
 
-    Rows that failed are lines of errors/part-N.jsonl, written first. A file is written under another name and then moved.
+    Rows that failed are lines of errors/part-N.jsonl, written first.
     """
 
     def __init__(self, folder: str) -> None:
@@ -101,20 +100,17 @@ class EmbeddingSink(Datasink[int]):
         return sum(self._write(table) for table in tables if table.num_rows)
 
     def _write(self, table: pa.Table) -> int:
-        fs, folder = storage.locate(self.folder)
+        folder = storage.place(self.folder)
         shard, failed = table["shard"][0].as_py(), pc.is_valid(table["error"])
         good, bad = table.filter(pc.invert(failed)), fitted(table.filter(failed), ERRORS)
         lines = "".join(json.dumps(row) + "\n" for row in bad.to_pylist())
         if lines:
-            fs.pipe_file(f"{folder}/errors/part-{shard:06d}.jsonl", lines.encode())
+            storage.write(folder / "errors" / f"part-{shard:06d}.jsonl", lines.encode())
         halves = vectors_of(good).astype(np.float16) if good.num_rows else np.zeros((0, 1), np.float16)
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(halves.ravel()), halves.shape[1])
         columns = {"id": good["image_id"], "uri": good["uri"], "label": good["label"], "vector": vectors}
-        buffer = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns), buffer)
-        scratch = f"{folder}/.part-{shard:06d}.{os.getpid()}.tmp"
-        fs.pipe_file(scratch, buffer.getvalue().to_pybytes())
-        fs.mv(scratch, embedding_file(folder, shard))
+        with storage.writing(folder / embedding_file(shard)) as stream:
+            pq.write_table(pa.table(columns), stream)
         return good.num_rows
 
 

@@ -21,7 +21,6 @@ class and costs little there, while it may be all that a rare class gets. All ru
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -30,6 +29,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from rar import storage
 from rar.boxes import xyxy_to_xywh
 from rar.corpus.truth import Truth, as_written
 from rar.schema import UserError
@@ -124,17 +124,12 @@ def write_coco_results(path: Path, parts: Iterable[Detections], truth: Truth) ->
     """
     ids = [[as_written(one.id) for one in ones] for ones in (truth.pictures, truth.categories)]
     written = 0
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("w") as file:
-            file.write("[")
-            for lines in chain.from_iterable(_lines(part, *ids) for part in parts):
-                file.write(("\n" if written == 0 else ",\n") + ",\n".join(lines))
-                written += len(lines)
-            file.write("\n]\n")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with storage.writing(path) as file:
+        file.write(b"[")
+        for lines in chain.from_iterable(_lines(part, *ids) for part in parts):
+            file.write((("\n" if written == 0 else ",\n") + ",\n".join(lines)).encode())
+            written += len(lines)
+        file.write(b"\n]\n")
     return written
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from rar import storage
 from rar.schema import Ranking, RankStatus, Unavailable, UserError
 
 KEPT = ("order", "status", "scores", "response", "label_mass", "label_first")
@@ -66,11 +66,9 @@ class AnswerCache:
             return None
 
     def _write(self, path: Path, data: bytes) -> None:
-        draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(exist_ok=True)
-            draft.write_bytes(data)
-            draft.replace(path)
+            storage.write(path, data)
         except OSError as error:
             raise Unavailable(f"ranker.cache {self.folder} cannot be written: {error.strerror}") from None
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rar import identity
+from rar import identity, storage
 from rar.evaluation import metrics
 from rar.report import cards, figures
 from rar.report.view import RunView, number, read_run
@@ -68,7 +68,7 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Report") -> None
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    folders = [read_run(Path(run)) for run in runs]
+    folders = [read_run(run) for run in runs]
     if not folders:
         raise UserError("no run folder to report on")
     environment = Environment(
@@ -85,7 +85,7 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Report") -> None
     page = template.render(title=title, groups=groups, memories=memories, runs=summaries, stages=stages)
     target = out / "report.html" if out.is_dir() else out
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page.strip() + "\n", encoding="utf-8")
+    storage.write(target, (page.strip() + "\n").encode())
 
 
 def _group(name: str, folders: Sequence[RunView]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from rar import boxes, config, fusion
@@ -27,7 +26,7 @@ from rar.columns import box_positions, positions
 from rar.corpus import coco
 from rar.corpus.datasets import named
 from rar.evaluation import metrics
-from rar.runfolder import RunFolder
+from rar.runfolder import RunFolder, read_table
 from rar.schema import INDEX, SCHEMA_VERSION, UserError
 
 BOX_OVERLAP = 0.5  # least IoU at which a proposal takes the label of an object
@@ -104,7 +103,7 @@ def read_run(path: Path) -> RunView:
     folder = RunFolder(path)
     predictions, index = folder.predictions(), INDEX.empty_table()
     if info["verb"] != "memory":
-        index = pq.read_table(path / "index.parquet", partitioning=None)
+        index = read_table(path / "index.parquet")
     places = positions(predictions["row"], index)
     seen: BoxView | None = None
     if info["verb"] == "detect":

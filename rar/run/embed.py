@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -38,14 +39,14 @@ def embed(session: Session, settings: Config, out: str, *, fresh: bool) -> dict[
     work, facts = Work(index, False, ERRORS.empty_table()), facts_of(session, settings, None)
     bounds = work.bounds(settings.run.shard_size)
     note = {"encoder": settings.encoder.model, "fingerprint": facts.fingerprint, "dim": facts.dim, "index": _digest(index)}
-    fs, path = storage.locate(out)
-    _claim(fs, path, out, note | {"shard_size": settings.run.shard_size}, fresh)
-    pending = [number for number in range(len(bounds) - 1) if not fs.exists(embedding_file(path, number))]
+    folder = storage.place(out)
+    _claim(folder, note | {"shard_size": settings.run.shard_size}, fresh)
+    pending = [number for number in range(len(bounds) - 1) if not (folder / embedding_file(number)).exists()]
     if pending:
         settings = settings.model_copy(update={"retriever": Retriever()})  # whatever is looked up later
         rows = steps.embedded(session, settings, work, facts, pending)
-        rows.write_datasink(EmbeddingSink(storage.full_name(fs, path)))
-    failed = sum(len(fs.cat_file(file).splitlines()) for file in fs.glob(f"{path}/errors/part-*.jsonl"))
+        rows.write_datasink(EmbeddingSink(str(folder)))
+    failed = sum(len(file.read_bytes().splitlines()) for file in (folder / "errors").glob("part-*.jsonl"))
     return {"input": index.num_rows, "ok": index.num_rows - failed, "failed": failed}
 
 
@@ -56,15 +57,18 @@ def _digest(index: pa.Table) -> str:
     return digest.hexdigest()[:16]
 
 
-def _claim(fs: Any, path: str, out: str, note: dict[str, Any], fresh: bool) -> None:
+def _claim(folder: Path, note: dict[str, Any], fresh: bool) -> None:
     """Note what the folder is of. Raises UserError where it holds something else."""
-    if fresh and fs.exists(f"{path}/{NOTE}"):
-        fs.rm(path, recursive=True)
-    if fs.exists(f"{path}/{NOTE}"):
-        if json.loads(fs.cat_file(f"{path}/{NOTE}")) != note:
-            raise UserError(f"{out} holds embeddings of another corpus, encoder or shard size; use --fresh, or another --out")
+    known = folder / NOTE
+    if fresh and known.exists():
+        storage.remove(folder)
+    if known.exists():
+        if json.loads(known.read_text()) != note:
+            raise UserError(
+                f"{folder} holds embeddings of another corpus, encoder or shard size; use --fresh, or another --out"
+            )
         return
-    if fs.exists(path) and fs.ls(path):
-        raise UserError(f"{out} is not empty and holds no {NOTE}; choose another --out")
-    fs.makedirs(f"{path}/errors", exist_ok=True)
-    fs.pipe_file(f"{path}/{NOTE}", json.dumps(note, indent=1).encode())
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no {NOTE}; choose another --out")
+    (folder / "errors").mkdir(parents=True, exist_ok=True)
+    storage.write(known, json.dumps(note, indent=1).encode())

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rar import boxes, config, fusion, identity
 from rar.columns import box_positions, candidates_of, positions, rankings_of, vectors_of
@@ -26,7 +25,7 @@ from rar.corpus import coco
 from rar.corpus.datasets import named
 from rar.evaluation import box_groups, clustering, metrics, scoring
 from rar.evaluation.ap import evaluate
-from rar.runfolder import RunFolder
+from rar.runfolder import RunFolder, read_table
 from rar.schema import Candidate, Ranking, RankStatus
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def again(settings: config.Config, folder: RunFolder, boxed: bool) -> tuple[dict
     known: dict[str, float] = folder.read("metrics.json")
     if folder.read("run.json")["measured"] == identity.of_metrics(settings):
         return known, False
-    index = pq.read_table(folder.path / "index.parquet", partitioning=None)
+    index = read_table(folder.path / "index.parquet")
     values = measured(settings, folder, index, boxed) | {key: known[key] for key in KEPT if key in known}
     folder.write_metrics(values, settings)
     return values, True

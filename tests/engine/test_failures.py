@@ -20,7 +20,7 @@ from rar.engine import client, faults, pipeline, stages
 from rar.engine.actors import ModelActor, Pool
 from rar.engine.session import Session
 from rar.run.work import detect_work
-from rar.schema import Unavailable, UserError
+from rar.schema import Ranking, RankStatus, Unavailable, UserError
 from tests.crops.test_detector import save_owlv2
 from tests.engine import fussy
 from tests.engine.fussy import BLUE, GREEN, RED
@@ -115,3 +115,27 @@ def test_a_process_that_is_gone_is_one_line(ray_session: Session) -> None:
     with pytest.raises(Unavailable, match="a process of the run died") as gone, faults.crossing():
         ray.get(Doomed.remote().end.remote())  # type: ignore[attr-defined]
     assert "\n" not in str(gone.value)
+
+
+@serve.deployment
+class Answers:
+    """A ranker's application in so far as it answers."""
+
+    def rank(self, images: list[bytes], names: list[list[str]], prior: object, shown: object) -> list[Ranking]:
+        return [Ranking(tuple(range(len(listed))), RankStatus.RANKED) for listed in names]
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def ask(self, ask: client.Ask) -> list[list[Ranking]]:
+        return ask([([b""], [["a", "b"]])])
+
+
+def test_a_worker_finds_the_serve_that_replaced_the_one_it_knew(ray_session: Session) -> None:
+    worker = Worker.remote()
+    for _ in range(2):
+        serve.start(proxy_location="Disabled", logging_config=client.QUIET)
+        serve.run(Answers.bind(), name="answers", route_prefix=None)
+        ((answer,),) = ray.get(worker.ask.remote(client.Ask("answers", 1)), timeout=60)
+        assert answer.order == (0, 1)
+        serve.shutdown()
