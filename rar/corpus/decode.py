@@ -26,6 +26,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from rar.schema import RowError
 
@@ -71,7 +72,7 @@ KEPT_SEGMENTS = {  # of a JPEG's descriptive ones: how colours are meant, how it
 }
 MAX_PIXELS = 178_956_970  # as many as fit 512 MiB of RGB; Pillow raises above the same number
 JPEG_END = b"\xff\xd9"
-TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+TIFF_ROWS, TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 257, 258, 262, 0
 
 UPRIGHT = {  # EXIF 2.3, tag 0x0112: how the stored picture must be turned
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -142,6 +143,8 @@ def _pixels(data: bytes, min_side: int | None) -> np.ndarray:
                 image.format in ("JPEG", "MPO") and data.find(JPEG_END, stream.tell()) < 0
             ):  # Pillow stopped where the scan starts
                 raise RowError("truncated JPEG: no end marker")
+            if isinstance(image, TiffImageFile):
+                _check_strips(image)
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             image.load()
@@ -231,6 +234,12 @@ def _check_size(width: int, height: int) -> None:
         raise RowError(f"too large: {width} x {height} is more than {MAX_PIXELS:,} pixels")
     if width < 1 or height < 1:
         raise RowError(f"no pixels: {width} x {height}")
+
+
+def _check_strips(image: TiffImageFile) -> None:
+    """Pillow leaves the rows black that a TIFF says it has, and has no strip of."""
+    if max((tile.extents[3] for tile in image.tile if tile.extents), default=0) < image.tag_v2[TIFF_ROWS]:
+        raise RowError("truncated TIFF: its strips are fewer than its rows")
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -25,7 +25,7 @@ FENCED_THOUGHT = re.compile(rf"```\s*{_THOUGHT}[ \t]*\n.*?(?:```|\Z)", re.IGNORE
 GEMMA_THOUGHT = re.compile(r"<unused94>.*?(?:<unused95>|\Z)", re.DOTALL)
 CHANNEL = re.compile(r"<\|?channel\|?>\s*(\w*)[^<]{0,40}(?:<\|?(?:message|channel)\|?>)?", re.IGNORECASE)
 BARE_CHANNELS = re.compile(r"\A\s*analysis.*assistant\s*final", re.IGNORECASE | re.DOTALL)
-SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>|</?s>|<(?:eos|bos|pad|end_of_turn)>|\[/?INST\]")
+SPECIAL = re.compile(r"~~[^~\n]+~~|<\|[^<>|\n]{1,40}\|>|</?s>|<(?:eos|bos|pad|end_of_turn)>|\[/?INST\]")
 BOX = re.compile(r"\\?\b(?:boxed|fbox)\s*\{|<\|begin_of_box\|>")
 LATEX = re.compile(r"\\?\b(?:text|textbf|mathrm|mathbf|operatorname|textit)\s*\{")
 TAGS = (
@@ -38,7 +38,8 @@ TAG = re.compile(
 ANY_TAG = re.compile(r"</?[A-Za-z][\w:-]{0,30}(?:\s[^<>\n]{0,80})?/?>")
 BARE_LABEL = re.compile(r"\A[\s*_\"'(\[$]{0,6}([A-Z])[\s*_\"').\]:$]{0,6}(?:\n|\Z)")
 CONCLUSION = re.compile(
-    r"(?:\b(?:answer|conclusion|species|ranking|result|prediction|verdict|"
+    r"(?:^[^\w\n]*(?:final |my |best )?(?:answer|prediction|ranking|result|conclusion)[^\w\n]*\n"
+    r"|\b(?:answer|conclusion|species|ranking|result|prediction|verdict|"
     r"(?:final|best|correct|top) (?:choice|option|guess|match|label|class)|label|class|category|classification|"
     r"antwort|réponse|respuesta|resposta|risposta|ответ)\b"
     r"(?:\s+(?:is|are|ist|est|es|è|é))?\W{0,4}(?::|=|->|=>|→|：)"
@@ -49,8 +50,9 @@ CONCLUSION = re.compile(
     r"|答え\s*は|答え\s*[:：]|"
     r"正解\s*は|정답\s*[은:]|답\s*[은:]|คำตอบ\s*(?:คือ|:)"
     r"|الإجابة\s*(?:هي|:)|उत्तर\s*(?:है|:))",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
 )
+BOLD_ITEM = re.compile(r"^[^\w\n*]*(?:\d+[.)] *)?\*\*([^*\n]+)\*\*\W*?$", re.MULTILINE)
 LISTED = re.compile(r"\[[^\[\]]*\]")
 
 
@@ -62,7 +64,7 @@ def answering(response: str) -> tuple[str, str]:
     text = JSON_ESCAPE.sub(lambda escape: chr(int(escape.group(1), 16)), text)
     if "&" in text:
         text = html.unescape(text)
-    text = normal(text.replace("\\n", "\n").replace("\r", "\n"))
+    text = normal(text.replace("\\n", "\n").replace("\r", "\n").replace("▁", "_"))
     if found := BARE_CHANNELS.match(text):
         text = text[found.end() :]
     said, thought = _without_thoughts(*_final_channel(text))
@@ -124,6 +126,8 @@ def stated(text: str) -> Iterator[tuple[str, bool]]:
     yield from ((text[end:], False) for end in ends if end <= shut)
     if found := BARE_LABEL.match(text):
         yield found.group(1), False
+    bold = BOLD_ITEM.findall(text)
+    yield from ((one, False) for one in bold if len(bold) == 1)
     yield from ((one.group(), False) for one in LISTED.finditer(text) if any(map(str.isalpha, one.group())))
 
 

@@ -39,31 +39,33 @@ MAX_LITERAL_CHARS = 4000  # of one that is no JSON
 MAX_PARTS = 12  # of a reply that may state the answer
 
 LIST_MARK = re.compile(r"^[ \t]*(?:[-*+•–](?=[ \t]+\S)|#?[(\[]?(\d{1,3})[.):\]]+(?=[ \t]+\S))", re.MULTILINE)
-NUMBER = r"(?P<number>-?\d+(?:[.,]\d+)?(?:e-?\d+)?)(?:\s*/\s*\d+)?(?P<unit>\s*%|st\b|nd\b|rd\b|th\b)?"
+ORDINALS = {
+    word: place for place, words in enumerate(("first 一", "second 二", "third 三", "fourth 四"), 1) for word in words.split()
+}
+NUMBER = (
+    r"(?:(?P<number>(?:-?\d+(?:[.,]\d+)?|(?<!\d)\.\d+)(?:e-?\d+)?)(?:\s*/\s*\d+)?(?P<unit>\s*%|st\b|nd\b|rd\b|th\b)?"
+    rf"|(?P<ordinal>{'|'.join(ORDINALS)}))"
+)
 VERDICTS = {
-    **dict.fromkeys(("yes", "true", "✓", "✔", "✅", "high", "likely"), 3.0),
+    **dict.fromkeys(("yes", "true", "✓", "✔", "✅", "☑", "[x]", "high", "likely"), 3.0),
     **dict.fromkeys(("medium", "moderate", "maybe", "possible"), 2.0),
     **dict.fromkeys(("low", "unlikely"), 1.0),
-    **dict.fromkeys(("no", "false", "✗", "✘", "❌", "none"), 0.0),
+    **dict.fromkeys(("no", "false", "✗", "✘", "❌", "☐", "☒", "[ ]", "none"), 0.0),
 }
+VERDICT = rf"(?P<verdict>{'|'.join(map(re.escape, VERDICTS))})(?![^\W_])|(?P<stars>[★⭐]+)"
 WORDS_OF_VALUE = (
     "rank|ranked|ranking|position|place|number|no|score|confidence|probability|prob|likelihood|similarity|match|with|at|a|of|"
-    "is|the|name|label|class|category|percent|第|名|位|概率|置信度"
+    "is|the|very|name|label|class|category|percent|第|名|位|概率|置信度"
 )
-AFTER = re.compile(
-    rf"[^\w\n%-]*(?:(?:{WORDS_OF_VALUE})\b[^\w\n-]*)*(?:-\s+)?(?:{NUMBER}|(?P<verdict>{'|'.join(VERDICTS)})(?![^\W_]))",
-    re.IGNORECASE,
-)
-BEFORE = re.compile(rf"{NUMBER}[^\w\n]*(?:(?:{WORDS_OF_VALUE})[^\w\n]*)*\Z", re.IGNORECASE)
+AFTER = re.compile(rf"[^\w\n%-]*?(?:(?:{WORDS_OF_VALUE})\b[^\w\n-]*?)*(?:-\s+)?(?:{NUMBER}|{VERDICT})", re.IGNORECASE)
+BEFORE = re.compile(rf"(?:{NUMBER}|{VERDICT})[^\w\n]*(?:(?:{WORDS_OF_VALUE})[^\w\n]*)*\Z", re.IGNORECASE)
 RANK_KEY = re.compile(r"rank|position|place|order", re.IGNORECASE)
 SCORE_KEY = re.compile(r"score|conf|prob|likel|simil|percent|weight|match|value", re.IGNORECASE)
 THOUGHT_KEY = re.compile(
-    r"think|thought|reason|explan|analy|rationale|descri|observ|comment|note|evidence|wrong|exclud|reject", re.I
+    r"think|thought|reason|explan|analy|rationale|descri|observ|comment|note|evidence|wrong|exclud|reject|\bnot\b", re.I
 )
-ANSWER_KEY = re.compile(
-    r"answer|final|rank|best|top|result|predict|label|class|categor|name|species|choice|option|output|candidate|order|sorted",
-    re.I,
-)
+ANSWER_KEY = re.compile(r"answer|final|rank|best|top|result|predict|output|chosen|selected|order|sorted", re.I)
+NAME_KEY = re.compile(r"label|class|categor|name|species|choice|option|candidate", re.I)  # of the answer, or of what was asked
 OPENING = re.compile(r"[{\[]")
 FENCE = re.compile(r"```\w*")
 GLUE = re.compile(
@@ -85,13 +87,13 @@ STRONG = re.compile(
 HEDGE = re.compile(
     r"(?:\blooks? (?:a bit )?like|\bresembl\w+|\bsimilar to|\b(?:could|may|might) be|\bpossibly|\bperhaps|\bat first|"
     r"\b(?:confused|mistaken) (?:with|for)|\bcompar\w+ (?:to|with)|\bthan|\balthough|\bthough|\bdespite|\bwhile|\bsuch as|\bor|"
-    r"看起来像|看似|像)\W{0,3}(?:an?|the)?\W{0,4}\Z",
+    r"看起来像|看似|像|比起)\W{0,3}(?:an?|the)?\W{0,4}\Z",
     re.IGNORECASE,
 )
 CONTRAST = re.compile(
     r"\b(?:but|however|actually|instead|in fact|sondern|mais|sino|pero|но|а)\b|但|而是|しかし|むしろ|แต่|بل|لكن", re.I
 )
-LETTER = re.compile(r"(?<![A-Za-z0-9])[A-Za-z](?![A-Za-z0-9])")
+LETTER = re.compile(r"(?<![Nn]ot )(?<![A-Za-z0-9])[A-Za-z](?![A-Za-z0-9])")
 LEADING_LABEL = re.compile(r"\W{0,4}([A-Z])[).:*](?=\W|$)")
 ONLY_LABELS = re.compile(
     r"\W*(?:(?:the )?(?:final |correct |best )?(?:answer|option|choice|letter)(?: is)?\W+)?([a-z](?:\W+[a-z])*)\W*",
@@ -233,18 +235,14 @@ def _literal(text: str, start: int) -> tuple[Any, int]:
 
 
 def _of_value(value: Any, key: str, vocabulary: Vocabulary, depth: int) -> Reading | None:
+    """A string inside JSON is read like a reply of its own, but never as JSON again."""
     if depth > MAX_DEPTH or value is None or isinstance(value, bool | int | float):
-        return _of_text(str(value), vocabulary) if depth and type(value) in (int, float) else None
+        return _plain(str(value), vocabulary) if depth and type(value) in (int, float) else None
     if isinstance(value, str):
-        return _of_text(value, vocabulary)
+        return _plain(value, vocabulary)
     if isinstance(value, dict):
         return _of_dict(value, key, vocabulary, depth)
     return _of_list(list(value), vocabulary, depth) if isinstance(value, list | tuple) else None
-
-
-def _of_text(text: str, vocabulary: Vocabulary) -> Reading | None:
-    """A string inside JSON, read like a reply of its own, but never as JSON again."""
-    return _plain(text, vocabulary)
 
 
 def _of_dict(value: dict[Any, Any], key: str, vocabulary: Vocabulary, depth: int) -> Reading | None:
@@ -264,7 +262,7 @@ def _of_dict(value: dict[Any, Any], key: str, vocabulary: Vocabulary, depth: int
         return _of_list(ordered, vocabulary, depth)
     useful = [name for name in value if not THOUGHT_KEY.search(str(name))]
     readings = []
-    for name in sorted(useful, key=lambda name: not ANSWER_KEY.search(str(name))):
+    for name in sorted(useful, key=_key_place):
         if reading := _of_value(value[name], str(name), vocabulary, depth + 1):
             readings.append(reading)
     if not readings:
@@ -273,10 +271,21 @@ def _of_dict(value: dict[Any, Any], key: str, vocabulary: Vocabulary, depth: int
     return Reading(found, (all(reading.clean for reading in readings) and len(readings) == 1) or _each_once(found))
 
 
+def _key_place(key: Any) -> tuple[int, float]:
+    """What is the answer by its key comes first, then what it may be; of several, the one called first or 1."""
+    kind = 0 if ANSWER_KEY.search(str(key)) else 1 if NAME_KEY.search(str(key)) else 2
+    found = re.search(NUMBER, str(key).replace("_", " "), re.IGNORECASE)
+    return kind, _number(found)[0] if found else 0
+
+
 def _of_list(items: list[Any], vocabulary: Vocabulary, depth: int) -> Reading | None:
     """A list of names, of (name, number) pairs, or of records with a name and perhaps a number."""
     if items and _numbers(items):
-        return _of_text(", ".join(map(str, items)), vocabulary) or _by_scores(items, vocabulary)
+        return _plain(", ".join(map(str, items)), vocabulary) or _by_scores(items, vocabulary)
+    if all(isinstance(item, dict) and len(item) == 1 for item in items):  # [{"cat": 0.1}, {"dog": 0.9}]
+        merged = {name: value for item in items for name, value in item.items()}
+        if len(merged) == len(items) > 1:
+            return _of_dict(merged, "", vocabulary, depth)
     pairs: list[tuple[Mention, Any]] = []
     title = ""
     for item in items[:2000]:
@@ -336,10 +345,15 @@ def _value(value: Any) -> tuple[float, bool] | None:
 
 
 def _number(found: re.Match[str]) -> tuple[float, bool]:
-    if (verdict := found.groupdict().get("verdict")) is not None:
-        return VERDICTS[verdict.lower()], False
-    text = found["number"].replace(",", ".")
-    return float(text), text.lstrip("-").isdigit() and "%" not in (found["unit"] or "")
+    said = found.groupdict()
+    if said.get("verdict"):
+        return VERDICTS[said["verdict"].lower()], False
+    if said.get("stars"):
+        return float(len(said["stars"])), False
+    if said["ordinal"]:
+        return float(ORDINALS[said["ordinal"].lower()]), True
+    text = said["number"].replace(",", ".")
+    return float(text), text.lstrip("-").isdigit() and "%" not in (said["unit"] or "")
 
 
 def _by_value(pairs: Sequence[tuple[Mention, tuple[float, bool] | None]], key: str) -> Reading:
@@ -370,11 +384,12 @@ def _valued(text: str, found: list[Mention], marks: dict[int, int]) -> Reading |
         for one, line in zip(found, lines, strict=True)
     ]
     shuffled = sorted(numbered) == list(range(1, len(found) + 1)) and len(set(lines)) == len(found)
-    header = gaps[0]
+    rank, score = RANK_KEY.search(gaps[0]), SCORE_KEY.search(gaps[0])
+    if all(before) and all(after) and rank and score:  # a table with both: one stands before the name
+        after, score = (before, None) if rank.start() < score.start() else (after, None)
     if all(after):
-        told = [_number(one) for one in after if one]
-        key = "score" if SCORE_KEY.search(header) and not RANK_KEY.search(header) else ""
-        return _by_value(list(zip(found, told, strict=True)), key or ("rank" if RANK_KEY.search(header) else ""))
+        key = "rank" if rank else "score" if score else ""
+        return _by_value(list(zip(found, [_number(one) for one in after if one], strict=True)), key)
     if shuffled and numbered != sorted(numbered):
         return _by_value([(one, (float(number), True)) for one, number in zip(found, numbered, strict=True)], "rank")
     if all(before):

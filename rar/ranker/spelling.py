@@ -41,6 +41,7 @@ KOREAN_ENDING = re.compile(  # a name of one syllable ends where one of these fo
 )
 SOFT_GAP = re.compile(r"[ \t\u00a0]*|[-_.‐‑–—]")  # may stand for any gap inside a name
 SPACES = re.compile(r"[\s_]+")
+UNSEEN = dict.fromkeys((0xFE0F, 0x200B, 0x2060, 0xFEFF, 0xAD))  # marks that have no width and join nothing
 ALIAS_BREAK = re.compile(r"\s*[,;]\s+|\s+/\s+|\s+\|\s+")
 BRACKETS = re.compile(r"[\s_]*\(.*\)\s*$", re.DOTALL)
 ITEM_BREAK = re.compile(r"[\n,;>|\[\]]+")
@@ -57,22 +58,22 @@ NEGATION_REACH = 6  # words
 NEGATORS = re.compile(
     "not|no|nor|neither|never|without|unlike|except|excluding|isnt|arent|wasnt|cannot|cant|doesnt|dont|didnt|"
     "rather than|instead of|other than|opposed to|ruled? out|different from|"
-    "nicht|keine?|keine[nr]|niet|geen|pas|non|não|nao|не|"
-    "ليس|ليست"
+    "nicht|keine?|keine[nr]|niet|geen|pas|non|nao|inte|ikke|nie|nem|bukan|khong phai|не|לא|ليس|ليست"
 )
 FILLERS = re.compile(
     "an?|the|any|of|be|is|its?|really|likely|clearly|quite|exactly|actually|think|looks?|looking|like|appear|seem|to|another|just|"
-    "une?|una|el|la|les?|des?|est?|eine?|einen|der|die|das|uma?|é|è|o"
+    "show|contain|depict|have|see|visible|evidence|signs?|"
+    "une?|una|el|la|les?|des?|est?|eine?|einen|der|die|das|uma?|e|o|en|ett?|een|con"
 )
 CARRIERS = frozenset(("or", "nor", "and"))  # "not a cat or a bird"
 NEGATED_BEFORE = re.compile(
     "(?:不是|不像|并非|並非|而非|不属于|不屬於|没有|沒有|ไม่ใช่|ليس)[ ]?[一这那個个只隻头頭种種张張条條]{0,3}[ ]?[\"'“「]?$"
 )
 NEGATED_AFTER = re.compile(
-    r"[\"'”」]?\s*(?:では(?:なく|ない|あり)|じゃ(?:なく|ない)|でな[くい]|[이가은는]?\s*아(?:니|닙)|नहीं|"
+    r"[\"'”」]?[ \t]*(?:では(?:なく|ない|あり)|じゃ(?:なく|ない)|でな[くい]|[이가은는]?\s*아(?:니|닙)|नहीं|değil|نیست|"
     r"\s(?:is|are|was|can be|should be)\s+"
     r"(?:not (?:it|the (?:answer|one|case)|correct|right|likely|possible|a match|present)|ruled out|incorrect|wrong|unlikely|"
-    r"excluded|impossible)\b|[:=–—-]\s*(?:no|not|incorrect|wrong|false|unlikely|impossible)\b|:?\s*[✗✘❌])",
+    r"excluded|impossible|out)\b|[:=–—-]\s*(?:no|not|incorrect|wrong|false|unlikely|impossible)\b|:?[ \t]*[✗✘❌☒])",
     re.IGNORECASE,
 )
 
@@ -149,6 +150,8 @@ class Vocabulary:
             self.lengths.setdefault(stems[0], []).append(len(stems))
         for stem, lengths in self.lengths.items():
             self.lengths[stem] = sorted(set(lengths), reverse=True)
+        longest = max((len(name) for name in self.compact), default=0)
+        self.longest = longest * (200 / LOOSE_RATIO - 1)  # letters of an item from which no name is close
         self.loose = {numbers: [one.name.compact for one in group] for numbers, group in self.numbered.items()}
 
     def nearest(self, written: Name) -> Spelling | None:
@@ -176,21 +179,19 @@ def match_name(written: str, names: Sequence[str] | Vocabulary) -> int | None:
 
 def normal(text: str) -> str:
     """Composed, wide letters narrow (NFKC), quotes kept: the form in which names and replies are compared."""
-    return unicodedata.normalize("NFKC", text.replace("´", "'")).replace("\ufe0f", "")
+    return unicodedata.normalize("NFKC", text.replace("´", "'")).translate(UNSEEN)
 
 
 def spelled(raw: str) -> Name:
     """A class name, or one written item, made comparable."""
-    broken = normal(raw).strip()
-    found = tokens(broken)[:MAX_NAME_TOKENS]
-    wraps = tuple("\n" in broken[a.end : b.start] for a, b in pairwise(found))
-    text = " ".join(broken.split())
+    text = normal(raw).strip()
     found = tokens(text)[:MAX_NAME_TOKENS]
     words = tuple(token.word for token in found)
-    gaps = tuple(SPACES.sub("", text[a.end : b.start]) for a, b in pairwise(found))
+    between = [text[a.end : b.start] for a, b in pairwise(found)]
+    gaps, wraps = tuple(SPACES.sub("", gap) for gap in between), tuple("\n" in gap for gap in between)
     numbers = tuple(word for word in words if word.isdigit() and not is_year(word))
     lead = found[0].start if found else 0
-    return Name(text, lead, words, tuple(token.stem for token in found), gaps, wraps, "".join(words), numbers)
+    return Name(" ".join(text.split()), lead, words, tuple(token.stem for token in found), gaps, wraps, "".join(words), numbers)
 
 
 def _aliases(raw: str) -> list[str]:
@@ -406,8 +407,10 @@ def loose_mentions(text: str, found: list[Mention], vocabulary: Vocabulary) -> l
     unnamed = ((start, end) for start, end in _items(text) if ends[bisect_left(starts, end)] <= start)
     loose = []
     for start, end in islice(unnamed, MAX_LOOSE_ITEMS):
-        item = text[start:end]
-        for written in (spelled(item), spelled(LEAD_IN.sub("", item))):
+        for item in dict.fromkeys((text[start:end], LEAD_IN.sub("", text[start:end]))):
+            if sum(map(str.isalnum, item)) > vocabulary.longest:
+                continue
+            written = spelled(item)
             if near := vocabulary.nearest(written):
                 same = tuple(one.position for one in vocabulary.compact[near.name.compact])
                 loose.append(Mention(start, end, same, near.name.compact == written.compact))

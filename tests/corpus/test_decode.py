@@ -401,6 +401,21 @@ def test_a_tiff_whose_white_is_zero_is_no_negative(bits: int, row: bytes, levels
     assert decode(grey_tiff(bits, 0, row, 4))[0, :, 0].tolist() == [255 - level for level in levels]
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_tiff_of_fewer_strips_than_rows_is_truncated(orientation: int) -> None:
+    """Found by fuzzing: 130 bytes that say 16 million rows, and hold eight; the rest came out black."""
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("L", (4, 4), 9).save(buffer, "TIFF", exif=exif)
+    data = buffer.getvalue()
+    assert decode(data).shape == (4, 4, 3)
+    rows = struct.pack("<HHII", 257, 4, 1, 4)
+    assert data.count(rows) == 1
+    with pytest.raises(RowError, match="truncated TIFF"):
+        decode(data.replace(rows, struct.pack("<HHII", 257, 4, 1, 4000)))
+
+
 @pytest.mark.parametrize(
     ("bits", "row", "key", "seen"),
     [
