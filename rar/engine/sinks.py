@@ -117,9 +117,10 @@ class EmbeddingSink(Datasink[int]):
 class ShardSink(Datasink[int]):
     """Writes each block, a whole shard, as one file of predictions and, where rows failed, one of errors.
 
-    expected: the number of rows each shard must have. A shard that came apart on its way is refused: a run folder with too
-    few rows would look complete. A shard without rows never comes: Ray Data forgets the columns, and so the number, of an empty
-    block, so `mark_empty` writes those beforehand. The columns `seconds_*` and `mllm_*` are summed into the shard's mark.
+    expected: the number of rows each shard must have; where there is a column `boxes`, a row counts as so many. A shard that
+    came apart on its way is refused: a run folder with too few rows would look complete. A shard without rows never comes: Ray
+    Data forgets the columns, and so the number, of an empty block, so `write_empty` writes those beforehand. The columns
+    `seconds_*` and `mllm_*` are summed into the shard's mark.
     """
 
     def __init__(self, folder: Path, expected: Mapping[int, int]) -> None:
@@ -132,8 +133,9 @@ class ShardSink(Datasink[int]):
         if table.num_rows == 0:
             return 0
         numbers = pc.unique(table["shard"]).to_pylist()
-        if len(numbers) != 1 or table.num_rows != self.expected[numbers[0]]:
-            raise RuntimeError(f"shards {numbers} arrived with {table.num_rows} rows together; a shard must stay whole")
+        rows = pc.sum(table["boxes"]).as_py() if "boxes" in table.column_names else table.num_rows
+        if len(numbers) != 1 or rows != self.expected[numbers[0]]:
+            raise RuntimeError(f"shards {numbers} arrived with {rows} rows together; a shard must stay whole")
         failed = pc.is_valid(table["error"])
         good, bad = table.filter(pc.invert(failed)), table.filter(failed)
         RunFolder(self.folder).write_shard(

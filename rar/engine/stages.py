@@ -31,7 +31,7 @@ from rar.columns import (
 )
 from rar.corpus import listing, vectors
 from rar.corpus.decode import decode, fit_square
-from rar.corpus.frame import Frame, frame_of
+from rar.corpus.frame import frame_of
 from rar.crops import windows
 from rar.engine.isolate import Isolate, parted, reason
 from rar.memory.collection import Collection
@@ -148,7 +148,10 @@ class Propose:
             images, frames = {}, {}
             for row in healthy[start : start + self.batch]:
                 try:
-                    images[row], frames[row] = framed(table["bytes"][row].as_py(), *(table[key][row].as_py() for key in SIZE))
+                    data, *stated = (table[key][row].as_py() for key in ("bytes", "width", "height"))
+                    image = decode(data)
+                    frames[row] = frame_of((stated[0], stated[1]), (image.shape[1], image.shape[0]), data)
+                    images[row] = image
                 except RowError as error:
                     faults["decode"][row] = str(error)
             for row, found in zip(images, self.propose(list(images.values())), strict=True):
@@ -160,15 +163,6 @@ class Propose:
         for stage, reasons in faults.items():
             table = with_errors(table, stage, reasons)
         return table
-
-
-SIZE = ("width", "height")  # the columns of schema coco.BOXES that tell the frame of boxes
-
-
-def framed(data: bytes, width: int | None, height: int | None) -> tuple[np.ndarray, Frame]:
-    """Encoded bytes and the size their JSON states -> upright pixels, and how its boxes lie on them. Raises RowError."""
-    image = decode(data)
-    return image, frame_of((width, height), (image.shape[1], image.shape[0]), data)
 
 
 PROPOSED = pa.schema([("boxes_xyxy", pa.list_(pa.list_(pa.float32()))), ("box_scores", pa.list_(pa.float32()))])
@@ -186,8 +180,9 @@ class Crop:
 
     `bytes` is the first view as PPM (a header and raw pixels, which costs no time to write), for the ranker; `views` holds the
     raw pixels of all views, for the encoder. An image is decoded once, however many boxes and views it has. A picture that
-    cannot be decoded, or whose size is not that of its boxes (see corpus.frame), yields one error row a box. `box_xyxy` stays
-    as in the file.
+    cannot be decoded yields one error row a box. One whose size is not that of its boxes (see corpus.frame) has none of them:
+    one error row, of the whole picture (no place, no box). `boxes` tells how many boxes a row stands for. `box_xyxy` stays as
+    in the file.
     """
 
     def __init__(self, settings: config.Crop) -> None:
@@ -201,13 +196,17 @@ class Crop:
         keep = {name: picture[name] for name in ("shard", "row", "uri", "image_id", "stage", "error")}
         boxes = np.array(picture["boxes_xyxy"], np.float64).reshape(-1, 4)
         keep["seconds_read"] = picture.get("seconds_read", 0.0) / max(len(boxes), 1)
-        rows = [{**keep, "place": place, "box_xyxy": box} for place, box in enumerate(boxes.tolist())]
+        rows = [{**keep, "place": place, "box_xyxy": box, "boxes": 1} for place, box in enumerate(boxes.tolist())]
         if picture["error"] is not None or not rows:
             return rows
         try:
-            image, frame = framed(picture["bytes"], picture["width"], picture["height"])
+            image = decode(picture["bytes"])
         except RowError as error:
             return [{**row, "stage": "decode", "error": str(error)} for row in rows]
+        try:
+            frame = frame_of((picture["width"], picture["height"]), (image.shape[1], image.shape[0]), picture["bytes"])
+        except RowError as error:
+            return [{**keep, "boxes": len(rows), "stage": "crop", "error": f"{error}; {len(rows)} boxes"}]
         on_image = frame.to_pixels(boxes)
         faults = check_boxes(on_image, image.shape[1], image.shape[0])
         good = [position for position, fault in enumerate(faults) if fault is None]
@@ -230,6 +229,7 @@ CROPS = pa.schema(
         ("uri", pa.string()),
         ("image_id", pa.string()),
         ("box_xyxy", pa.list_(pa.float32())),
+        ("boxes", pa.int64()),
         ("bytes", pa.large_binary()),
         ("views", pa.list_(pa.large_binary())),
         ("stage", pa.string()),

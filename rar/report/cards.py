@@ -12,7 +12,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from PIL import Image
 
 from rar import boxes
 from rar.corpus.decode import decode
+from rar.corpus.frame import SAME, Frame, frame_of
 from rar.corpus.listing import read_many
 from rar.crops import windows
 from rar.fusion import Calibration, n_shown
@@ -88,32 +89,49 @@ def _card(run: RunView, row: int, record: dict[str, Any]) -> dict[str, Any]:
 
 def _pictures(run: RunView, row: int) -> dict[str, Any]:
     """The picture; for a box its crop, and the picture with all boxes drawn in. Raises RowError where there is none."""
-    image = picture(run, int(run.places[row]))
+    seen = picture(run, int(run.places[row]))
     if run.boxes is None:
-        return {"pictures": [{"what": "picture", "src": data_uri(image, THUMBNAIL)}]}
-    around = drawing(run, _of_picture(run, int(run.places[row])), image, CARD_SCENE)
+        return {"pictures": [{"what": "picture", "src": data_uri(seen.image, THUMBNAIL)}]}
+    around = drawing(run, _of_picture(run, int(run.places[row])), seen, CARD_SCENE)
     return {
-        "pictures": [{"what": "crop as the ranker sees it", "src": data_uri(seen_crop(run.boxes, row, image), THUMBNAIL)}],
-        "scene": around | {"mark": _mark(run, row, image)},
+        "pictures": [{"what": "crop as the ranker sees it", "src": data_uri(seen_crop(run.boxes, row, seen), THUMBNAIL)}],
+        "scene": around | {"mark": _mark(run, row, seen)},
     }
 
 
-def picture(run: RunView, place: int) -> np.ndarray:
-    """(H, W, 3) uint8: the picture in a row of the index. Raises RowError where there is none any more."""
+class Seen(NamedTuple):
+    """A picture (H, W, 3) uint8, and how the boxes of its file lie on it (see corpus.frame)."""
+
+    image: np.ndarray
+    frame: Frame
+
+    def shown(self, boxes_xyxy: np.ndarray) -> np.ndarray:
+        """The part of each box (B, 4) inside the picture, in its pixels."""
+        height, width = self.image.shape[:2]
+        return boxes.clip_xyxy(self.frame.to_pixels(boxes_xyxy), width, height)
+
+
+def picture(run: RunView, place: int) -> Seen:
+    """The picture in a row of the index. Raises RowError where there is none any more, or one of another size."""
     if place < 0:
         raise RowError("not in the run's index")
     (data,) = read_many(*([run.index[column][place].as_py()] for column in ("uri", "offset", "size")))
     if isinstance(data, RowError):
         raise data
-    return decode(data)
+    image = decode(data)
+    if run.boxes is None:
+        return Seen(image, SAME)
+    stated = run.index["width"][place].as_py(), run.index["height"][place].as_py()
+    return Seen(image, frame_of(stated, (image.shape[1], image.shape[0]), data))
 
 
-def seen_crop(seen: BoxView, row: int, image: np.ndarray) -> np.ndarray:
+def seen_crop(view: BoxView, row: int, seen: Seen) -> np.ndarray:
     """(S, S, 3) uint8: a box as the ranker sees it. Raises RowError for a box that is not in this picture."""
-    height, width = image.shape[:2]
-    if fault := boxes.check_boxes(seen.xyxy[[row]], width, height)[0]:
+    height, width = seen.image.shape[:2]
+    box = seen.frame.to_pixels(view.xyxy[[row]])
+    if fault := boxes.check_boxes(box, width, height)[0]:
         raise RowError(fault)
-    return windows.crops(image, seen.xyxy[[row]], seen.crop, seen.crop.views[0])[0]
+    return windows.crops(seen.image, box, view.crop, view.crop.views[0])[0]
 
 
 def data_uri(image: np.ndarray, side: int) -> str:
@@ -138,27 +156,27 @@ def _of_picture(run: RunView, place: int) -> np.ndarray:
     return np.sort(rows[order[:DRAWN]])
 
 
-def drawing(run: RunView, rows: np.ndarray, image: np.ndarray, side: int) -> dict[str, Any]:
+def drawing(run: RunView, rows: np.ndarray, seen: Seen, side: int) -> dict[str, Any]:
     """A picture and the boxes to draw over it: one SVG path for the boxes of each kind, in the picture's own pixels."""
     assert run.boxes is not None
-    height, width = image.shape[:2]
+    height, width = seen.image.shape[:2]
     paths: dict[str, str] = {}
-    for row, (x0, y0, x1, y1) in zip(rows.tolist(), boxes.clip_xyxy(run.boxes.xyxy[rows], width, height).tolist(), strict=True):
+    for row, (x0, y0, x1, y1) in zip(rows.tolist(), seen.shown(run.boxes.xyxy[rows]).tolist(), strict=True):
         line = f"M{x0:.5g} {y0:.5g}H{x1:.5g}V{y1:.5g}H{x0:.5g}z"
         paths[_kind(run, row)] = paths.get(_kind(run, row), "") + line
     left_out = int((run.places == run.places[rows[0]]).sum()) - len(rows)
-    return {"src": data_uri(image, side), "width": width, "height": height, "paths": paths, "left_out": left_out}
+    return {"src": data_uri(seen.image, side), "width": width, "height": height, "paths": paths, "left_out": left_out}
 
 
 def _kind(run: RunView, row: int) -> str:
     return "right" if run.found.correct[row] else "wrong" if run.found.labelled[row] else "unjudged"
 
 
-def _mark(run: RunView, row: int, image: np.ndarray) -> dict[str, Any]:
+def _mark(run: RunView, row: int, seen: Seen) -> dict[str, Any]:
     """Where a box lies in a picture, in percent of its sides, and the name predicted for it."""
     assert run.boxes is not None
-    height, width = image.shape[:2]
-    x0, y0, x1, y1 = boxes.clip_xyxy(run.boxes.xyxy[row], width, height).tolist()
+    height, width = seen.image.shape[:2]
+    x0, y0, x1, y1 = seen.shown(run.boxes.xyxy[[row]])[0].tolist()
     left, top = 100 * x0 / width, 100 * y0 / height
     return {
         "name": run.predictions["class_name"][row].as_py(),
@@ -222,11 +240,11 @@ def _scene(run: RunView, place: int) -> dict[str, Any]:
     uri = run.index["uri"][place].as_py()
     scene = {"uri": uri, "file": uri.rsplit("/", 1)[-1], "drawing": None, "unreadable": None, "entries": []}
     try:
-        image = picture(run, place)
+        seen = picture(run, place)
     except RowError as reason:
         return scene | {"unreadable": str(reason)}
-    entries = [_mark(run, row, image) | _verdict(run, row) for row in rows.tolist()]
-    return scene | {"drawing": drawing(run, rows, image, SCENE), "entries": entries}
+    entries = [_mark(run, row, seen) | _verdict(run, row) for row in rows.tolist()]
+    return scene | {"drawing": drawing(run, rows, seen, SCENE), "entries": entries}
 
 
 def _verdict(run: RunView, row: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pyarrow.compute as pc
 from ray.data import Dataset
 
-from rar.columns import fitted
+from rar.columns import fitted, positions
 from rar.config import Config
 from rar.corpus import coco, support
 from rar.engine import client, pipeline, stages
@@ -102,13 +102,22 @@ def propose(session: Session, settings: Config, work: Work, folder: RunFolder) -
     return Work(coco.with_proposals(good), True, fitted(bad, ERRORS))
 
 
+def _boxes_of_no_picture(work: Work, folder: RunFolder) -> int:
+    """How many boxes are no row of their own: pictures of another size than their boxes are one row each, of errors."""
+    if not work.boxed:
+        return 0
+    errors = folder.errors()
+    whole = errors.filter(pc.and_(pc.equal(errors["stage"], "crop"), pc.is_null(errors["place"])))
+    return int((work.rows_of_images[positions(whole["row"], work.index)] - 1).sum())
+
+
 def finish(
     session: Session, settings: Config, work: Work, folder: RunFolder, vocabulary: Vocabulary, seconds: float
 ) -> dict[str, float]:
     """Write run.json's counts and metrics.json; returns the metrics. Raises RuntimeError where rows are missing."""
     folder.write_faults(work.faults)
     predicted, failed = folder.progress()
-    total = int(work.rows_of_images.sum()) + work.faults.num_rows + work.empty_images
+    total = int(work.rows_of_images.sum()) + work.faults.num_rows + work.empty_images - _boxes_of_no_picture(work, folder)
     counts = {"input": total, "ok": predicted, "failed": failed, "skipped": work.empty_images}
     if predicted + failed + work.empty_images != total:
         raise RuntimeError(f"{folder.path}: {total} rows went in, {predicted} + {failed} + {work.empty_images} came out")

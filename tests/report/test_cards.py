@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from rar.corpus.decode import decode
+from rar.corpus.frame import SAME
 from rar.crops import windows
 from rar.fusion import Calibration
 from rar.report import cards
@@ -52,7 +53,7 @@ def test_a_card_of_a_box_shows_the_crop_as_the_ranker_saw_it(given: RunView) -> 
     assert given.boxes is not None
     image = decode(Path(given.predictions["uri"][3].as_py()).read_bytes())
     seen = windows.crops(image, np.array([BOXES_XYXY[1]]), given.boxes.crop, "context")[0]
-    assert (cards.seen_crop(given.boxes, 3, image) == seen).all()
+    assert (cards.seen_crop(given.boxes, 3, cards.Seen(image, SAME)) == seen).all()
     (card,) = cards.cards(given, np.array([3]))
     (shown,) = card["pictures"]
     assert np.abs(opened(shown["src"]).astype(int) - seen).mean() < 4  # JPEG
@@ -73,6 +74,32 @@ def test_a_card_of_a_box_marks_it_in_its_picture(given: RunView, proposed: RunVi
     assert far["scene"]["paths"]["unjudged"] == "M100 150H126V176H100z"
 
 
+@pytest.mark.parametrize("resize", [1, 2])
+def test_boxes_of_another_frame_are_drawn_and_cut_where_they_lie(given: RunView, tmp_path: Path, resize: int) -> None:
+    """The picture is stored turned by a quarter (and made smaller after its boxes were drawn), and EXIF turns it back."""
+    (plain,) = cards.cards(given, np.array([0]))
+    upright = Image.fromarray(decode(Path(given.predictions["uri"][0].as_py()).read_bytes()))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.resize((stored.width // resize, stored.height // resize)).save(tmp_path / "turned.png", exif=exif)
+    columns = {"uri": str(tmp_path / "turned.png"), "width": upright.height, "height": upright.width}  # the stored frame's
+    index = given.index
+    for name, value in columns.items():
+        values = [value, *index[name].to_pylist()[1:]]
+        index = index.set_column(index.schema.get_field_index(name), index.schema.field(name), [values])
+    assert given.boxes is not None
+    corners = given.boxes.xyxy.copy()
+    x0, y0, x1, y1 = corners[0]
+    corners[0] = y0, upright.width - x1, y1, upright.width - x0  # a quarter to the left, as the picture was stored
+    run = dataclasses.replace(given, index=index, boxes=dataclasses.replace(given.boxes, xyxy=corners))
+    (card,) = cards.cards(run, np.array([0]))
+    for side in ("left", "top", "width", "height"):
+        assert card["scene"]["mark"][side] == pytest.approx(plain["scene"]["mark"][side])
+    (shown,), (expected,) = card["pictures"], plain["pictures"]
+    assert np.abs(opened(shown["src"]).astype(int) - opened(expected["src"])).mean() < (3 if resize == 1 else 8)
+
+
 def test_a_card_of_a_picture_shows_the_picture(classified: RunView) -> None:
     (card,) = cards.cards(classified, np.array([0]))
     assert card["scene"] is None and card["proposal"] is None
@@ -87,7 +114,7 @@ def test_a_picture_that_is_gone_or_has_shrunk_says_so(classified: RunView, given
         cards.picture(given, -1)
     assert given.boxes is not None
     with pytest.raises(RowError, match="lies outside the 20 x 20 image"):
-        cards.seen_crop(given.boxes, 1, np.zeros((20, 20, 3), np.uint8))
+        cards.seen_crop(given.boxes, 1, cards.Seen(np.zeros((20, 20, 3), np.uint8), SAME))
 
 
 RECORD = {

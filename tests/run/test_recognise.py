@@ -239,7 +239,8 @@ def test_shards_without_boxes_are_done_and_boxes_that_stand_twice_keep_their_lab
     first = truth["annotations"][0]
     other = next(one["id"] for one in truth["categories"] if one["id"] != first["category_id"])
     images = [{**picture, "id": number} for number in (11, 12, 13, 14)]
-    boxes = [(12, first["category_id"]), (12, other), (14, first["category_id"])]
+    images.append({**picture, "id": 15, "width": 7 * picture["width"]})  # of no such size: one error, whatever its boxes
+    boxes = [(12, first["category_id"]), (12, other), (14, first["category_id"]), (15, other), (15, other)]
     annotations = [{**first, "id": n, "image_id": i, "category_id": c} for n, (i, c) in enumerate(boxes, start=1)]
     file = lab.world / "twice.json"
     file.write_text(json.dumps({**truth, "images": images, "annotations": annotations}))
@@ -249,12 +250,15 @@ def test_shards_without_boxes_are_done_and_boxes_that_stand_twice_keep_their_lab
     settings = lab.settings(**sections, corpus={"uri": str(file)}, run={"shard_size": 1})
     build.build_memory(lab.session, settings, fresh=False)
     folder, metrics = lab.run(settings, tmp_path / "run", "detect")
-    assert folder.read("run.json")["counts"] == {"input": 5, "ok": 3, "failed": 0, "skipped": 2}
-    assert folder.pending(4) == [] and len(list((folder.path / "done").iterdir())) == 4
+    assert folder.read("run.json")["counts"] == {"input": 6, "ok": 3, "failed": 1, "skipped": 2}
+    assert folder.pending(5) == [] and len(list((folder.path / "done").iterdir())) == 5
+    (error,) = folder.errors().to_pylist()
+    assert (error["row"], error["place"], error["stage"]) == (4, None, "crop")
+    assert f"a picture of {7 * picture['width']} x" in error["error"] and "2 boxes" in error["error"]
     found = sorted(folder.predictions().to_pylist(), key=lambda row: (row["row"], row["place"]))
     assert [(row["row"], row["place"]) for row in found] == [(1, 0), (1, 1), (3, 0)]
     names = {one["id"]: one["name"] for one in truth["categories"]}
-    right = [row["class_name"] == names[category] for row, (_, category) in zip(found, boxes, strict=True)]
+    right = [row["class_name"] == names[category] for row, (_, category) in zip(found, boxes[:3], strict=True)]
     run = read_run(folder.path)
     assert metrics["top1"] == pytest.approx(np.mean(right)) == pytest.approx(run.found.correct.mean())
     assert metrics["duplicates"] == 2 and {one["image_id"] for one in folder.read("detections.json")} == {12, 14}
