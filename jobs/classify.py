@@ -36,7 +36,7 @@ def run(verb: str, config_file: Path, out: str | None, sets: list[str], dry_run:
 
     rows = {"classify": work.classify_work, "detect": work.detect_work}[verb](settings)
     if dry_run:
-        say(work.dry_run(settings, rows, path))
+        say("\n  ".join([work.dry_run(settings, rows, path), *remarks(rows.index)]))
         return 0
     with session.opened(settings.memory) as opened:
         vocabulary = recognise.prepare(opened, settings)

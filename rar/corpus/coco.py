@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from rar import storage
 from rar.boxes import xywh_to_xyxy
 from rar.config import Corpus, Detect
+from rar.corpus import listing
 from rar.corpus import truth as truths
 from rar.corpus.jsonstream import items
 from rar.corpus.truth import Truth
@@ -124,7 +125,7 @@ def without_boxes(index: pa.Table) -> pa.Table:
     index = index.append_column("width", size).append_column("height", size)
     for field in list(BOXES)[len(index.column_names) :]:
         index = index.append_column(field, pa.array([[]] * index.num_rows, field.type))
-    return index.cast(BOXES)
+    return index.cast(BOXES.with_metadata(index.schema.metadata))
 
 
 def with_proposals(found: pa.Table) -> pa.Table:
@@ -307,7 +308,7 @@ def _table(truth: Truth, uris: list[str], boxes: Boxes) -> pa.Table:
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused where it is cut out
         corners = pa.ListArray.from_arrays(ends, boxes.xyxy.astype(np.float32).ravel())
     pictures = truth.pictures[:count]
-    return pa.table(
+    table = pa.table(
         {
             "row": pa.array(range(count), pa.int64()),
             "uri": pa.array(uris, pa.string()),
@@ -324,3 +325,4 @@ def _table(truth: Truth, uris: list[str], boxes: Boxes) -> pa.Table:
         },
         schema=BOXES,
     )
+    return listing.with_remarks(table, [])

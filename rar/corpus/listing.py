@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from rar import storage
 from rar.config import Corpus
 from rar.corpus import decode, tables, tars, truth, vectors
+from rar.corpus.jsonstream import items
 from rar.schema import INDEX, RowError, UserError
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -75,16 +76,20 @@ def list_images(corpus: Corpus) -> pa.Table:
             parts.append(part)
             if corpus.limit and sum(map(len, parts)) >= corpus.limit:
                 break
-    told = [str(_text(" ".join(line.split()))) for line in told]  # names of files may hold anything
     table = pa.concat_tables(parts).slice(0, corpus.limit)
     if not table.num_rows:
         more = f" ({told[0]})" if told else ""
         raise UserError(f"corpus: no images in {corpus.uri}, read as {kind}{more}; check corpus.uri, or set corpus.format")
-    again = table.num_rows - pc.count_distinct(table["uri"], mode="all").as_py()
+    return with_remarks(table.add_column(0, INDEX.field("row"), pa.array(range(table.num_rows), pa.int64())), told)
+
+
+def with_remarks(index: pa.Table, told: Remarks) -> pa.Table:
+    """An index with what there is to tell of it, a line each, and one more where pictures stand twice."""
+    told = [str(_text(" ".join(line.split()))) for line in told]  # names of files may hold anything
+    again = index.num_rows - pc.count_distinct(index["uri"], mode="all").as_py()
     if again:
         told.append(f"{again:,} rows name a picture that an earlier row names too; each keeps its own label")
-    table = table.add_column(0, INDEX.field("row"), pa.array(range(table.num_rows), pa.int64()))
-    return table.replace_schema_metadata({REMARKS: json.dumps(told)})
+    return index.replace_schema_metadata({REMARKS: json.dumps(told)})
 
 
 def remarks(index: pa.Table) -> list[str]:
@@ -397,20 +402,22 @@ def _row_error(error: BaseException) -> RowError:
 def _read_names(spec: str) -> list[str]:
     if storage.suffix(spec) not in (".txt", ".json"):
         raise UserError(f"classes: {spec} is neither a .txt nor a .json file; give one of these, or a list of names")
+    if storage.suffix(spec) == ".json":
+        return _names_in_json(spec)
     with storage.explained("classes", spec):
         with storage.open_file(spec) as stream:
             data = stream.read()
-        text = data.decode(tables.encoding_of(data))
-        if storage.suffix(spec) == ".json":
-            return _names_in_json(json.loads(text), spec)
-        return [line for line in text.split("\n") if line.strip()]
+        return [line for line in re.split(r"\r\n?|\n", data.decode(tables.encoding_of(data))) if line.strip()]
 
 
-def _names_in_json(data: Any, spec: str) -> list[str]:
-    entries: Any = data.get("categories") if isinstance(data, dict) else data
-    if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
+def _names_in_json(spec: str) -> list[str]:
+    entries = [value for key, number, value in items(spec, "classes") if number is not None and key in ("", "categories")]
+    if entries and all(isinstance(entry, str) for entry in entries):
         return entries
     try:
-        return [str(entry["name"]) for entry in sorted(entries, key=lambda entry: entry["id"])]
+        if not entries:
+            raise KeyError("categories")
+        ordered = sorted(entries, key=lambda entry: truth.id_order(entry["id"]))
+        return ["" if entry["name"] is None else str(entry["name"]) for entry in ordered]
     except (KeyError, TypeError):
         raise UserError(f"classes: {spec} must hold a list of names, or categories with 'id' and 'name'") from None

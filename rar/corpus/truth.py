@@ -78,6 +78,14 @@ def _loose(value: Any) -> Hashable:
     return int(whole[1]) if whole and len(value) < 100 else value.strip()
 
 
+def id_order(value: Any) -> tuple[bool, Any]:
+    """A key that orders ids as numbers, as far as they are such, and then as text. Raises TypeError for what is no id."""
+    if not _usable(value):
+        raise TypeError(f"no id: {value!r}")
+    key = _loose(value)
+    return isinstance(key, str), key
+
+
 class Picture(NamedTuple):
     """An image of the file. Lists of categories are LVIS': ids as written, None where the file has no such list."""
 

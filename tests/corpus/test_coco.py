@@ -17,7 +17,7 @@ from PIL import Image
 
 from rar.boxes import check_boxes
 from rar.config import Corpus, Crop, Detect
-from rar.corpus import coco
+from rar.corpus import coco, listing
 from rar.crops import windows
 from rar.schema import INDEX, UserError
 from tests.conftest import SHARED_DATA
@@ -75,6 +75,7 @@ def test_the_same_box_under_two_labels_is_two_boxes_and_a_picture_twice_two_rows
     }
     table, errors = coco.read_boxes(Corpus(uri=written(tmp_path / "truth.json", truth)), Detect())
     assert errors == [] and table["box_labels"].to_pylist() == [["cat", "dog"], ["cat"]]
+    assert listing.remarks(table) == ["1 rows name a picture that an earlier row names too; each keeps its own label"]
     assert table["uri"].to_pylist() == [f"{tmp_path}/a.jpg"] * 2 and table["box_ids"].to_pylist() == [[0, 1], [2]]
 
 
@@ -274,3 +275,11 @@ def test_real_lvis_reads() -> None:
     table, errors = coco.read_boxes(Corpus(uri=path), Detect(style="lvis"))
     assert errors == []
     assert (table.num_rows, sum(map(len, table["box_ids"].to_pylist()))) == (100, 977)
+
+
+def test_pictures_without_boxes_keep_what_their_listing_told(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "notes.doc").write_bytes(b"x")
+    index = coco.without_boxes(listing.list_images(Corpus(uri=str(tmp_path))))
+    assert index.schema.equals(coco.BOXES) and index["boxes_xyxy"].to_pylist() == [[]]
+    assert listing.remarks(index) == ["1 files are no pictures by their name or first bytes, and left out: 1 .doc"]

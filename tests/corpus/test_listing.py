@@ -642,11 +642,13 @@ def test_class_names_from_a_list_and_files(root: str) -> None:
             "b.json": b'["cat", "dog"]',
             "c.json": b'{"categories": [{"id": 7, "name": "dog"}, {"id": 2, "name": "cat"}]}',
             "d.json": b'[{"id": 2, "name": "dog"}, {"id": 1, "name": "cat"}]',
+            "e.json": b'{"annotations": [{}, 1], "categories": [{"id": "10", "name": "dog"}, {"id": 9.0, "name": " cat"}]}',
+            "f.txt": b"cat\rdog\r",
         },
     )
     assert class_names(["dog", " cat"]) == ["dog", "cat"]
     assert class_names(f"{root}/a.txt") == ["cat", "dog", "über cat"]
-    for file in ("b.json", "c.json", "d.json"):
+    for file in ("b.json", "c.json", "d.json", "e.json", "f.txt"):
         assert class_names(f"{root}/{file}") == ["cat", "dog"]
 
 
@@ -661,15 +663,18 @@ def test_class_names_from_a_list_and_files(root: str) -> None:
         ("cat, dog", "neither a .txt nor a .json file"),
         ("blank.txt", "blank.txt: there are none"),
         ("latin1.txt", "cannot read latin1.txt"),
-        ("broken.json", "cannot read broken.json"),
+        ("broken.json", "broken.json is not valid JSON"),
         ("numbers.json", "must hold a list of names"),
         ("object.json", "must hold a list of names"),
         ("noid.json", "must hold a list of names"),
+        ("null.json", "number 1 is empty"),
+        ("badid.json", "must hold a list of names"),
     ],
 )
 def test_class_name_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str | list[str], message: str) -> None:
     files = {"blank.txt": b"\n", "latin1.txt": b"caf\xe9", "broken.json": b"[", "numbers.json": b"[1, 2]", "object.json": b"{}"}
-    write(tmp_path, files | {"noid.json": b'[{"name": "cat"}]'})
+    files |= {"noid.json": b'[{"name": "cat"}]', "null.json": b'[{"id": 1, "name": null}]'}
+    write(tmp_path, files | {"badid.json": b'[{"id": null, "name": "cat"}]'})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
         class_names(spec)
