@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from rar.schema import UserError
@@ -26,9 +26,19 @@ class Strict(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _at_home(cls, value: Any) -> Any:
-        """`~/x` is the user's home wherever a path may stand: nothing else begins so."""
-        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+    def _as_meant(cls, value: Any, field: ValidationInfo) -> Any:
+        """`~/x` is the user's home wherever a path may stand: nothing else begins so. And yes or no is no number."""
+        assert field.field_name is not None
+        kind = cls.model_fields[field.field_name].annotation
+        if isinstance(value, bool) and {int, float}.intersection((kind, *get_args(kind))):
+            raise ValueError(f"a number is needed, and YAML reads {value} here (as of yes, no, on, off)")
+        if isinstance(value, dict):
+            return {key: _home(one) for key, one in value.items()}
+        return _home(value)
+
+
+def _home(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 class Corpus(Strict):

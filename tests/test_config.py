@@ -229,6 +229,15 @@ def test_words_that_yaml_takes_for_values_are_to_be_quoted(tmp_path: Path, text:
     assert "put it in quotes" in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_yes_is_no_number_and_home_is_found_wherever_a_path_stands(tmp_path: Path) -> None:
+    for text in ("retriever: {top_k: yes}", "corpus: {uri: a, limit: on}", "run: {max_failed_fraction: no}"):
+        with pytest.raises(UserError, match=r"^config: [\w.]+: a number is needed, and YAML reads (True|False)"):
+            config.load(written(tmp_path, text))
+    found = config.load(written(tmp_path, "corpus: {uri: ~/photos}\nserve: {adapters: {birds: ~/birds}}"))
+    assert found.corpus is not None and found.corpus.uri == str(Path.home() / "photos")
+    assert found.serve.adapters == {"birds": str(Path.home() / "birds")}
+
+
 def test_the_reference_loads_as_the_defaults_and_holds_every_key(tmp_path: Path) -> None:
     text = config.reference()
     assert config.load(written(tmp_path, text)) == Config()

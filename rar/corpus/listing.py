@@ -260,6 +260,7 @@ def _manifest(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
         base = truth.folder_of(corpus, file)
         uris = pc.fill_null(names.uris, "")
         whole = pc.or_(pc.match_substring_regex(uris, "^(/|~/|$)"), pc.match_substring(uris, "://"))
+        uris = pc.if_else(pc.match_substring(uris, "/"), uris, pc.replace_substring(uris, "\\", "/"))  # as truth.joined
         uris = pc.if_else(whole, uris, pc.binary_join_element_wise(truth.joined(base, "x")[:-1], uris, ""))
         yield _rows(uris, names.labels)
 

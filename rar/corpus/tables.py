@@ -15,6 +15,7 @@ import codecs
 import csv
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ DEFAULT_LABEL_COLUMN: str = Corpus.model_fields["label_column"].default
 DEFAULT_BYTES_COLUMN: str = Corpus.model_fields["bytes_column"].default
 DELIMITERS = ",;\t|"
 HEAD = 65_536  # bytes that tell encoding and delimiter; also rows of a batch
+EDGES = re.compile(r"^[\s\u200b\u200e\u200f\u2060\ufeff]+|[\s\u200b\u200e\u200f\u2060\ufeff]+$")
 CELL_LIMIT = 2**31 - 1  # Python's own is 128 KiB
 
 
@@ -61,7 +63,9 @@ def read_names(corpus: Corpus, file: str) -> Names:
 
 
 def encoding_of(head: bytes) -> str:
-    """Of a text file, from its first bytes: UTF-16 by its mark or by every second byte being zero, else UTF-8."""
+    """Of a text file, from its first bytes: UTF-16 and 32 by their marks, or by every second byte being zero, else UTF-8."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     zeros = head[0:2].find(b"\0") if len(head) > 1 else -1
@@ -69,11 +73,11 @@ def encoding_of(head: bytes) -> str:
 
 
 def label(value: Any) -> str | None:
-    """Any cell as a label: stripped and in NFC, to be compared. Empty cells and NaN (a missing number) are none."""
+    """Any cell as a label: stripped (marks without width, too), in NFC. Empty cells and NaN (a missing number) are None."""
     if value is None or value != value:
         return None
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-    return unicodedata.normalize("NFC", text).strip() or None
+    return EDGES.sub("", unicodedata.normalize("NFC", text)) or None
 
 
 def labels(values: pa.ChunkedArray, class_names: Sequence[str] | None = None) -> pa.ChunkedArray:
@@ -104,19 +108,21 @@ def label_column(corpus: Corpus, columns: Sequence[str], file: str, classes: Map
 
 
 def bytes_column(corpus: Corpus, file: str) -> str | None:
-    """The parquet column of image bytes: corpus.bytes_column, else the only struct of bytes and path; None: there is none.
-
-    Raises UserError where there are two such structs.
+    """The parquet column of image bytes: corpus.bytes_column, else the only struct of bytes and path, or the only binary column
+    of a table that names no files; None: there is none. Raises UserError where there are two.
     """
     schema = parquet_schema(file)
     if corpus.bytes_column in schema.names:
         return corpus.bytes_column if _holds_bytes(schema.field(corpus.bytes_column).type) else None
-    structs = [field.name for field in schema if _holds_bytes(field.type) and pa.types.is_struct(field.type)]
-    if corpus.bytes_column != DEFAULT_BYTES_COLUMN or not structs:
+    holding = [field for field in schema if _holds_bytes(field.type)]
+    found = [field.name for field in holding if pa.types.is_struct(field.type)]
+    if not found and _column(schema.names, corpus.uri_column) is None:
+        found = [field.name for field in holding]
+    if corpus.bytes_column != DEFAULT_BYTES_COLUMN or not found:
         return None
-    if len(structs) > 1:
-        raise UserError(f"corpus: {file} has several columns of pictures; set corpus.bytes_column to one of {structs}")
-    return structs[0]
+    if len(found) > 1:
+        raise UserError(f"corpus: {file} has several columns of pictures; set corpus.bytes_column to one of {found}")
+    return found[0]
 
 
 def parquet_schema(file: str) -> pa.Schema:

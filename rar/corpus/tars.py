@@ -90,7 +90,8 @@ def read_members(file: str, sidecars: Sequence[str] = SIDECARS) -> Members:
                 ):
                     found.pictures.append((member.name, offset, size))
                 elif suffix in sidecars and size <= LARGEST_LABEL:
-                    found.texts[member.name].append(_at(stream, offset, size).decode("utf-8-sig", errors="replace").strip())
+                    name = member.name[: len(member.name) - len(suffix)] + suffix  # A.CLS is a label, too
+                    found.texts[name].append(_at(stream, offset, size).decode("utf-8-sig", errors="replace").strip())
                 elif suffix not in SIDECARS:
                     found.others[suffix] += 1
             stream.seek(tar.offset)
@@ -136,7 +137,7 @@ def _beside(members: Members, picture: str, copy: int, suffix: str) -> str | Non
     while key:
         texts = members.texts.get(f"{folder}{slash}{key}{suffix}")
         if texts:
-            return texts[0] if len(texts) == 1 else texts[copy] if copy < len(texts) else None
+            return (texts[0] if len(texts) == 1 else texts[copy] if copy < len(texts) else None) or None
         key = key.rpartition(".")[0]
     return None
 

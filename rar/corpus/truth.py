@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -28,6 +27,7 @@ import numpy as np
 
 from rar import storage
 from rar.config import Corpus
+from rar.corpus import tables
 from rar.corpus.jsonstream import items
 from rar.schema import UserError
 
@@ -204,10 +204,8 @@ def _category(value: Any, number: int, source: str) -> Category:
     if not isinstance(value, dict):
         raise UserError(f"{source}: categories[{number}] is no object but {value!r:.60}")
     name = value.get("name")
-    if isinstance(name, int | float) and not isinstance(name, bool):
-        name = str(name)
-    name = _text(unicodedata.normalize("NFC", name.strip())) if isinstance(name, str) and name.strip() else None
-    return Category(_written(value.get("id")), name, value.get("frequency"))
+    name = tables.label(name) if isinstance(name, int | float | str) and not isinstance(name, bool) else None
+    return Category(_written(value.get("id")), name and _text(name), value.get("frequency"))
 
 
 def _written(value: Any) -> Any:
@@ -365,9 +363,10 @@ def _is_folder(uri: str) -> bool:
 
 
 def joined(folder: str, name: str) -> str:
-    """A name in a table or JSON, relative to a folder unless it is whole (or empty)."""
+    r"""A name in a table or JSON, relative to a folder unless it is whole (or empty). Windows' `a\b.jpg` is `a/b.jpg`."""
     if not name or name.startswith(("/", "~/")) or "://" in name:
         return name
+    name = name if "/" in name else name.replace("\\", "/")
     return f"{folder}{name}" if folder.endswith("/") else f"{folder}/{name}"
 
 

@@ -282,6 +282,20 @@ def test_long_and_dotted_member_names(tmp_path: Path) -> None:
     assert read(table) == [b"x", b"y", b"z"]
 
 
+def test_labels_of_a_tar_in_capitals_or_empty(root: str) -> None:
+    write(root, {"a.tar": tar({"A.JPG": b"a", "A.CLS": b"cat\n", "b.jpg": b"b", "b.cls": b""})})
+    table = list_images(Corpus(uri=f"{root}/a.tar"))
+    assert table["label"].to_pylist() == ["cat", None]
+    assert remarks(table) == ["labels: 1 from .cls; 1 pictures have none"]
+
+
+def test_names_of_windows_are_below_the_folder_too(root: str) -> None:
+    write(root, {"m.csv": b"uri,label\nsub\\a.jpg,cat\nsub/b\\c.jpg,dog\n", "sub/a.jpg": b"a", "sub/b\\c.jpg": b"b"})
+    write(root, {"m.json": b'{"images": [{"id": 1, "file_name": "sub\\\\a.jpg"}]}'})
+    assert read(list_images(Corpus(uri=f"{root}/m.csv"))) == [b"a", b"b"]
+    assert read(list_images(Corpus(uri=f"{root}/m.json"))) == [b"a"]
+
+
 def test_links_in_a_tar_keep_their_row(tmp_path: Path) -> None:
     write(tmp_path, {"a.jpg": b"bytes"})
     os.link(tmp_path / "a.jpg", tmp_path / "b.jpg")

@@ -36,6 +36,10 @@ def test_a_label_column_asked_for_by_name_must_be_there() -> None:
 
 def test_labels() -> None:
     assert [tables.label(value) for value in ("a", 3, "", None, float("nan"), 1.0)] == ["a", "3", None, None, None, "1.0"]
+    assert [tables.label(value) for value in ("\u00a0cat\u200b", "\ufeff cat\n", "\u200b", "\U0001f468\u200d\U0001f692")] == [
+        *("cat", "cat", None),
+        "\U0001f468\u200d\U0001f692",
+    ]
 
 
 def test_which_parquet_columns_are_images(tmp_path: Path) -> None:
@@ -47,6 +51,10 @@ def test_which_parquet_columns_are_images(tmp_path: Path) -> None:
     assert found == {"bytes": "bytes", "image": "image", "text": None, "box": None, "gone": None}
     pq.write_table(pa.table({"x": ["x"], "img": image}), file)
     assert tables.bytes_column(Corpus(uri="a"), file) == "img"
+    pq.write_table(pa.table({"picture": [b"x"], "label": ["x"]}), file)  # names no files
+    assert tables.bytes_column(Corpus(uri="a"), file) == "picture"
+    pq.write_table(pa.table({"thumbnail": [b"x"], "uri": ["x"]}), file)
+    assert tables.bytes_column(Corpus(uri="a"), file) is None
     pq.write_table(pa.table({"one": image, "two": image}), file)
     with pytest.raises(UserError, match=r"set corpus.bytes_column to one of \['one', 'two'\]"):
         tables.bytes_column(Corpus(uri="a"), file)
@@ -62,7 +70,7 @@ def names_in(tmp_path: Path, data: bytes, name: str = "m.csv", **settings: str) 
     return names.uris.to_pylist(), None if names.labels is None else names.labels.to_pylist()
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("said", [False, True])
 def test_csv_of_any_encoding_and_delimiter(tmp_path: Path, encoding: str, delimiter: str, said: bool) -> None:
