@@ -38,7 +38,7 @@ def run(verb: str, config_file: Path, out: str | None, sets: list[str], dry_run:
     if dry_run:
         say("\n  ".join([work.dry_run(settings, rows, path), *remarks(rows.index)]))
         return 0
-    with session.opened(settings.memory) as opened:
+    with session.opened(settings.memory, patience_s=settings.run.patience_s) as opened:
         vocabulary = recognise.prepare(opened, settings)
         folder = RunFolder.open(path, verb, settings, fresh=fresh, name=config_file.stem, group=verb)
         strange = strangers(rows.labels, list(vocabulary.names.values()))

@@ -35,7 +35,7 @@ def run(config_file: Path, out: str, sets: list[str], dry_run: bool, fresh: bool
         index = listing.list_images(settings.corpus)
         say("\n  ".join([f"would embed {index.num_rows:,} images to {out}", *listing.remarks(index)]))
         return 0
-    with session.opened() as opened:
+    with session.opened(patience_s=settings.run.patience_s) as opened:
         counts = verb.embed(opened, settings, out, fresh=fresh)
     say(f"{out}: {counts['ok']:,} ok, {counts['failed']:,} failed of {counts['input']:,}")
     return Exit.TOO_MANY_FAILED if counts["failed"] > settings.run.max_failed_fraction * counts["input"] else Exit.DONE

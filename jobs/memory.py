@@ -69,7 +69,7 @@ def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: b
         return 0
     RunFolder.check(path, "memory", settings, fresh=True)
     started = time.monotonic()
-    with session.opened(settings.memory, create=True) as opened:
+    with session.opened(settings.memory, create=True, patience_s=settings.run.patience_s) as opened:
         built = build.build_memory(opened, settings, fresh=fresh)
     folder = RunFolder.open(path, "memory", settings, fresh=True, name=config_file.stem, group="memory")
     folder.write_faults(built.failed)

@@ -108,6 +108,9 @@ class Encoder(Strict):
     )
     compile: bool = Field(False, description="torch.compile: slow to start, faster on long runs")
     workers: int = Field(1, ge=1, description="processes that embed at the same time")
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs (or a fraction of one) each; default: one, where there are any"
+    )
 
 
 class Index(Strict):
@@ -206,6 +209,9 @@ class Ranker(Strict):
     min_replicas: int = Field(1, ge=1, description="replicas of the ranker that stay up")
     max_replicas: int = Field(1, ge=1, description="replicas of the ranker under load")
     num_gpus: float = Field(0.0, ge=0, description="GPUs (or a fraction of one) per replica")
+    keep: bool = Field(
+        False, description="on a cluster: the application outlives the job, for others, without replicas while nobody asks"
+    )
     in_flight: int = Field(4, ge=1, description="batches each pipeline worker keeps in flight at the replicas of a local model")
 
 
@@ -258,6 +264,9 @@ class Detector(Strict):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the weights on a GPU")
     device: str = Field("auto", description="auto, cpu, cuda or mps")
     workers: int = Field(1, ge=1, description="processes that detect at the same time")
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs (or a fraction of one) each; default: one, where there are any"
+    )
 
 
 class Detect(Strict):
@@ -310,6 +319,7 @@ class Run(Strict):
     shard_size: int = Field(256, ge=1, description="images per shard: the unit of work, of writing and of resuming")
     max_failed_fraction: float = Field(0.05, ge=0, le=1, description="a run with more failed rows ends with exit code 3")
     seed: int = Field(0, description="of every draw: shots, splits, calibration")
+    patience_s: float = Field(300.0, gt=0, description="how long a model, the ranker's replicas or an answer is waited for")
     vocabulary_free: bool = Field(
         False,
         description="the memory's names are guesses: metrics.json has cluster_accuracy and, by the encoder's text tower, "

@@ -36,10 +36,13 @@ from rar.ranker.wording import load_wording
 
 SPEED = (
     "encoder.workers",
+    "encoder.num_gpus",
     "detect.detector.workers",
+    "detect.detector.num_gpus",
     "ranker.min_replicas",
     "ranker.max_replicas",
     "ranker.num_gpus",
+    "ranker.keep",
     "ranker.in_flight",
     "ranker.concurrency",
     "ranker.max_calls",
@@ -47,6 +50,7 @@ SPEED = (
     "ranker.attempts",
     "ranker.cache",
     "memory.token",
+    "run.patience_s",
     "serve",
 )
 METRICS = ("detect.score", "detect.style", "detect.classes_per_box", "run.max_failed_fraction")

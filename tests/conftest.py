@@ -13,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 
 if TYPE_CHECKING:
     from rar.engine.session import Session
+    from tests.run.lab import Lab
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # before ray is imported, as the commands do
@@ -46,3 +47,22 @@ def ray_session() -> Iterator[Session]:
 
     with session.opened() as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def lab(world: Path, ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A memory of 120 novel classes, built once; tests do not change it."""
+    from dataclasses import replace
+
+    from rar.memory.store import open_store
+    from rar.run import build
+    from tests.run.lab import Lab
+
+    store = tmp_path_factory.mktemp("store") / "memory.milvus"
+    with open_store(str(store)) as address:
+        lab = Lab(world, store, replace(ray_session, memory=address))
+        built = build.build_memory(lab.session, lab.settings(), fresh=False)
+        metrics = built.metrics
+        assert built.failed.num_rows == 0 and built.rows == 360
+        assert (metrics["classes"], metrics["entries.images"], metrics["entries.texts"]) == (120, 240, 120)
+        yield lab

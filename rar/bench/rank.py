@@ -68,7 +68,7 @@ def through_serve(images: int = 96, repeats: int = 5) -> dict[str, Any]:
     batches = [(encoded[start : start + BATCH], work.names[start : start + BATCH]) for start in starts]
     with session.opened() as opened:
         client.deploy(opened, settings)
-        ask = client.ask(settings)
+        ask = client.ask(opened, settings)
         assert isinstance(ask, client.Ask)
         ranker = MllmRanker(settings, str(miniature.MLLM))
         return {"serve": against(lambda: ask(batches), ranker, work, repeats)}

@@ -10,54 +10,66 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.context import _check_cached_client_alive
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from ray.serve.schema import ApplicationStatus
+from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from rar import config, identity
-from rar.engine import direct
+from rar.engine import direct, waiting
+from rar.engine.isolate import reason
 from rar.engine.replica import FAULTS, Batch, Exemplars, Prior, RankerReplica
 from rar.engine.session import Session
 from rar.ranker.cache import AnswerCache
 from rar.schema import Ranking, Unavailable, UserError
 
-ATTEMPTS = 30  # with waits of up to 20 s: rides out a replica's restart and a cold start elsewhere
 DRAIN_S = 30.0
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
+FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY, ApplicationStatus.DELETING)
 GONE = (RayActorError, DeploymentUnavailableError)  # a replica died with the request, or is not there yet
 
 
 def app_name(settings: config.Ranker, online: config.Serve | None = None) -> str:
     """Equal answers, served equally, share an application: weights that are trained anew in their folder get one of their own.
 
-    Called where the command runs, and handed on: another machine may know the weights of a hub name by another commit.
+    Jobs share one where `ranker.keep` leaves it to them. Called where the command runs, and handed on: another machine may know
+    the weights of a hub name by another commit.
     """
     kind = "ranker" if online is None else "online"
     served = settings.model_dump(mode="json", include={"min_replicas", "max_replicas", "num_gpus", "timeout_s", "attempts"})
-    parts = [identity.of_answers(settings), served, online and online.model_dump(mode="json")]
+    job = None if settings.keep else ray.get_runtime_context().get_job_id()
+    parts = [identity.of_answers(settings), served, online and online.model_dump(mode="json"), job]
     return f"{kind}-{identity.fingerprint(parts)[:8]}"
 
 
 def deploy(session: Session, settings: config.Ranker) -> None:
-    """Start the application for a ranker in batch jobs and return when it answers; does nothing where it runs already.
+    """Start the application for a ranker in batch jobs and return when it answers, or when the one that is there does.
 
-    It ends with this command's own Ray; on a cluster that was joined it stays, for the jobs that share it.
-    Raises UserError where its model cannot be loaded, and for an endpoint what asking it for its offers raises.
+    It ends with this session; with `ranker.keep`, on a cluster, it stays for other jobs, without a replica while nobody asks.
+    Raises UserError where its model cannot be loaded, Unavailable where it does not come, and for an endpoint what asking it
+    for its offers raises.
     """
     if settings.method == "endpoint":
         direct.offers(settings.model_dump_json())
         return
     serve.start(proxy_location="Disabled", logging_config=QUIET)  # called by handle: no HTTP proxy
     limits = {"max_ongoing_requests": 4, "max_queued_requests": 64}
-    scale = {"target_ongoing_requests": 2}
-    _deploy(session, app_name(settings), settings, None, {**limits, "autoscaling_config": scale})
+    scale = {"target_ongoing_requests": 2, "upscale_delay_s": 10.0, "downscale_delay_s": 60.0}
+    name = app_name(settings)
+    if session.joined and settings.keep:
+        scale |= {"min_replicas": 0, "initial_replicas": settings.min_replicas}
+    elif session.joined:
+        session.endings.callback(serve.delete, name)
+    _deploy(session, name, settings, None, {**limits, "autoscaling_config": scale})
 
 
 def deploy_online(session: Session, settings: config.Ranker, online: config.Serve) -> None:
@@ -75,22 +87,54 @@ def deploy_online(session: Session, settings: config.Ranker, online: config.Serv
 
 
 def _deploy(session: Session, name: str, settings: config.Ranker, online: config.Serve | None, options: dict[str, Any]) -> None:
-    if name in serve.status().applications:
-        return
-    options["autoscaling_config"] |= {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
-    deployment = serve.deployment(
-        name="ranker",
-        ray_actor_options={"num_cpus": session.model_cpus, "num_gpus": settings.num_gpus},
-        graceful_shutdown_timeout_s=DRAIN_S,
-        logging_config=QUIET,
-        **options,
-    )(RankerReplica)
-    parts = [part and part.model_dump(mode="json") for part in (settings, online)]
-    bound = deployment.bind(*parts, session.threads_of(settings.max_replicas))
-    handle = serve.run(bound, name=name, route_prefix=None)
-    if mistake := handle.fault.remote().result():
+    if name not in serve.status().applications:
+        replicas = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
+        options["autoscaling_config"] = replicas | options["autoscaling_config"]
+        gpus, cpus = session.reserves(settings.device, settings.num_gpus)
+        deployment = serve.deployment(
+            name="ranker",
+            ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+            graceful_shutdown_timeout_s=DRAIN_S,
+            logging_config=QUIET,
+            **options,
+        )(RankerReplica)
+        parts = [part and part.model_dump(mode="json") for part in (settings, online)]
+        bound = deployment.bind(*parts, session.threads_of(settings.max_replicas))
+        serve.run_many([serve.RunTarget(bound, name, None)], wait_for_applications_running=False)
+    try:
+        waiting.until(
+            lambda seconds: _runs(name, seconds), lambda: _state(name)[1], "the ranker's application", session.patience_s
+        )
+        mistake = serve.get_app_handle(name).fault.remote().result(timeout_s=session.patience_s)
+    except (Unavailable, TimeoutError):
+        serve.delete(name, _blocking=False)
+        raise
+    if mistake:
         serve.delete(name)
         raise mistake if isinstance(mistake, Unavailable) else UserError(f"ranker.model: {mistake}")
+
+
+def _runs(name: str, seconds: float) -> bool:
+    """Whether an application runs; waits a moment where it does not yet. Raises Unavailable where it has failed."""
+    status, said = _state(name)
+    if status in FAILED:
+        raise Unavailable(f"the ranker's application cannot start: {said}")
+    if status != ApplicationStatus.RUNNING:
+        time.sleep(min(0.1, seconds))
+    return status == ApplicationStatus.RUNNING
+
+
+def _state(name: str) -> tuple[ApplicationStatus, str]:
+    """An application's status and, in Serve's words, why it is so: of a replica that raised, the error's own line."""
+    app = serve.status().applications[name]
+    said = " ".join(one.message for one in app.deployments.values() if one.message) or app.message
+    lines = [line for line in said.splitlines() if line.strip()]
+    return app.status, lines[-1].strip() if lines else app.status.value.lower()
+
+
+def _forget(state: RetryCallState) -> None:
+    """A worker that outlives a Serve keeps asking its controller: have it look for the one that runs now."""
+    _check_cached_client_alive()
 
 
 @dataclass
@@ -98,11 +142,13 @@ class Ask:
     """Sends batches to a ranker application with a window of requests in flight, and waits for all. Picklable.
 
     cache: folder and fingerprint of the answers that are looked up before anything is sent. prior: of the labels.
-    exemplars: class name -> where its pictures lie.
+    exemplars: class name -> where its pictures lie. patience_s: for a replica to come back, and for one answer. Raises
+    Unavailable where that was not enough.
     """
 
     app: str
     in_flight: int
+    patience_s: float = 300.0
     cache: tuple[str, str] | None = None
     prior: Prior | None = None
     exemplars: Exemplars | None = None
@@ -124,18 +170,26 @@ class Ask:
         new = iter(found)
         return [next(new) if ranking is None else ranking for ranking in kept]
 
+    def _send(self, batch: Batch) -> list[Ranking]:
+        try:
+            return self._sent(batch)
+        except GONE as error:
+            raise Unavailable(f"the ranker stayed away for run.patience_s {self.patience_s:g}: {reason(error)}") from None
+        except TimeoutError:
+            raise Unavailable(f"the ranker gave no answer within run.patience_s {self.patience_s:g}") from None
+
     @retry(
         retry=retry_if_exception_type((BackPressureError, *GONE)),
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.2, max=20),
-        before_sleep=lambda _: _check_cached_client_alive(),  # a worker may know a Serve that has ended
+        stop=lambda state: state.args[0].patience_s < (state.seconds_since_start or 0),
+        wait=wait_random_exponential(multiplier=0.2, max=10),
+        before_sleep=_forget,
         reraise=True,
     )
-    def _send(self, batch: Batch) -> list[Ranking]:
+    def _sent(self, batch: Batch) -> list[Ranking]:
         shown = None
         if self.exemplars is not None:
             shown = [[self.exemplars.get(name, []) for name in listed] for listed in batch[1]]
-        return serve.get_app_handle(self.app).rank.remote(*batch, self.prior, shown).result()
+        return serve.get_app_handle(self.app).rank.remote(*batch, self.prior, shown).result(timeout_s=self.patience_s)
 
 
 def undeploy(settings: config.Ranker) -> None:
@@ -145,7 +199,11 @@ def undeploy(settings: config.Ranker) -> None:
 
 
 def ask(
-    settings: config.Ranker, prior: Prior | None = None, exemplars: Exemplars | None = None, max_calls: int | None = None
+    session: Session,
+    settings: config.Ranker,
+    prior: Prior | None = None,
+    exemplars: Exemplars | None = None,
+    max_calls: int | None = None,
 ) -> Ask | direct.AskServers | None:
     """How pipeline workers reach a ranker; None where no ranker is configured. Raises UserError for a cache that cannot be.
 
@@ -161,7 +219,15 @@ def ask(
     if settings.method == "endpoint":
         budget = direct.Budget.remote(max_calls) if max_calls is not None else None  # type: ignore[attr-defined]
         return direct.AskServers(settings, direct.offers(settings.model_dump_json()), kept, budget)
-    return Ask(app_name(settings), settings.in_flight, kept, prior, exemplars)
+    return Ask(app_name(settings), settings.in_flight, session.patience_s, kept, prior, exemplars)
+
+
+def waiters(session: Session, settings: config.Ranker) -> int | None:
+    """Tasks that keep all replicas at work while they hold no CPU (see pipeline.through); None: tasks as they are.
+
+    On a laptop models reserve no CPU, so nothing that waits can keep one from starting.
+    """
+    return 2 * settings.max_replicas if session.joined and settings.method not in ("none", "endpoint") else None
 
 
 def estimate_prior(settings: config.Ranker, images: list[bytes], names: list[list[str]]) -> Prior:
@@ -181,7 +247,7 @@ class AskOne:
 
     @retry(
         retry=retry_if_exception_type(GONE),
-        stop=stop_after_attempt(ATTEMPTS),
+        stop=stop_after_delay(60),
         wait=wait_random_exponential(multiplier=0.1, max=2),
         reraise=True,
     )

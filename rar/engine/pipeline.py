@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -62,9 +62,13 @@ def _shard(index: pa.Table, bounds: np.ndarray, number: int) -> pa.Table:
     return table.append_column("shard", pa.array([number] * table.num_rows, pa.int32())).combine_chunks()
 
 
-def through(dataset: Dataset, name: str, work: stages.Stage) -> Dataset:
-    """Add a stage that runs as tasks, one whole shard a call."""
-    return dataset.map_batches(stages.timed(name, work), batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+def through(dataset: Dataset, name: str, work: stages.Stage, waiters: int | None = None) -> Dataset:
+    """Add a stage that runs as tasks, one whole shard a call.
+
+    waiters: of a stage that only waits for replicas, which may themselves wait for a CPU: so many tasks, that hold none.
+    """
+    more: dict[str, Any] = {"num_cpus": TASK_CPUS} if waiters is None else {"num_cpus": 0, "concurrency": waiters}
+    return dataset.map_batches(stages.timed(name, work), batch_size=None, batch_format="pyarrow", **more)
 
 
 def plainly(dataset: Dataset, work: stages.Stage) -> Dataset:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from tenacity import retry, stop_after_attempt
 
 from rar import config
 from rar.engine import faults, stages
-from rar.engine.actors import ModelActor, Pool
+from rar.engine.actors import DEATHS, ModelActor, Pool
 from rar.memory.store import open_store
 from rar.schema import UserError
 
@@ -34,12 +34,15 @@ LOCAL_SLOTS = 3  # logical CPUs of a laptop's Ray, for tasks: models hardly rese
 class Session:
     """memory: the address that workers reach it at; None where the command needs none.
 
-    threads: of a model on a laptop whose cores all models share; None on a cluster, where Ray decides.
+    threads: of a model on a laptop whose cores all models share; None on a cluster, where Ray decides. patience_s: for what
+    stays away. endings: called when the session closes.
     """
 
     memory: str | None
     threads: int | None
+    patience_s: float = 300.0
     pools: dict[tuple[str, str], Pool] = field(default_factory=dict, repr=False)
+    endings: ExitStack = field(default_factory=ExitStack, repr=False)
 
     @property
     def memory_address(self) -> str:
@@ -47,9 +50,20 @@ class Session:
         return self.memory
 
     @property
-    def model_cpus(self) -> float:
-        """What a process with a model reserves of Ray's CPUs."""
-        return 1.0 if self.threads is None else 0.01
+    def joined(self) -> bool:
+        """Whether this is a cluster that others may use, too."""
+        return self.threads is None
+
+    @property
+    def task_cpus(self) -> float:
+        """CPUs that must stay free of models, on a cluster, for tasks to run at all."""
+        return 1.0 if self.joined else 0.0
+
+    def reserves(self, device: str, num_gpus: float | None, processes: int = 1) -> tuple[float, float]:
+        """(GPUs, CPUs) that processes with a model reserve. num_gpus: of each; None: one, where there are any and it may be."""
+        gpus = float(device != "cpu" and ray.cluster_resources().get("GPU", 0.0) >= 1) if num_gpus is None else num_gpus
+        cpus = 0.01 if not self.joined else 0.0 if gpus else 1.0  # a process beside a GPU waits for no CPU
+        return gpus * processes, cpus * processes
 
     def threads_of(self, models: int) -> int | None:
         """Threads of each of `models` that run at once; None: as many as Ray gives."""
@@ -57,26 +71,27 @@ class Session:
 
     def encoder(self, settings: config.Encoder) -> Pool:
         """The actors of an encoder, started when first asked for."""
-        return self._pool("encoder", stages.Embed, settings, settings.device, settings.workers)
+        return self._pool("encoder", stages.Embed, settings, settings)
 
     def detector(self, settings: config.Detect) -> Pool:
         """The actors of `detect.detector`. Raises UserError for a model that cannot be loaded."""
         assert settings.detector is not None
-        pool = self._pool("detector", stages.Propose, settings, settings.detector.device, settings.detector.workers)
+        pool = self._pool("detector", stages.Propose, settings, settings.detector)
         _ = pool.facts
         return pool
 
-    def _pool(self, kind: str, load: Callable[[Any], Any], settings: Any, device: str, workers: int) -> Pool:
+    def _pool(self, kind: str, load: type[stages.Model], settings: Any, model: config.Encoder | config.Detector) -> Pool:
         key = (kind, settings.model_dump_json())
         if key not in self.pools:
-            gpus = 0 if device == "cpu" or not ray.cluster_resources().get("GPU") else 1
-            start = ModelActor.options(num_cpus=self.model_cpus, num_gpus=gpus)  # type: ignore[attr-defined]
-            self.pools[key] = Pool([start.remote(load, settings, self.threads_of(workers)) for _ in range(workers)])
+            gpus, cpus = self.reserves(model.device, model.num_gpus)
+            start = ModelActor.options(num_cpus=cpus, num_gpus=gpus, max_task_retries=DEATHS - 1)  # type: ignore[attr-defined]
+            actors = [start.remote(load, settings, self.threads_of(model.workers)) for _ in range(model.workers)]
+            self.pools[key] = Pool(actors, kind, load.failed, self.patience_s)
         return self.pools[key]
 
 
 @contextmanager
-def opened(memory: config.Memory | None = None, *, create: bool = False) -> Iterator[Session]:
+def opened(memory: config.Memory | None = None, *, create: bool = False, patience_s: float = 300.0) -> Iterator[Session]:
     """Milvus (with `memory`) and Ray for the length of a command; what fails in it leaves as the contract's errors (faults).
 
     With `create` an embedded store may be new; one that a user's mistake leaves empty is removed again. Raises UserError where
@@ -89,7 +104,14 @@ def opened(memory: config.Memory | None = None, *, create: bool = False) -> Iter
         with ExitStack() as stack:
             stack.enter_context(faults.crossing())
             address = stack.enter_context(open_store(memory.uri, memory.token)) if memory is not None else None
-            yield Session(address, stack.enter_context(_in_ray()))
+            session = Session(address, stack.enter_context(_in_ray()), patience_s)
+            hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+            if memory is not None and "://" not in memory.uri and len(hosts) > 1:
+                raise UserError(
+                    f"memory.uri {memory.uri} is of this machine alone, and the cluster has {len(hosts)}: name a server"
+                )
+            with session.endings:
+                yield session
     except UserError:
         if memory is not None and missing:
             shutil.rmtree(memory.uri, ignore_errors=True)

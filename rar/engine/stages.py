@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,18 @@ from rar.retriever import exact, modes
 from rar.schema import Candidate, Ranking, RankStatus, RowError, content_id, entry_id
 
 Stage = Callable[[pa.Table], pa.Table]
+
+
+class Model(Protocol):
+    """A stage with a loaded model, as an actor holds it."""
+
+    def __init__(self, settings: Any) -> None: ...
+    def __call__(self, table: pa.Table) -> pa.Table: ...
+    def facts(self) -> Any: ...
+
+    @staticmethod
+    def failed(table: pa.Table, why: str) -> pa.Table:
+        """What the stage returns where nothing can be asked of it: all rows that were healthy fail."""
 
 
 def timed(name: str, work: Stage) -> Stage:
@@ -138,6 +151,11 @@ class Propose:
 
     def facts(self) -> None:
         """Nothing that the driver must know."""
+
+    @staticmethod
+    def failed(table: pa.Table, why: str) -> pa.Table:
+        none: list[list] = [[] for _ in range(table.num_rows)]
+        return with_errors(_proposed(table, none, none), "detect", [why] * table.num_rows)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         boxes: list[list[list[float]]] = [[] for _ in range(table.num_rows)]
@@ -311,6 +329,11 @@ class Embed:
         return EncoderFacts(
             encoder.side, encoder.dim, encoder.fingerprint(), encoder.resize_mode, encoder.interpolation, encoder.embeds_texts
         )
+
+    @staticmethod
+    def failed(table: pa.Table, why: str) -> pa.Table:
+        nothing = with_vectors(table, np.zeros((table.num_rows, 1), np.float32))
+        return timed("embed", lambda rows: with_errors(rows, "embed", [why] * table.num_rows))(nothing)
 
     def _embed(self, table: pa.Table) -> pa.Table:
         vectors = np.zeros((table.num_rows, self.encoder.dim), np.float32)

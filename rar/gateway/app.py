@@ -225,7 +225,7 @@ def run_gateway(session: Session, settings: Config, known: Known | None, app: st
     room = 2 * ranker.batch_size * ranker.max_replicas + online.max_queued
     deployment = ray_serve.deployment(
         name=APP,
-        ray_actor_options={"num_cpus": session.model_cpus},
+        ray_actor_options={"num_cpus": session.reserves("cpu", 0)[1]},
         autoscaling_config={
             "min_replicas": online.min_gateways,
             "max_replicas": online.max_gateways,

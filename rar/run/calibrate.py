@@ -59,8 +59,9 @@ def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prio
     if len(proposed) < FEW_IMAGES:
         print(f"  calibrated on {len(proposed)} images alone; {FEW_IMAGES} and more are wanted", file=sys.stderr, flush=True)
     rows = pipeline.through(read, "recall", stages.Recall(proposed))
-    asked = stages.Rank(client.ask(settings.ranker, prior, exemplars(settings, support)), PAPER, settings.ranker.batch_size)
-    table = pipeline.collect(pipeline.through(rows, "rank", asked))
+    ask = client.ask(session, settings.ranker, prior, exemplars(settings, support))
+    asked = stages.Rank(ask, PAPER, settings.ranker.batch_size)
+    table = pipeline.collect(pipeline.through(rows, "rank", asked, client.waiters(session, settings.ranker)))
     table = table.sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
     table = table.filter(pc.is_in(table["image_id"], pa.array(list(proposed), pa.string())))
     labels = [truth[image_id] for image_id in table["image_id"].to_pylist()]

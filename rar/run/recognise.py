@@ -16,7 +16,7 @@ from ray.data import Dataset
 from rar.columns import fitted, positions
 from rar.config import Config
 from rar.corpus import coco, support
-from rar.engine import client, pipeline, stages
+from rar.engine import client, pipeline, placement, stages
 from rar.engine.session import Session
 from rar.engine.sinks import ShardSink
 from rar.run import measure, steps
@@ -29,6 +29,7 @@ from rar.schema import ERRORS, UserError
 
 def prepare(session: Session, settings: Config) -> Vocabulary:
     """Load the models and open the memory, before anything is written. Raises UserError for what the user must mend."""
+    placement.check(session, settings, ranks=True, detects=settings.detect.detector is not None)
     with ThreadPoolExecutor(1) as pool:  # the replica loads while the encoder does
         deployed = pool.submit(client.deploy, session, settings.ranker) if settings.ranker.method != "none" else None
         vocabulary = open_memory(session, settings)
@@ -61,10 +62,11 @@ def run(
     prior = label_prior(session, settings, work, vocabulary, folder)
     calibration = calibrate(session, settings, vocabulary, folder, prior)
     if numbers:
-        ask = client.ask(settings.ranker, prior, exemplars(settings), settings.ranker.max_calls)
+        ask = client.ask(session, settings.ranker, prior, exemplars(settings), settings.ranker.max_calls)
+        waiters = client.waiters(session, settings.ranker)
         rows = embedded or steps.embedded(session, settings, work, vocabulary.facts, numbers)
         rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
-        rows = pipeline.through(rows, "rank", stages.Rank(ask, calibration, settings.ranker.batch_size))
+        rows = pipeline.through(rows, "rank", stages.Rank(ask, calibration, settings.ranker.batch_size), waiters)
         rows = pipeline.through(rows, "fuse", stages.Fuse(calibration))
         with pipeline.progress(folder, sum(expected.values()), folder.path.name):
             rows.write_datasink(ShardSink(folder.path, expected))

@@ -24,9 +24,8 @@ from rar.schema import Ranking, RankStatus, Unavailable, UserError
 from tests.crops.test_detector import save_owlv2
 from tests.engine import fussy
 from tests.engine.fussy import BLUE, GREEN, RED
-from tests.run.test_recognise import Lab, lab, rows
-
-__all__ = ["lab"]  # a fixture
+from tests.run.lab import Lab
+from tests.run.test_recognise import rows
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pool_of(session: Session, load: Any, settings: Any) -> Pool:
     actor = ModelActor.options(num_cpus=0.01).remote(load, settings, session.threads_of(1))  # type: ignore[attr-defined]
-    return Pool([actor])
+    return Pool([actor], "encoder", load.failed)
 
 
 def test_encoder_and_ranker_that_raise_on_a_picture_fail_exactly_that_row(
@@ -117,7 +116,6 @@ def test_a_process_that_is_gone_is_one_line(ray_session: Session) -> None:
     assert "\n" not in str(gone.value)
 
 
-@serve.deployment
 class Answers:
     """A ranker's application in so far as it answers."""
 
@@ -132,10 +130,10 @@ class Worker:
 
 
 def test_a_worker_finds_the_serve_that_replaced_the_one_it_knew(ray_session: Session) -> None:
-    worker = Worker.remote()
+    worker = Worker.remote()  # type: ignore[attr-defined]
     for _ in range(2):
         serve.start(proxy_location="Disabled", logging_config=client.QUIET)
-        serve.run(Answers.bind(), name="answers", route_prefix=None)
+        serve.run(serve.deployment(name="ranker")(Answers).bind(), name="answers", route_prefix=None)
         ((answer,),) = ray.get(worker.ask.remote(client.Ask("answers", 1)), timeout=60)
         assert answer.order == (0, 1)
         serve.shutdown()

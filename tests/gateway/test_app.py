@@ -18,7 +18,6 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,10 @@ from rar.engine import client
 from rar.engine.replica import SICK, Fits, One, RankerReplica
 from rar.engine.session import Session
 from rar.gateway import app
-from rar.memory.collection import open_store
-from rar.run import build
 from rar.runfolder import RunFolder
 from rar.schema import Ranking, RankStatus, RowError, UserError
 from tests.conftest import ROOT
+from tests.run.lab import Lab
 
 TOKEN = "not a secret"
 
@@ -193,28 +191,19 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(world: Path, adapter: Path, ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(lab: Lab, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Memory, encoder, retriever, ranker, gateway and proxy, as `rar serve` starts them."""
     folder = tmp_path_factory.mktemp("service")
-    settings = config.build(
-        {
-            "memory": {
-                "name": "novel",
-                "uri": str(folder / "memory.milvus"),
-                "support": {"uri": str(world / "novel" / "support")},
-            },
-            "route": {"mode": "always"},
-            "serve": {"port": load.free_port(), "max_body_bytes": 100_000, "adapters": {"odd": str(adapter)}},
-        }
+    settings = lab.settings(
+        ranker={"batch_size": config.Ranker().batch_size},
+        route={"mode": "always"},
+        serve={"port": load.free_port(), "max_body_bytes": 100_000, "adapters": {"odd": str(adapter)}},
     )
     ray_serve.shutdown()  # another module's has no HTTP proxy
     os.environ[app.TOKEN] = TOKEN
-    with open_store(settings.memory.uri) as address:
-        there = with_changes(ray_session, memory=address)
-        build.build_memory(there, settings, fresh=False)
-        opened = RunFolder.open(folder / "run", "serve", settings, fresh=False, name="test", group="serve")
-        with app.serving(there, settings, opened) as url:
-            yield Service(url, world, settings)
+    opened = RunFolder.open(folder / "run", "serve", settings, fresh=False, name="test", group="serve")
+    with app.serving(lab.session, settings, opened) as url:
+        yield Service(url, lab.world, settings)
     del os.environ[app.TOKEN]
     ray_serve.shutdown()
 
@@ -276,7 +265,7 @@ def test_health_and_page(service: Service) -> None:
 @pytest.mark.slow
 def test_batch_jobs_are_served_beside_it(service: Service, ray_session: Session) -> None:
     client.deploy(ray_session, service.settings.ranker)
-    ask = client.ask(service.settings.ranker)
+    ask = client.ask(ray_session, service.settings.ranker)
     assert isinstance(ask, client.Ask)
     ((ranking,),) = ask([([png()], [["a", "b", "c"]])])
     assert sorted(ranking.order) == [0, 1, 2]

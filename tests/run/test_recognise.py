@@ -10,8 +10,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,55 +24,16 @@ from PIL import Image
 from rar import config, miniature
 from rar.engine import pipeline
 from rar.engine.session import Session
-from rar.memory.collection import open_store
 from rar.report.page import write_report
 from rar.report.view import read_run
 from rar.run import build, recognise
 from rar.run.vocabulary import collection, open_memory
-from rar.run.work import classify_work, detect_work
 from rar.runfolder import RunFolder
 from rar.schema import PREDICTIONS, UserError
 from tests.chat_server import serving, token_model, tokenizer
 from tests.conftest import ROOT
 from tests.crops.test_detector import save_owlv2
-
-
-@dataclass
-class Lab:
-    """A drawn world, an open store and what a run needs."""
-
-    world: Path
-    store: Path
-    session: Session
-
-    def settings(self, **sections: Any) -> config.Config:
-        data: dict[str, Any] = {
-            "corpus": {"uri": str(self.world / "novel" / "test")},
-            "memory": {"name": "novel", "uri": str(self.store), "support": {"uri": str(self.world / "novel" / "support")}},
-            "ranker": {"batch_size": 16},
-            "run": {"shard_size": 25},
-        }
-        for name, section in sections.items():
-            data[name] = {**data.get(name, {}), **section}
-        return config.build(data)
-
-    def run(self, settings: config.Config, path: Path, verb: str = "classify") -> tuple[RunFolder, dict[str, float]]:
-        work = detect_work(settings) if verb == "detect" else classify_work(settings)
-        vocabulary = recognise.prepare(self.session, settings)
-        folder = RunFolder.open(path, verb, settings, fresh=False, name="test", group=verb)
-        return folder, recognise.run(self.session, settings, vocabulary, work, folder)
-
-
-@pytest.fixture(scope="module")
-def lab(world: Path, ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    store = tmp_path_factory.mktemp("store") / "memory.milvus"
-    with open_store(str(store)) as address:
-        lab = Lab(world, store, replace(ray_session, memory=address))
-        built = build.build_memory(lab.session, lab.settings(), fresh=False)
-        metrics = built.metrics
-        assert built.failed.num_rows == 0 and built.rows == 360
-        assert (metrics["classes"], metrics["entries.images"], metrics["entries.texts"]) == (120, 240, 120)
-        yield lab
+from tests.run.lab import Lab
 
 
 @pytest.fixture(scope="module")
