@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from rar.ranker.debias import log_softmax
 from rar.retriever.softmax import fit_weights
 from rar.schema import Candidate, Ranking, RankStatus
 
@@ -71,7 +72,7 @@ def n_shown(candidates: Sequence[Candidate], calibration: Calibration) -> int:
     """How many candidates, the first ones, the ranker is to order; 0 where it is not asked."""
     if len(candidates) < 2:
         return 0
-    chances = _softmax(calibration.retriever_scale * np.array([candidate.score for candidate in candidates]))
+    chances = np.exp(log_softmax(calibration.retriever_scale * np.array([candidate.score for candidate in candidates])))
     if chances.max() >= calibration.threshold:
         return 0
     shown = int((chances >= calibration.least_probability).sum())
@@ -93,7 +94,7 @@ def fuse(
     else:
         logits = calibration.weight_retriever * scores + calibration.weight_ranker * rank_scores(ranking)
     order = np.argsort(-logits, kind="stable")
-    return tuple(order.tolist()), tuple(_softmax(logits).tolist())
+    return tuple(order.tolist()), tuple(np.exp(log_softmax(logits)).tolist())
 
 
 def among(ranking: Ranking, count: int) -> Ranking:
@@ -181,7 +182,7 @@ class _Table:
 
     def retriever_chances(self, scale: float) -> np.ndarray:
         """(N, K) probabilities by the retriever alone."""
-        return np.array([_softmax(row) for row in scale * self.features[0] + self.penalty])
+        return np.array([np.exp(log_softmax(row)) for row in scale * self.features[0] + self.penalty])
 
     def least_probability(self, scale: float, coverage: float) -> float:
         """What the truth's probability by the retriever reaches in a share `coverage` of new images; 0 for too few images."""
@@ -218,7 +219,3 @@ def _spread(feature: np.ndarray, inside: np.ndarray) -> float:
     mean = np.where(inside, feature, 0.0).sum(axis=1, keepdims=True) / counts
     variance = float((np.where(inside, feature - mean, 0.0) ** 2).sum() / max(inside.sum(), 1))
     return math.sqrt(variance) if variance > 0 else 1.0
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    return np.exp(logits - np.logaddexp.reduce(logits))

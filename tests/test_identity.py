@@ -23,6 +23,9 @@ SPEED = {
     "ranker.attempts": st.integers(1, 9),
     "ranker.cache": st.none() | st.just("answers"),
     "encoder.workers": st.integers(1, 64),
+    "encoder.num_gpus": st.none() | st.floats(0, 8),
+    "ranker.keep": st.booleans(),
+    "run.patience_s": st.floats(1, 900),
     "ranker.min_replicas": st.integers(1, 8),
     "ranker.max_replicas": st.integers(1, 64),
     "ranker.num_gpus": st.floats(0, 8),
@@ -36,10 +39,10 @@ SPEED = {
     "serve.adapters": st.sampled_from([{}, {"birds": "adapters/birds"}]),
     **{
         f"serve.{key}": st.integers(1024, 9999)
-        for key in ("port", "max_body_bytes", "max_pixels", "max_candidates", "max_name_chars", "max_queued")
+        for key in ("port", "max_body_bytes", "max_pixels", "max_candidates", "max_queued")
     },
     **{f"serve.{key}": st.integers(1, 9) for key in ("loaded_adapters", "batch_tokens", "min_gateways", "max_gateways")},
-    **{f"serve.{key}": st.floats(0.1, 9) for key in ("batch_wait_s", "timeout_s", "upscale_delay_s", "downscale_delay_s")},
+    **{f"serve.{key}": st.floats(0.1, 9) for key in ("timeout_s", "upscale_delay_s", "downscale_delay_s")},
 }
 RESULT = {
     "corpus": st.none() | st.builds(lambda uri: {"uri": uri}, st.sampled_from(["photos", "drawings"])),
@@ -118,7 +121,7 @@ def test_every_other_key_changes_the_identity() -> None:
             kept |= {key} if fingerprint(changed) == fingerprint(full) else set()
     left_out = {key for key in config._known_keys(Config) if key in identity.SPEED or key.startswith("serve.")} - {"serve"}
     assert kept == left_out | set(identity.METRICS)
-    assert {*SPEED, "detect.detector.workers"} >= left_out  # the table above names them all
+    assert {*SPEED, "detect.detector.workers", "detect.detector.num_gpus"} >= left_out  # the table above names them all
 
 
 def test_metrics_have_an_identity_of_their_own() -> None:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
+WAIT_S = 0.005  # of an idle model, for company
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

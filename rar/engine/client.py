@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from rar.schema import Ranking, Unavailable, UserError
 DRAIN_S = 30.0
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY, ApplicationStatus.DELETING)
+ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")  # the last one of a traceback
 GONE = (RayActorError, DeploymentUnavailableError)  # a replica died with the request, or is not there yet
 
 
@@ -107,7 +109,7 @@ def _deploy(session: Session, name: str, settings: config.Ranker, online: config
         )
         mistake = serve.get_app_handle(name).fault.remote().result(timeout_s=session.patience_s)
     except (Unavailable, TimeoutError):
-        serve.delete(name, _blocking=False)
+        serve.delete(name)
         raise
     if mistake:
         serve.delete(name)
@@ -126,10 +128,12 @@ def _runs(name: str, seconds: float) -> bool:
 
 def _state(name: str) -> tuple[ApplicationStatus, str]:
     """An application's status and, in Serve's words, why it is so: of a replica that raised, the error's own line."""
-    app = serve.status().applications[name]
-    said = " ".join(one.message for one in app.deployments.values() if one.message) or app.message
-    lines = [line for line in said.splitlines() if line.strip()]
-    return app.status, lines[-1].strip() if lines else app.status.value.lower()
+    app = serve.status().applications.get(name)
+    if app is None:
+        return ApplicationStatus.DELETING, "it was deleted"
+    said = "\n".join(one.message for one in app.deployments.values() if one.message) or app.message
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [app.status.value.lower()]
+    return app.status, next((line for line in reversed(lines) if ERROR_LINE.match(line)), lines[-1])
 
 
 def _forget(state: RetryCallState) -> None:

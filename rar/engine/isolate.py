@@ -44,37 +44,46 @@ class Isolate(Generic[Row, Answer]):
 
     def __call__(self, rows: Sequence[Row]) -> list[Answer | Exception]:
         """Raises Broken, and the errors of `raised`."""
-        rows = list(rows)
         size = self.limit or len(rows) or 1
-        return [answer for start in range(0, len(rows), size) for answer in self._batch(rows[start : start + size])]
+        answers: list[Answer | Exception] = []
+        for start in range(0, len(rows), size):
+            part = list(rows[start : start + size])
+            try:
+                answers += self.work(part)
+            except self.raised:
+                raise
+            except Exception as error:
+                answers += self._found(part, error)
+        return answers
 
-    def _batch(self, rows: list[Row]) -> list[Answer | Exception]:
-        worked: list[int] = []  # sizes of the parts
-        faults: list[Exception] = []  # of the batch, then of its parts
-        answers = self._halved(rows, worked, faults)
-        if faults and is_memory(faults[0]) and not any(isinstance(answer, Exception) for answer in answers):
+    def _found(self, rows: list[Row], fault: Exception) -> list[Answer | Exception]:
+        """The answers of a batch that failed; a size that worked where it had been too large for memory is kept."""
+        worked: list[int] = []
+        answers = self._halves(rows, fault, worked)
+        if is_memory(fault) and not any(isinstance(answer, Exception) for answer in answers):
             self.limit = max(worked)
         return answers
 
-    def _halved(self, rows: list[Row], worked: list[int], faults: list[Exception]) -> list[Answer | Exception]:
-        try:
-            answers: list[Answer | Exception] = list(self.work(rows))
-        except self.raised:
-            raise
-        except Exception as error:
-            if is_broken(error):
-                raise Broken(reason(error)) from error
-            fault = error.with_traceback(None)  # its frames hold the batch's tensors
-        else:
-            worked.append(len(rows))
-            return answers
-        faults.append(fault)
+    def _halves(self, rows: list[Row], fault: Exception, worked: list[int]) -> list[Answer | Exception]:
+        """Answers of rows that failed together. worked: gets the sizes of the parts that did not."""
+        if is_broken(fault):
+            raise Broken(reason(fault)) from fault
+        fault.with_traceback(None)  # its frames hold the batch's tensors
         if is_memory(fault):
             self.relieve()
         if len(rows) == 1:
             return [fault]
         middle = (len(rows) + 1) // 2
-        return [answer for half in (rows[:middle], rows[middle:]) for answer in self._halved(half, worked, faults)]
+        answers: list[Answer | Exception] = []
+        for half in (rows[:middle], rows[middle:]):
+            try:
+                answers += self.work(half)
+                worked.append(len(half))
+            except self.raised:
+                raise
+            except Exception as error:
+                answers += self._halves(half, error, worked)
+        return answers
 
 
 def reason(error: BaseException) -> str:

@@ -32,7 +32,7 @@ from ray.serve.metrics import Counter
 from rar import config, miniature
 from rar.corpus import listing
 from rar.corpus.decode import decode
-from rar.engine.batching import Batcher
+from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.isolate import Isolate, reason
 from rar.engine.stages import free_gpu_memory
 from rar.schema import Ranking, RankStatus, RowError, Unavailable, UserError
@@ -161,7 +161,7 @@ class RankerReplica:
             fits.learn([names for _, names in waiting], answers)
             return answers
 
-        return Batcher(work, fits, self.online.batch_wait_s)
+        return Batcher(work, fits, WAIT_S)
 
     def _isolate(self, ranker: Ranks, raised: tuple[type[Exception], ...]) -> Isolate[Asked, Ranking]:
         def work(rows: list[Asked]) -> list[Ranking]:

@@ -59,11 +59,15 @@ def timed(name: str, work: Stage) -> Stage:
 
     def run(table: pa.Table) -> pa.Table:
         started = time.perf_counter()
-        table = work(table)
-        each = (time.perf_counter() - started) / max(table.num_rows, 1)
-        return table.append_column(f"seconds_{name}", pa.array([each] * table.num_rows, pa.float64()))
+        return with_seconds(work(table), name, started)
 
     return run
+
+
+def with_seconds(table: pa.Table, name: str, started: float) -> pa.Table:
+    """Note how long a stage took since `started`, shared over the rows."""
+    each = (time.perf_counter() - started) / max(table.num_rows, 1)
+    return table.append_column(f"seconds_{name}", pa.array([each] * table.num_rows, pa.float64()))
 
 
 def load(table: pa.Table) -> pa.Table:
@@ -319,10 +323,6 @@ class Embed:
         self.encoder = load_encoder(settings)
         self.images = Isolate(self._squares, free_gpu_memory)
         self.texts: Isolate[str, np.ndarray] = Isolate(lambda names: list(self.encoder.prototypes(names)), free_gpu_memory)
-        self.work = timed("embed", self._embed)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return self.work(table)
 
     def facts(self) -> EncoderFacts:
         encoder = self.encoder
@@ -332,10 +332,11 @@ class Embed:
 
     @staticmethod
     def failed(table: pa.Table, why: str) -> pa.Table:
-        nothing = with_vectors(table, np.zeros((table.num_rows, 1), np.float32))
-        return timed("embed", lambda rows: with_errors(rows, "embed", [why] * table.num_rows))(nothing)
+        started, nothing = time.perf_counter(), with_vectors(table, np.zeros((table.num_rows, 1), np.float32))
+        return with_seconds(with_errors(nothing, "embed", [why] * table.num_rows), "embed", started)
 
-    def _embed(self, table: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table) -> pa.Table:
+        started = time.perf_counter()
         vectors = np.zeros((table.num_rows, self.encoder.dim), np.float32)
         faults: list[str | None] = [None] * table.num_rows
         for name, embed in (("pixels", self.images), ("text", self.texts)):
@@ -345,7 +346,7 @@ class Embed:
                 vectors[[rows[place] for place in good]] = np.stack(found)
             for place, why in failed.items():
                 faults[rows[place]] = why
-        return with_errors(with_vectors(table, vectors), "embed", faults)
+        return with_seconds(with_errors(with_vectors(table, vectors), "embed", faults), "embed", started)
 
     def _squares(self, data: list[bytes]) -> list[np.ndarray]:
         """Raw squares of each row, one a view -> a vector a row."""

@@ -40,6 +40,7 @@ from rar.schema import Candidate, Ranking, RankStatus, RowError, Unavailable, Us
 
 OPEN_PATHS = ("/", "/health", "/openapi.json")  # answered without a token
 PAGE = Path(__file__).with_name("page.html")
+NAME_CHARS = 200  # of one name
 RETRY_AFTER_S = 1
 FETCH_TIMEOUT_S = 10.0
 Message = MutableMapping[str, Any]
@@ -141,14 +142,7 @@ def create_app(backend: Backend, online: config.Serve, token_digest: bytes | Non
             check_names(query.candidates, online)
             image = await picture(query, online)
             ranking = await backend.rank(image, query.candidates, query.adapter)
-            return RankResponse(
-                ranking=list(ranking.order),
-                best=query.candidates[ranking.order[0]],
-                scores=list(ranking.scores),
-                status=ranking.status,
-                response=ranking.response,
-                usage=usage(ranking),
-            )
+            return ranked(query.candidates, ranking)
 
     if "recognize" in online.endpoints:
 
@@ -182,15 +176,18 @@ def create_app(backend: Backend, online: config.Serve, token_digest: bytes | Non
         }
         return facts | await backend.health()
 
+    _show_page(app)
+    _tell_mistakes(app)
+    return app
+
+
+def _show_page(app: FastAPI) -> None:
     html = PAGE.read_text()
     policy = page_policy(html)
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(html, headers={"Content-Security-Policy": policy})
-
-    _tell_mistakes(app)
-    return app
 
 
 def _accepts(model: type[BaseModel]) -> dict[str, Any]:
@@ -202,6 +199,17 @@ def _accepts(model: type[BaseModel]) -> dict[str, Any]:
         "image/*": {"schema": {"type": "string", "format": "binary"}},
     }
     return {"requestBody": {"required": True, "content": kinds}}
+
+
+def ranked(candidates: list[str], ranking: Ranking) -> RankResponse:
+    return RankResponse(
+        ranking=list(ranking.order),
+        best=candidates[ranking.order[0]],
+        scores=list(ranking.scores),
+        status=ranking.status,
+        response=ranking.response,
+        usage=usage(ranking),
+    )
 
 
 def usage(ranking: Ranking) -> Usage:
@@ -217,9 +225,9 @@ def check_names(names: list[str], online: config.Serve) -> None:
             raise HTTPException(422, f"candidates[{position}] is blank")
         if any("\ud800" <= letter <= "\udfff" for letter in name):  # JSON can say half a surrogate pair; UTF-8 cannot
             raise HTTPException(422, f"candidates[{position}] is not valid Unicode")
-        if len(name) > online.max_name_chars:
+        if len(name) > NAME_CHARS:
             raise HTTPException(
-                422, f"candidates[{position}] has {len(name):,} characters; this server takes at most {online.max_name_chars}"
+                422, f"candidates[{position}] has {len(name):,} characters; this server takes at most {NAME_CHARS}"
             )
     if len(set(names)) < len(names):
         twice = next(position for position, name in enumerate(names) if name in names[:position])

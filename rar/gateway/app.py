@@ -34,7 +34,7 @@ from rar.columns import candidates_of
 from rar.config import Config
 from rar.engine import client, stages
 from rar.engine.actors import Pool
-from rar.engine.batching import Batcher
+from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.session import Session
 from rar.gateway import api
 from rar.run import recognise
@@ -65,7 +65,7 @@ class Cluster:
         self.settings, self.known, self.app = settings, known, ranker
         self.ask = client.AskOne(ranker) if ranker else None
         self.worker = ThreadPoolExecutor(1)
-        self.propose = Batcher(self._propose, self._fits, self.settings.serve.batch_wait_s)
+        self.propose = Batcher(self._propose, self._fits, WAIT_S)
 
     async def rank(self, image: bytes, names: list[str], adapter: str) -> Ranking:
         async with self._patience():

@@ -57,5 +57,4 @@ def position_consistency(
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """(n,) logits -> (n,) log-probabilities."""
-    shifted = logits - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    return logits - np.logaddexp.reduce(logits)

@@ -6,6 +6,7 @@ Not covered: real GPUs, several nodes.
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from PIL import Image
 from ray import serve
 
 from rar import config
-from rar.engine import client, faults, pipeline, stages
+from rar.engine import client, faults, pipeline, stages, waiting
 from rar.engine.actors import ModelActor, Pool
+from rar.engine.replica import RankerReplica
 from rar.engine.session import Session
 from rar.run.work import detect_work
 from rar.schema import Ranking, RankStatus, Unavailable, UserError
@@ -137,3 +139,45 @@ def test_a_worker_finds_the_serve_that_replaced_the_one_it_knew(ray_session: Ses
         ((answer,),) = ray.get(worker.ask.remote(client.Ask("answers", 1)), timeout=60)
         assert answer.order == (0, 1)
         serve.shutdown()
+
+
+class Deadly(stages.Embed):
+    """A model whose process ends with any picture it is given."""
+
+    def __init__(self, settings: object) -> None: ...
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        os._exit(1)
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_its_process_again_and_again_becomes_errors(ray_session: Session) -> None:
+    pool = ray_session._pool("encoder", Deadly, config.Encoder(source="deadly"), config.Encoder())
+    shard = pa.table({"shard": [0, 0], "pixels": [b"", None], "stage": [None, "read"], "error": [None, "gone"]})
+    found = pool.run(shard).to_pylist()
+    assert [row["stage"] for row in found] == ["embed", "read"]
+    assert "the encoder's process died 3 times on this shard" in found[0]["error"] and found[1]["error"] == "gone"
+
+
+class Faulty(RankerReplica):
+    def __init__(self, *arguments: Any) -> None:
+        raise ImportError("flash attention is not there")
+
+
+@pytest.mark.slow
+def test_an_application_that_cannot_start_is_one_line_each_time(ray_session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config.Ranker(max_new_tokens=9)
+    monkeypatch.setattr(client, "RankerReplica", Faulty)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match=r"cannot start: .*flash attention is not there") as caught:
+            client.deploy(ray_session, settings)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_wait_ends_and_says_what_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(waiting, "SAID_EVERY_S", 0.0)
+    left = [False, False, True]
+    waiting.until(lambda seconds: left.pop(0), lambda: "1 GPU is wanted", "the encoder", 60)
+    assert "waiting for the encoder (0 s): 1 GPU is wanted" in capsys.readouterr().err
+    with pytest.raises(Unavailable, match=r"the encoder did not come within run.patience_s 0.01: 1 GPU is wanted"):
+        waiting.until(threading.Event().wait, lambda: "1 GPU is wanted", "the encoder", 0.01)

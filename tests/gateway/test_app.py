@@ -57,7 +57,7 @@ class Fussy:
 
 @pytest.fixture(scope="module")
 def replica() -> RankerReplica:
-    return RankerReplica({"batch_size": 8}, {"batch_wait_s": 0.01})
+    return RankerReplica({"batch_size": 8})
 
 
 @pytest.fixture

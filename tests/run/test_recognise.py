@@ -255,6 +255,25 @@ def test_building_twice_changes_nothing(lab: Lab) -> None:
     np.testing.assert_array_equal(again.vectors, entries.vectors)
 
 
+def test_coverage_shortens_the_lists(lab: Lab, tmp_path: Path) -> None:
+    folder, _ = lab.run(lab.settings(corpus={"limit": 40}, route={"coverage": 0.6}), tmp_path / "run")
+    asked = [row for row in rows(folder) if row["rank_status"] == "ranked"]
+    assert asked and folder.read("calibration.json")["least_probability"] > 0
+    assert folder.stats()["mllm.candidates"] < 5 * len(asked)
+
+
+@pytest.mark.slow
+def test_exemplars_are_shown_beside_their_names(
+    lab: Lab, tmp_path: Path, classified: tuple[RunFolder, dict[str, float]]
+) -> None:
+    settings = lab.settings(corpus={"limit": 8}, ranker={"exemplars": 1}, route={"mode": "always"})
+    folder, _ = lab.run(settings, tmp_path / "run")
+    assert [row["rank_status"] for row in rows(folder)] == ["ranked"] * 8
+    plain, shown = classified[0].stats(), folder.stats()
+    tokens = [stats["mllm.prompt_tokens"] / stats["mllm.calls"] for stats in (plain, shown)]
+    assert tokens[1] > 2 * tokens[0], "five pictures more are read with each question"
+
+
 def test_a_memory_of_other_templates_is_refused(lab: Lab) -> None:
     settings = lab.settings(encoder={"templates": ["{}"]})
     with pytest.raises(UserError, match="rebuild it"):
