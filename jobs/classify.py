@@ -79,6 +79,9 @@ def told(metrics: dict[str, float], folder: RunFolder, settings: config.Config) 
             say(f"  {key} {metrics[key]:.4f}")
     if leaked := metrics.get("leaked"):
         say(f"  {leaked:,.0f} of the pictures are in the memory as well, and known by heart; leave them out of memory.support")
+    near = (metrics.get("near_leaked") or 0) - (leaked or 0)
+    if near > 0:
+        say(f"  {near:,.0f} more look like support images in another size or quality, and if they are the same, are known too")
     if twice := metrics.get("duplicates"):
         say(f"  {twice:,.0f} rows show what another row shows, too; each is judged by its own label")
     return verdict(folder, settings)

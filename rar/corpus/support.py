@@ -8,9 +8,8 @@ Rules, each counted and told, none applied in silence:
   the label that most of them carry; between equals, the first by name. The order of rows, files or workers plays no part, so
   building again changes nothing. It costs the other class that picture: an entry has one class.
 - A picture that is in the memory and among those to classify is a leak: counted by content, never removed, because leaving
-  pictures out of a test set changes what is measured.
-
-What cannot be seen here: near duplicates (another size, another JPEG quality) are other contents.
+  pictures out of a test set changes what is measured. Copies of another size or quality are other contents; those are told
+  apart from strangers by how they look (corpus.looks), and warned of.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class ShardSink(Datasink[int]):
     expected: the number of rows each shard must have; where there is a column `boxes`, a row counts as so many. A shard that
     came apart on its way is refused: a run folder with too few rows would look complete. A shard without rows never comes: Ray
     Data forgets the columns, and so the number, of an empty block, so `write_empty` writes those beforehand. The columns
-    `seconds_*` and `mllm_*` are summed into the shard's mark.
+    `seconds_*`, `mllm_*` and `near_duplicate` are summed into the shard's mark.
     """
 
     def __init__(self, folder: Path, expected: Mapping[int, int]) -> None:
@@ -139,7 +139,7 @@ class ShardSink(Datasink[int]):
         failed = pc.is_valid(table["error"])
         good, bad = table.filter(pc.invert(failed)), table.filter(failed)
         RunFolder(self.folder).write_shard(
-            numbers[0], fitted(good, PREDICTIONS), fitted(bad, ERRORS), {**stage_seconds(table), **_mllm(good)}
+            numbers[0], fitted(good, PREDICTIONS), fitted(bad, ERRORS), {**stage_seconds(table), **_tallies(good)}
         )
         return table.num_rows
 
@@ -153,6 +153,9 @@ def stage_seconds(table: pa.Table) -> dict[str, float]:
     return found
 
 
-def _mllm(table: pa.Table) -> dict[str, float]:
+def _tallies(table: pa.Table) -> dict[str, float]:
     names = [name for name in table.column_names if name.startswith("mllm_")]
-    return {f"mllm.{name.removeprefix('mllm_')}": pc.sum(table[name], min_count=0).as_py() for name in names}
+    found = {f"mllm.{name.removeprefix('mllm_')}": pc.sum(table[name], min_count=0).as_py() for name in names}
+    if "near_duplicate" in table.column_names:
+        found["near_duplicates"] = pc.sum(table["near_duplicate"], min_count=0).as_py()
+    return found

@@ -30,7 +30,7 @@ from rar.columns import (
     with_proposed,
     with_vectors,
 )
-from rar.corpus import listing, vectors
+from rar.corpus import listing, looks, vectors
 from rar.corpus.decode import decode, fit_square
 from rar.corpus.frame import frame_of
 from rar.crops import windows
@@ -269,11 +269,12 @@ def ppm(pixels: np.ndarray) -> bytes:
 class Decode:
     """bytes -> pixels: the encoder's square inputs as raw bytes of (V, side, side, 3) uint8; V = 1 for a whole image.
 
-    A box needs no decoding: its `views`, which end here, are V squares of raw pixels.
+    A box needs no decoding: its `views`, which end here, are V squares of raw pixels. known: looks of pictures (see
+    corpus.looks); the column `near_duplicate` then tells whether a picture looks like one of them.
     """
 
-    def __init__(self, fit: Callable[[np.ndarray], np.ndarray], side: int) -> None:
-        self.fit, self.side = fit, side
+    def __init__(self, fit: Callable[[np.ndarray], np.ndarray], side: int, known: np.ndarray | None = None) -> None:
+        self.fit, self.side, self.known = fit, side, known
 
     def __call__(self, table: pa.Table) -> pa.Table:
         source, images = ("views", raw_squares) if "views" in table.column_names else ("bytes", self._decoded)
@@ -288,6 +289,9 @@ class Decode:
                 fault = str(reason)
             faults.append(fault)
         table = table.drop_columns(["views"] if source == "views" else [])
+        if self.known is not None:
+            seen = np.array([looks.look(raw_squares([one])[0]) if one else 0 for one in pixels], np.uint64)
+            table = table.append_column("near_duplicate", pa.array(looks.near(seen, self.known)))
         return with_errors(table.append_column("pixels", pa.array(pixels, pa.large_binary())), "decode", faults)
 
     def _decoded(self, data: bytes) -> list[np.ndarray]:

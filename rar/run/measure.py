@@ -31,7 +31,7 @@ from rar.schema import Candidate, Ranking, RankStatus
 if TYPE_CHECKING:
     from rar.engine.session import Session  # a finished run is measured again without Ray
 
-KEPT = ("leaked", "cluster_accuracy", "semantic_similarity")
+KEPT = ("leaked", "near_leaked", "cluster_accuracy", "semantic_similarity")
 
 
 def measured(settings: config.Config, folder: RunFolder, index: pa.Table, boxed: bool) -> dict[str, float]:

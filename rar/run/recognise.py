@@ -10,21 +10,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.compute as pc
 from ray.data import Dataset
 
 from rar.columns import fitted, positions
 from rar.config import Config
-from rar.corpus import coco, support
+from rar.corpus import coco, looks, support
 from rar.engine import client, pipeline, placement, stages
 from rar.engine.session import Session
 from rar.engine.sinks import ShardSink
-from rar.run import measure, steps
+from rar.run import build, measure, steps
 from rar.run.calibrate import calibrate, exemplars, label_prior
 from rar.run.vocabulary import Vocabulary, open_memory
 from rar.run.work import Work
 from rar.runfolder import RunFolder
-from rar.schema import ERRORS, UserError
+from rar.schema import ERRORS, Unavailable, UserError
 
 
 def prepare(session: Session, settings: Config) -> Vocabulary:
@@ -64,7 +65,8 @@ def run(
     if numbers:
         ask = client.ask(session, settings.ranker, prior, exemplars(settings), settings.ranker.max_calls)
         waiters = client.waiters(session, settings.ranker)
-        rows = embedded or steps.embedded(session, settings, work, vocabulary.facts, numbers)
+        known = remembered_looks(settings, work, vocabulary)
+        rows = embedded or steps.embedded(session, settings, work, vocabulary.facts, numbers, known)
         rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
         rows = pipeline.through(rows, "rank", stages.Rank(ask, calibration, settings.ranker.batch_size), waiters)
         rows = pipeline.through(rows, "fuse", stages.Fuse(calibration))
@@ -72,6 +74,17 @@ def run(
             rows.write_datasink(ShardSink(folder.path, expected))
     check_spent(settings, folder, len(expected))
     return finish(session, settings, work, folder, vocabulary, time.monotonic() - started)
+
+
+def remembered_looks(settings: Config, work: Work, vocabulary: Vocabulary) -> np.ndarray | None:
+    """How the memory's pictures look, by its support set as far as that is still there; None where there are no pictures."""
+    seen = not work.boxed and settings.encoder.model != "precomputed" and settings.retriever.mode != "all"
+    if not seen or settings.memory.support is None:
+        return None
+    try:
+        return looks.looks_of(build.plan(settings).support, vocabulary.facts.fit)
+    except (UserError, Unavailable):  # it served to build the memory, and may be gone since
+        return None
 
 
 def check_spent(settings: Config, folder: RunFolder, shards: int) -> None:
@@ -127,6 +140,8 @@ def finish(
     if not work.boxed and (images := vocabulary.retrieve.images).exists():
         remembered = {entry.rsplit("-", 1)[0] for entry in images.entry_ids()}
         values["leaked"] = float(support.leaks(folder.predictions()["image_id"].to_pylist(), remembered))
+    if (near := folder.stats().get("near_duplicates")) is not None:
+        values["near_leaked"] = near
     if not work.boxed and settings.run.vocabulary_free:
         values |= measure.vocabulary_free(session, settings, folder.predictions(), work.index)
     folder.finish(counts, values, seconds, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from ray.data import Dataset
 
 from rar.config import Config
@@ -11,9 +12,14 @@ from rar.run.work import Work
 
 
 def embedded(
-    session: Session, settings: Config, work: Work, facts: stages.EncoderFacts, numbers: list[int] | None = None
+    session: Session,
+    settings: Config,
+    work: Work,
+    facts: stages.EncoderFacts,
+    numbers: list[int] | None = None,
+    known: np.ndarray | None = None,
 ) -> Dataset:
-    """The shards (by default all of them) read, cropped and embedded: encoded bytes and vectors."""
+    """The shards (by default all of them) read, cropped and embedded: encoded bytes and vectors. known: of `stages.Decode`."""
     shards = pipeline.shards_of(work.index, work.bounds(settings.run.shard_size), numbers)
     if settings.encoder.model == "precomputed":
         assert settings.corpus is not None
@@ -21,5 +27,5 @@ def embedded(
     rows = pipeline.through(shards, "read", stages.load)
     if work.boxed:
         rows = pipeline.through(rows, "crop", stages.Crop(settings.detect.crop))
-    rows = pipeline.through(rows, "decode", stages.Decode(facts.fit, facts.side))
+    rows = pipeline.through(rows, "decode", stages.Decode(facts.fit, facts.side, known))
     return rows if settings.retriever.mode == "all" else pipeline.by_model(rows, session.encoder(settings.encoder))

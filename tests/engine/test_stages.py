@@ -18,7 +18,7 @@ from PIL import Image
 
 from rar import config, fusion
 from rar.columns import candidates_of, vectors_column, vectors_of, with_candidates
-from rar.corpus import coco
+from rar.corpus import coco, looks
 from rar.corpus.decode import decode, fit_square
 from rar.crops import windows
 from rar.engine import stages
@@ -98,6 +98,12 @@ def test_decode_gives_the_encoders_square(photos: Path) -> None:
     for data, pixels in zip(table["pixels"].to_pylist(), expected, strict=True):
         np.testing.assert_array_equal(np.frombuffer(data, np.uint8).reshape(SIDE, SIDE, 3), pixels)
     assert table["error"].null_count == 2
+
+
+def test_decode_tells_what_looks_like_a_known_picture(photos: Path) -> None:
+    known = np.array([looks.look(fit(photo(0)))], np.uint64)
+    table = stages.Decode(fit, SIDE, known)(stages.load(index(photos, "good-0", "broken", "good-1")))
+    assert table["near_duplicate"].to_pylist() == [True, False, False]
 
 
 def test_decode_notes_what_is_no_picture_and_passes_other_errors_on(photos: Path) -> None:

@@ -59,6 +59,7 @@ def test_every_image_is_predicted_and_rankings_are_permutations(classified: tupl
     right = np.mean([Path(row["uri"]).parent.name == row["class_name"] for row in found])
     assert metrics["top1"] == pytest.approx(right)
     assert metrics["top1"] > 0.3  # 120 classes: chance is 0.008
+    assert (metrics["leaked"], metrics["near_leaked"]) == (0, 0)
 
 
 def test_candidates_are_the_exact_head_scores(lab: Lab, classified: tuple[RunFolder, dict[str, float]]) -> None:
