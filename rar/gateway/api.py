@@ -333,8 +333,9 @@ def _tell_mistakes(app: FastAPI) -> None:
         if fault["type"] == "json_invalid":
             return wrong(400, "the body is not valid JSON")
         if fault["type"] == "extra_forbidden":
-            return wrong(422, f"unknown key {where[:80]!r}")
-        return wrong(422, f"{where or 'the body'}: {fault['msg'].removeprefix('Value error, ')}")
+            return wrong(422, f"unknown key {where[:80]!r}; {body.WAYS}")
+        asked = body.ASKED.get(where.partition(".")[0], body.WAYS)
+        return wrong(422, f"{where or 'the body'}: {fault['msg'].removeprefix('Value error, ')}; {asked}")
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:

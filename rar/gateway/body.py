@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import json
 import re
 from typing import Any, TypeVar
@@ -22,6 +23,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+ASKED = {
+    "image": "the picture's bytes in base64, or the file itself in a form",
+    "candidates": 'a list of class names, ["cat", "dog"], or in a form one field a name',
+}
 WAYS = "send JSON {image: base64, ...}, a form with the file `image`, or the picture's bytes with the rest in the query"
 Query = TypeVar("Query", bound=BaseModel)
 
@@ -32,7 +37,7 @@ async def read(request: Request, model: type[Query]) -> Query:
     data = b"" if kind == FORMS[0] else await request.body()
     if kind == FORMS[0] or (kind == FORMS[1] and not data.lstrip().startswith(b"{")):
         values = await _form(request)
-    elif kind.endswith("json") or data.lstrip()[:1] in (b"{", b"["):
+    elif kind.endswith("json") or data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
         values = _json(data)
     elif not data.strip():
         raise HTTPException(400, f"the body is empty; {WAYS}")
@@ -93,4 +98,4 @@ def picture_bytes(value: Any) -> Any:
     try:
         return base64.b64decode(text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError("not base64; send the file's bytes in base64, or the file itself in a form") from None
+        raise ValueError("not base64") from None

@@ -223,6 +223,28 @@ def test_a_wrong_request_is_told_in_one_line(case: str) -> None:
     assert (reply.status, part in reply.error) == (status, True), reply.error
 
 
+@pytest.mark.parametrize(
+    ("query", "asked"),
+    [
+        (good(image="https://a/b.png"), "the picture's bytes in base64"),
+        (good(image=[137, 80]), "the picture's bytes in base64"),
+        (good(candidates="a, b"), "a list of class names"),
+        (good(candidates={"a": 1}), "a list of class names"),
+        ({"images": [text(png())], "candidates": NAMES}, "send JSON {image: base64"),
+        ({"image": text(png())}, "a list of class names"),
+        ([1], "send JSON {image: base64"),
+    ],
+)
+def test_a_refusal_says_what_to_send(query: Any, asked: str) -> None:
+    reply = post("/rank", query)
+    assert reply.status == 422 and asked in reply.error and "\n" not in reply.error
+
+
+def test_json_with_a_mark_and_without_a_type_is_json() -> None:
+    body = b"\xef\xbb\xbf" + json.dumps(good()).encode()
+    assert call(plain(), "POST", "/rank", [body], {"content-type": ""}).status == 200
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"nul", b"[" * 100_000, b'{"candidates": NaN', b"9" * 10_000])
 def test_what_is_no_json_is_a_400_or_422(body: bytes) -> None:
     assert call(plain(), "POST", "/rank", [body]).status in (400, 422)
