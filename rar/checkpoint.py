@@ -9,8 +9,8 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
-from rar.device import PRECISIONS, first_line
-from rar.schema import UserError
+from rar.device import PRECISIONS
+from rar.schema import UserError, first_line
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rar.schema import UserError
+from rar.schema import UserError, first_line
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -17,7 +17,3 @@ def pick_device(name: str, key: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{key} {name!r} cannot be used here: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -140,3 +140,7 @@ def content_id(data: bytes, box_xyxy: Sequence[float] | None = None) -> str:
     if box_xyxy is not None:
         digest.update(",".join(f"{value:.2f}" for value in box_xyxy).encode())
     return digest.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

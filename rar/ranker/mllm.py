@@ -23,10 +23,10 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Genera
 
 from rar import checkpoint
 from rar.config import Ranker
-from rar.device import PRECISIONS, first_line, pick_device
+from rar.device import PRECISIONS, pick_device
 from rar.ranker import labels
 from rar.ranker.wording import PICTURE
-from rar.schema import UserError
+from rar.schema import UserError, first_line
 
 MAX_ASPECT = 100  # some processors refuse stripes (Qwen's from 200:1 on); thinner images are thickened
 

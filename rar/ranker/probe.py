@@ -21,14 +21,13 @@ import aiohttp
 import numpy as np
 
 from rar.config import Ranker
-from rar.device import first_line
 from rar.ranker.labels import LEAST_MASS, label_forms, label_texts
 from rar.ranker.prompt import generate_prompt
 from rar.ranker.readings import label_read, label_scores, sorted_labels
 from rar.ranker.requests import NO_THOUGHTS, Offers, Requests
 from rar.ranker.servers import Servers
 from rar.ranker.wire import Fault, Refused, data_url, read_reply
-from rar.schema import Unavailable, UserError
+from rar.schema import Unavailable, UserError, first_line
 
 NAMES = ["grey square", "red circle"]
 TOKENS = 16

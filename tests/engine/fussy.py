@@ -1,15 +1,18 @@
-"""Small real models that fail on pictures of one colour; Ray and Serve start them as they start the real ones."""
+"""Small real models that fail; Ray and Serve start them as they start the real ones. Workers import this: it stays light."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import ray
 
-from rar.engine import stages
+from rar.engine import client, stages
 from rar.engine.replica import RankerReplica
-from rar.schema import Ranking
+from rar.schema import Ranking, RankStatus
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -61,3 +64,30 @@ class FussyReplica(RankerReplica):
             return rank(images, names, **more)
 
         self.ranker.rank = fussy
+
+
+class Answers:
+    """A ranker's application in so far as it answers."""
+
+    def rank(self, images: list[bytes], names: list[list[str]], prior: object, shown: object) -> list[Ranking]:
+        return [Ranking(tuple(range(len(listed))), RankStatus.RANKED) for listed in names]
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def ask(self, ask: client.Ask) -> list[list[Ranking]]:
+        return ask([([b""], [["a", "b"]])])
+
+
+class Deadly(stages.Embed):
+    """A model whose process ends with any picture it is given."""
+
+    def __init__(self, settings: object) -> None: ...
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        os._exit(1)
+
+
+class Faulty(RankerReplica):
+    def __init__(self, *arguments: Any) -> None:
+        raise ImportError("flash attention is not there")

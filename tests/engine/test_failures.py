@@ -19,11 +19,9 @@ from ray import serve
 from rar import config
 from rar.engine import client, faults, pipeline, stages, waiting
 from rar.engine.actors import ModelActor, Pool
-from rar.engine.replica import RankerReplica
 from rar.engine.session import Session
 from rar.run.work import detect_work
-from rar.schema import Ranking, RankStatus, Unavailable, UserError
-from tests.crops.test_detector import save_owlv2
+from rar.schema import Unavailable, UserError
 from tests.engine import fussy
 from tests.engine.fussy import BLUE, GREEN, RED
 from tests.run.lab import Lab
@@ -66,6 +64,8 @@ def test_encoder_and_ranker_that_raise_on_a_picture_fail_exactly_that_row(
 
 
 def test_a_detector_that_raises_on_one_picture_fails_exactly_that_row(photos: Path, tmp_path: Path) -> None:
+    from tests.crops.test_detector import save_owlv2  # workers import this module: torch would cost each of them seconds
+
     detect = config.Detect.model_validate({"detector": {"model": str(save_owlv2(tmp_path / "owl")), "threshold": 0.0}})
     index = detect_work(config.build({"corpus": {"uri": str(photos)}, "detect": detect.model_dump()})).index
     shard = index.append_column("shard", pa.array([0] * index.num_rows, pa.int32()))
@@ -118,56 +118,29 @@ def test_a_process_that_is_gone_is_one_line(ray_session: Session) -> None:
     assert "\n" not in str(gone.value)
 
 
-class Answers:
-    """A ranker's application in so far as it answers."""
-
-    def rank(self, images: list[bytes], names: list[list[str]], prior: object, shown: object) -> list[Ranking]:
-        return [Ranking(tuple(range(len(listed))), RankStatus.RANKED) for listed in names]
-
-
-@ray.remote(num_cpus=0)
-class Worker:
-    def ask(self, ask: client.Ask) -> list[list[Ranking]]:
-        return ask([([b""], [["a", "b"]])])
-
-
 def test_a_worker_finds_the_serve_that_replaced_the_one_it_knew(ray_session: Session) -> None:
-    worker = Worker.remote()  # type: ignore[attr-defined]
+    worker = fussy.Worker.remote()  # type: ignore[attr-defined]
     for _ in range(2):
         serve.start(proxy_location="Disabled", logging_config=client.QUIET)
-        serve.run(serve.deployment(name="ranker")(Answers).bind(), name="answers", route_prefix=None)
+        serve.run(serve.deployment(name="ranker")(fussy.Answers).bind(), name="answers", route_prefix=None)
         ((answer,),) = ray.get(worker.ask.remote(client.Ask("answers", 1)), timeout=60)
         assert answer.order == (0, 1)
         serve.shutdown()
 
 
-class Deadly(stages.Embed):
-    """A model whose process ends with any picture it is given."""
-
-    def __init__(self, settings: object) -> None: ...
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        os._exit(1)
-
-
 @pytest.mark.slow
 def test_a_shard_that_kills_its_process_again_and_again_becomes_errors(ray_session: Session) -> None:
-    pool = ray_session._pool("encoder", Deadly, config.Encoder(source="deadly"), config.Encoder())
+    pool = ray_session._pool("encoder", fussy.Deadly, config.Encoder(source="deadly"), config.Encoder())
     shard = pa.table({"shard": [0, 0], "pixels": [b"", None], "stage": [None, "read"], "error": [None, "gone"]})
     found = pool.run(shard).to_pylist()
     assert [row["stage"] for row in found] == ["embed", "read"]
     assert "the encoder's process died 3 times on this shard" in found[0]["error"] and found[1]["error"] == "gone"
 
 
-class Faulty(RankerReplica):
-    def __init__(self, *arguments: Any) -> None:
-        raise ImportError("flash attention is not there")
-
-
 @pytest.mark.slow
 def test_an_application_that_cannot_start_is_one_line_each_time(ray_session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.Ranker(max_new_tokens=9)
-    monkeypatch.setattr(client, "RankerReplica", Faulty)
+    monkeypatch.setattr(client, "RankerReplica", fussy.Faulty)
     for _ in range(2):
         with pytest.raises(Unavailable, match=r"cannot start: .*flash attention is not there") as caught:
             client.deploy(ray_session, settings)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -28,6 +30,7 @@ from rar.miniature.world import render, rng_of, vocabulary
 from rar.retriever import modes
 from rar.retriever.exact import best_of
 from rar.schema import INDEX, Candidate, Ranking, RankStatus, content_id
+from tests.conftest import ROOT
 
 SIDE = 16
 SPECS = vocabulary("train", 0)
@@ -274,6 +277,18 @@ def test_embed_gives_pictures_and_names_unit_vectors_and_errors_none(photos: Pat
     np.testing.assert_allclose(vectors[2], embed.encoder.prototypes([NAMES[0]])[0], atol=1e-6)
     assert (vectors[1] == 0).all()
     assert len(table["seconds_embed"]) == 4
+
+
+def test_driver_and_tasks_load_no_model_library() -> None:
+    """torch and transformers belong to the processes that hold a model: each other one would pay seconds and a gigabyte."""
+    code = """
+import sys
+import jobs.classify, jobs.detect, jobs.memory, rar.engine.direct, rar.engine.session, rar.engine.sinks, rar.run.recognise
+import tests.engine.fussy, tests.engine.test_failures, tests.run.test_recognise  # what the tests send to workers
+print(*{"torch", "torchvision", "transformers", "open_clip", "matplotlib"} & set(sys.modules))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.split() == []
 
 
 FAULT_PATTERNS = st.lists(st.sampled_from((None, *FAULTS)), max_size=6)

@@ -32,7 +32,6 @@ from rar.runfolder import RunFolder
 from rar.schema import PREDICTIONS, UserError
 from tests.chat_server import serving, token_model, tokenizer
 from tests.conftest import ROOT
-from tests.crops.test_detector import save_owlv2
 from tests.run.lab import Lab
 
 
@@ -225,6 +224,8 @@ def test_shards_without_boxes_are_done_and_boxes_that_stand_twice_keep_their_lab
 
 
 def test_a_detector_proposes_and_a_killed_run_keeps_its_boxes(lab: Lab, tmp_path: Path) -> None:
+    from tests.crops.test_detector import save_owlv2  # workers import this module: torch would cost each of them seconds
+
     """A folder of pictures, one of them broken, through a detector of random weights: no truth, so counts and boxes alone."""
     shutil.copytree(lab.world / "scenes", tmp_path / "pictures")
     (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
