@@ -122,6 +122,8 @@ def parse(response: str, names: Sequence[str]) -> tuple[tuple[int, ...], RankSta
     for part, as_json in islice(stated(said), MAX_PARTS):
         reading = _structured(part, vocabulary) or (None if as_json else _plain(part, vocabulary))
         if reading and any(not mention.negated for mention in reading.mentions):
+            if whole and whole.clean and whole.mentions[0].candidates == reading.mentions[0].candidates:
+                break  # the whole is a list that begins with what is stated
             return _complete(
                 [*reading.mentions, *(whole.mentions if whole else [])],
                 len(names),

@@ -39,6 +39,7 @@ PLANES = ["737", "737-200", "737-300", "A320"]
         ("* **colt's foot**: yellow\n* **house sparrow**: brown\n* **sparrow**", (2, 1, 0)),
         ("colt's foot > house sparrow > sparrow", (2, 1, 0)),
         ("<think>a sparrow? a house sparrow?</think>colt's foot, house sparrow, sparrow", (2, 1, 0)),
+        ("1. **colt's foot**\n2. house sparrow\n3. sparrow", (2, 1, 0)),
         ("C, B, A", (2, 1, 0)),
         ("c > b > a", (2, 1, 0)),
     ],
