@@ -34,6 +34,7 @@ from rar.schema import UserError
 LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 WHOLE = re.compile(r"\s*([+-]?\d+)(?:\.0*)?\s*", re.ASCII)
 URL_START = re.compile(r"^[^/]*://[^/]*|[?#].*$", re.DOTALL)  # and its end: what is no path
+COCO_FOLDER = re.compile(r"(?:train|val|test|unlabeled)\d{4}")
 NO, YES = (None, "", "0", "false", "no"), ("1", "true", "yes")  # texts and null as a flag
 
 
@@ -338,9 +339,9 @@ def folder_of(corpus: Corpus, file: str) -> str:
 def uris(truth: Truth, folder: str) -> list[str]:
     """The uri of each picture; folder: of `folder_of`.
 
-    Both layouts are known: with LVIS' `val2017/9.jpg`, from a `coco_url`, the folder holds `val2017/`, or is itself what holds
-    9.jpg; with V3Det's `images/a/9.jpg` it holds `images/`, or is itself that `images`. One look at the file system a
-    sub-folder's name tells. A picture without a name keeps its place, and fails to be read.
+    Both layouts are known: with LVIS' `val2017/9.jpg`, from a `coco_url` or in `file_name`, the folder holds `val2017/`, or is
+    itself what holds 9.jpg; with V3Det's `images/a/9.jpg` it holds `images/`, or is itself that `images`. One look at the file
+    system a sub-folder's name tells. A picture without a name keeps its place, and fails to be read.
     """
     flat: dict[str, bool] = {}
     found = []
@@ -350,7 +351,8 @@ def uris(truth: Truth, folder: str) -> list[str]:
             found.append(f"{truth.source}#images[{number}]")
             continue
         first, _, rest = name.partition("/")
-        if rest and first and first in (picture.url_folder, folder.rstrip("/").rpartition("/")[2]) and "://" not in name:
+        known = first in (picture.url_folder, folder.rstrip("/").rpartition("/")[2]) or COCO_FOLDER.fullmatch(first)
+        if rest and first and known and "://" not in name:
             if first not in flat:
                 flat[first] = _is_folder(folder) and not _is_folder(joined(folder, first))
             name = rest if flat[first] else name

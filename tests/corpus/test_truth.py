@@ -117,7 +117,7 @@ def test_the_lists_may_come_in_any_order_and_names_are_stripped_and_composed() -
 
 
 def test_pictures_are_found_in_both_layouts_by_classify_and_detect(tmp_path: Path) -> None:
-    for name in ("coco/val2017/9.jpg", "v3det/images/q/5.jpg"):
+    for name in ("coco/val2017/9.jpg", "flat/9.jpg", "v3det/images/q/5.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     lvis = {
@@ -127,7 +127,9 @@ def test_pictures_are_found_in_both_layouts_by_classify_and_detect(tmp_path: Pat
         ]
     }
     v3det = {"images": [{"id": 1, "file_name": "images/q/5.jpg"}]}
+    named = {"images": [{"id": 1, "file_name": "val2017/9.jpg"}]}
     for data, layouts, found in (
+        (named, ("coco", "coco/val2017"), ["coco/val2017/9.jpg"]),
         (lvis, ("coco", "coco/val2017"), ["coco/val2017/9.jpg", None]),
         (v3det, ("v3det", "v3det/images"), ["v3det/images/q/5.jpg"]),
     ):
@@ -139,6 +141,7 @@ def test_pictures_are_found_in_both_layouts_by_classify_and_detect(tmp_path: Pat
             assert [uri for uri, name in zip(uris, found, strict=True) if name] == [
                 str(tmp_path / name) for name in found if name
             ]
+    assert truth.uris(truth.read(named), str(tmp_path / "flat")) == [str(tmp_path / "flat/9.jpg")]
     assert truth.uris(truth.read({"images": [{"id": 1}]}), "/x") == ["the corpus#images[0]"]
     assert truth.uris(truth.read({"images": [{"file_name": "s3://b/a.jpg"}, {"file_name": "/a/b.jpg"}]}), "/a") == [
         "s3://b/a.jpg",
