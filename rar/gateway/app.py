@@ -18,7 +18,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import pyarrow as pa
 import ray
 from fastapi import FastAPI
 from ray import serve as ray_serve
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from rar import fusion
@@ -200,12 +201,16 @@ def _loopback(host: str) -> bool:
 
 
 def start_proxy(settings: Config) -> None:
-    """Serve with an HTTP proxy on every node. It must come before any application: Serve reads these options once."""
-    ray_serve.start(
-        proxy_location="EveryNode",
-        http_options={"host": settings.serve.host, "port": settings.serve.port},
-        logging_config=client.QUIET,
-    )
+    """Serve with an HTTP proxy on every node. It must come before any application: Serve reads these options once.
+
+    Serve replaces a proxy that is slow to start, and tells of the first one's end; `run_gateway` waits for one that answers.
+    """
+    with suppress(RayActorError):
+        ray_serve.start(
+            proxy_location="EveryNode",
+            http_options={"host": settings.serve.host, "port": settings.serve.port},
+            logging_config=client.QUIET,
+        )
 
 
 def learn(session: Session, settings: Config, folder: RunFolder) -> Known:
