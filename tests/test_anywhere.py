@@ -102,7 +102,7 @@ def test_a_run_from_s3_to_s3_killed_and_resumed_is_the_local_run(s3: str, world:
     arguments = ["classify", str(file), "--set", f"corpus.uri={photos}", "--out", str(out)]
     command = [sys.executable, "-m", "jobs.cli", *arguments]
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while not list((out / "done").glob("part-*.json")):
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.05)

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -38,11 +37,6 @@ class MilvusSink(Datasink[tuple[int, pa.Table]]):
     def __init__(self, collection: Collection, tell: Sequence[str] = ()) -> None:
         self.collection, self.tell = collection, tuple(tell)
         self.written, self.told = 0, pa.table({})
-
-    @property
-    def supports_distributed_writes(self) -> bool:
-        """An embedded store is served on loopback, so its write tasks stay on the driver's node."""
-        return urlsplit(self.collection.address).hostname not in ("127.0.0.1", "localhost", "::1")
 
     def on_write_start(self, schema: pa.Schema | None = None) -> None:
         """Raises UserError before the first task where there is no such memory, or a column is missing."""

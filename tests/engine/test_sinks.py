@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import ray
 from ray.data.datasource import WriteResult
 
 from rar import config
 from rar.columns import with_candidates
 from rar.config import Index
-from rar.engine import pipeline, stages
+from rar.engine import pipeline, session, stages
 from rar.engine.session import Session
 from rar.engine.sinks import MilvusSink, ShardSink
 from rar.fusion import Calibration
@@ -97,10 +98,18 @@ def test_mistakes_are_found_before_the_first_task(collection: Collection) -> Non
         MilvusSink(Collection(collection.address, "never_made")).on_write_start(None)
 
 
-def test_only_a_server_is_written_from_other_nodes() -> None:
-    assert not MilvusSink(Collection("http://127.0.0.1:4000", "m")).supports_distributed_writes
-    assert MilvusSink(Collection("http://milvus.example:19530", "m")).supports_distributed_writes
-    assert pickle.loads(pickle.dumps(MilvusSink(Collection("http://127.0.0.1:4000", "m")))).collection.name == "m"
+def test_an_embedded_store_is_for_one_machine_and_any_node_of_it_writes(
+    ray_session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head without CPUs writes nothing itself: which nodes may write is settled when the session opens."""
+    sink = pickle.loads(pickle.dumps(MilvusSink(Collection("http://127.0.0.1:4000", "m"))))
+    assert sink.collection.name == "m" and sink.supports_distributed_writes
+    store = config.Memory(uri=str(tmp_path / "m.milvus"))
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeManagerAddress": f"10.0.0.{n}", "Alive": n < 3} for n in (1, 2, 3)])
+    one_line = "is of this machine alone, and the cluster has 2: name a server"
+    with pytest.raises(UserError, match=one_line), session.opened(store, create=True):
+        pass
+    assert not (tmp_path / "m.milvus").exists()
 
 
 def test_ray_workers_write_through_one_owner(collection: Collection, ray_session: Session, tmp_path: Path) -> None:
