@@ -108,9 +108,9 @@ def _deploy(session: Session, name: str, settings: config.Ranker, online: config
             lambda seconds: _runs(name, seconds), lambda: _state(name)[1], "the ranker's application", session.patience_s
         )
         mistake = serve.get_app_handle(name).fault.remote().result(timeout_s=session.patience_s)
-    except (Unavailable, TimeoutError):
+    except (Unavailable, TimeoutError) as error:
         serve.delete(name)
-        raise
+        raise error if isinstance(error, Unavailable) else Unavailable("the ranker's application does not answer") from None
     if mistake:
         serve.delete(name)
         raise mistake if isinstance(mistake, Unavailable) else UserError(f"ranker.model: {mistake}")
@@ -134,6 +134,12 @@ def _state(name: str) -> tuple[ApplicationStatus, str]:
     said = "\n".join(one.message for one in app.deployments.values() if one.message) or app.message
     lines = [line.strip() for line in said.splitlines() if line.strip()] or [app.status.value.lower()]
     return app.status, next((line for line in reversed(lines) if ERROR_LINE.match(line)), lines[-1])
+
+
+def _out_of_patience(state: RetryCallState) -> bool:
+    """A ranker that is gone is waited for so long; one that is busy works on, and is waited for as long as it takes."""
+    gone = state.outcome is not None and isinstance(state.outcome.exception(), GONE)
+    return gone and state.args[0].patience_s < (state.seconds_since_start or 0)
 
 
 def _forget(state: RetryCallState) -> None:
@@ -184,7 +190,7 @@ class Ask:
 
     @retry(
         retry=retry_if_exception_type((BackPressureError, *GONE)),
-        stop=lambda state: state.args[0].patience_s < (state.seconds_since_start or 0),
+        stop=_out_of_patience,
         wait=wait_random_exponential(multiplier=0.2, max=10),
         before_sleep=_forget,
         reraise=True,
