@@ -111,6 +111,24 @@ def retrieve(
 
 
 @bench.command()
+def scale(
+    rows: Annotated[
+        list[int] | None, typer.Option("--rows", help="A size; repeatable. Default: 10,000, 30,000, 100,000.")
+    ] = None,
+    server: bool = False,
+    mode: str = "fused",
+) -> None:
+    """How seconds and memory of `rar memory` and `rar classify` grow with rows; writes against raw pymilvus."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import scale as module
+
+        return module.run(sorted(rows or module.SIZES), server=server, mode=mode)
+
+    _run(work)
+
+
+@bench.command()
 def rank(images: int = 96, repeats: Repeats = 5) -> None:
     """The ranker's images/s: letters through Ray Serve and bare, against the paper's loop and the bare forward pass."""
 

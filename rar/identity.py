@@ -57,7 +57,8 @@ METRICS = ("detect.score", "detect.style", "detect.classes_per_box", "run.max_fa
 ANSWERING = ("ranker", "corpus/decode.py", "engine/direct.py", "engine/replica.py")
 CODE = (
     *ANSWERING,
-    *("boxes.py", "columns.py", "fusion.py", "crops", "encoder", "memory", "retriever", "engine/stages.py"),
+    *("boxes.py", "columns.py", "fusion.py", "crops", "encoder", "memory", "retriever"),
+    *("engine/stages.py", "engine/reading.py", "engine/models.py", "engine/entering.py", "engine/choosing.py"),
     *("corpus/listing.py", "corpus/tars.py", "corpus/vectors.py", "run/calibrate.py", "run/recognise.py", "run/steps.py"),
 )
 MEASURING = ("evaluation", "run/measure.py", "fusion.py")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,17 @@ def test_weights_replaced_in_their_folder_are_named(tmp_path: Path) -> None:
     assert identity.of_run(chosen) == before and client.app_name(chosen.ranker) == app
 
 
+def test_a_name_is_told_without_joining_a_ray_that_is_about(tmp_path: Path) -> None:
+    code = """
+import ray
+from rar import config
+from rar.engine import client
+print(client.app_name(config.Ranker()), ray.is_initialized())
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.endswith(" False\n")
+
+
 def test_large_weights_are_sampled_over_their_whole_length_and_read_once(tmp_path: Path) -> None:
     file = weights(tmp_path, b"") / "model.safetensors"
     size = 4 * identity.WHOLE_BYTES
@@ -243,7 +256,7 @@ def test_code_and_memory_are_named(tmp_path: Path) -> None:
     now = {**known, "code": {**known["code"], "crops": "0", "fusion": "0"}, "memory": "b"}
     assert identity.differences(known, now) == ["rar itself has changed (crops, fusion)", "the memory has changed (a, now b)"]
     assert identity.differences(identity.of_run(Config()), known) == []  # no memory is known yet
-    assert {"ranker", "encoder", "engine/stages"} <= known["code"].keys() and "evaluation" not in known["code"]
+    assert {"ranker", "encoder", "engine/models"} <= known["code"].keys() and "evaluation" not in known["code"]
 
 
 def test_answers_and_applications_share_what_decides_them() -> None:

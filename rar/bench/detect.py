@@ -21,9 +21,9 @@ from rar.corpus.coco import read_boxes
 from rar.corpus.decode import decode
 from rar.crops.windows import GREY, View, bands_of, crops, touched_xyxy, windows_xyxy
 from rar.encoder.towers import load_encoder
-from rar.engine import pipeline, session, stages
+from rar.engine import choosing, pipeline, session
+from rar.engine.models import EncoderFacts
 from rar.engine.sinks import ShardSink
-from rar.engine.stages import EncoderFacts
 from rar.miniature.data import SCENE_HEIGHT, SCENE_WIDTH, write_world
 from rar.miniature.world import background, rng_of
 from rar.run import build, steps
@@ -76,8 +76,8 @@ def pipeline_bench(
             def whole() -> None:
                 rows = steps.embedded(opened, settings, work, vocabulary.facts)
                 rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
-                rows = pipeline.through(rows, "rank", stages.Rank(None, PAPER, 1))
-                rows = pipeline.through(rows, "fuse", stages.Fuse(PAPER))
+                rows = pipeline.through(rows, "rank", choosing.Rank(None, PAPER, 1))
+                rows = pipeline.through(rows, "fuse", choosing.Fuse(PAPER))
                 rows.write_datasink(ShardSink(run.path, expected))
 
             row = paired(whole, lambda: encoder.embed_images(squares), len(squares), repeats)

@@ -28,7 +28,7 @@ from rar.bench.server import Server, forget_peak, lite_server, memory_mib, milvu
 from rar.bench.timing import paired
 from rar.columns import vectors_column
 from rar.config import Index
-from rar.engine import pipeline, session, stages
+from rar.engine import choosing, pipeline, session
 from rar.engine.sinks import MilvusSink
 from rar.memory import reduced as projection
 from rar.memory.collection import Collection
@@ -262,7 +262,7 @@ def retrieval(server: Server, work: Work, repeats: int) -> Row:
         stored.upsert(entries.entry_ids, entries.class_ids, entries.class_names, entries.vectors)
         stored.seal(count)
         ours, theirs = (
-            stages.Retrieve(config.Retriever(top_k=5), lambda head=head: head, stored, stored, limit)  # type: ignore[misc]
+            choosing.Retrieve(config.Retriever(top_k=5), lambda head=head: head, stored, stored, limit)  # type: ignore[misc]
             for limit in (exact.EXACT_CLASSES, 0)
         )
         row = paired(

@@ -48,7 +48,8 @@ def app_name(settings: config.Ranker, online: config.Serve | None = None) -> str
     """
     kind = "ranker" if online is None else "online"
     served = settings.model_dump(mode="json", include={"min_replicas", "max_replicas", "num_gpus", "timeout_s", "attempts"})
-    job = None if settings.keep else ray.get_runtime_context().get_job_id()
+    named = not settings.keep and ray.is_initialized()  # asking for the job would join any Ray that is about
+    job = ray.get_runtime_context().get_job_id() if named else None
     parts = [identity.of_answers(settings), served, online and online.model_dump(mode="json"), job]
     return f"{kind}-{identity.fingerprint(parts)[:8]}"
 

@@ -26,7 +26,7 @@ from ray.data import Dataset
 from ray.data.datasource import Datasink
 
 from rar import config
-from rar.engine import stages
+from rar.engine import models, reading, stages
 from rar.engine.actors import Pool
 
 TASK_CPUS = 0.5  # tasks wait for models about as much as they work
@@ -76,11 +76,11 @@ def plainly(dataset: Dataset, work: stages.Stage) -> Dataset:
     return dataset.map_batches(work, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
 
 
-def with_pixels(dataset: Dataset, encoder: stages.EncoderFacts, crop: config.Crop | None = None) -> Dataset:
+def with_pixels(dataset: Dataset, encoder: models.EncoderFacts, crop: config.Crop | None = None) -> Dataset:
     """bytes -> pixels; with `crop`, one row a box."""
     if crop is not None:
-        dataset = through(dataset, "crop", stages.Crop(crop))
-    return through(dataset, "decode", stages.Decode(encoder.fit, encoder.side))
+        dataset = through(dataset, "crop", reading.Crop(crop))
+    return through(dataset, "decode", reading.Decode(encoder.fit, encoder.side))
 
 
 def by_model(dataset: Dataset, pool: Pool) -> Dataset:

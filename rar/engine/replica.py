@@ -34,7 +34,7 @@ from rar.corpus import listing
 from rar.corpus.decode import decode
 from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.isolate import Isolate, reason
-from rar.engine.stages import free_gpu_memory
+from rar.engine.models import free_gpu_memory
 from rar.schema import Ranking, RankStatus, RowError, Unavailable, UserError
 
 Batch = tuple[list[bytes], list[list[str]]]  # encoded images, candidates' names of each

@@ -21,7 +21,7 @@ import ray.data
 from tenacity import retry, stop_after_attempt
 
 from rar import config
-from rar.engine import faults, stages
+from rar.engine import faults, models
 from rar.engine.actors import DEATHS, ModelActor, Pool
 from rar.memory.store import open_store
 from rar.schema import UserError
@@ -71,16 +71,16 @@ class Session:
 
     def encoder(self, settings: config.Encoder) -> Pool:
         """The actors of an encoder, started when first asked for."""
-        return self._pool("encoder", stages.Embed, settings, settings)
+        return self._pool("encoder", models.Embed, settings, settings)
 
     def detector(self, settings: config.Detect) -> Pool:
         """The actors of `detect.detector`. Raises UserError for a model that cannot be loaded."""
         assert settings.detector is not None
-        pool = self._pool("detector", stages.Propose, settings, settings.detector)
+        pool = self._pool("detector", models.Propose, settings, settings.detector)
         _ = pool.facts
         return pool
 
-    def _pool(self, kind: str, load: type[stages.Model], settings: Any, model: config.Encoder | config.Detector) -> Pool:
+    def _pool(self, kind: str, load: type[models.Model], settings: Any, model: config.Encoder | config.Detector) -> Pool:
         key = (kind, settings.model_dump_json())
         if key not in self.pools:
             gpus, cpus = self.reserves(model.device, model.num_gpus)

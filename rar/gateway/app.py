@@ -33,7 +33,7 @@ from ray.serve.exceptions import BackPressureError
 from rar import fusion
 from rar.columns import candidates_of
 from rar.config import Config
-from rar.engine import client, stages
+from rar.engine import client, reading
 from rar.engine.actors import Pool
 from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.session import Session
@@ -122,7 +122,7 @@ class Cluster:
         loop, known = asyncio.get_running_loop(), self.known
         mode = self.settings.retriever.mode
         facts = known.vocabulary.facts
-        table = await loop.run_in_executor(self.worker, stages.Decode(facts.fit, facts.side), arrived(images))
+        table = await loop.run_in_executor(self.worker, reading.Decode(facts.fit, facts.side), arrived(images))
         if mode != "all":
             table = await known.encoders.answer(table)
         table = await loop.run_in_executor(self.worker, known.vocabulary.retrieve, table)

@@ -28,10 +28,10 @@ from rar.config import Config
 from rar.corpus import support, vectors
 from rar.corpus.support import Plan
 from rar.encoder import templates
-from rar.engine import pipeline, stages
+from rar.engine import entering, models, pipeline, reading
+from rar.engine.entering import HELD, RESUMED
 from rar.engine.session import Session
 from rar.engine.sinks import MilvusSink, stage_seconds
-from rar.engine.stages import HELD, RESUMED
 from rar.memory import catalog
 from rar.memory.collection import Collection
 from rar.retriever import modes
@@ -113,7 +113,7 @@ def _identity(planned: Plan) -> str:
 
 
 def _write_texts(
-    session: Session, settings: Config, planned: Plan, facts: stages.EncoderFacts, draft: Draft, class_of: dict[str, int]
+    session: Session, settings: Config, planned: Plan, facts: models.EncoderFacts, draft: Draft, class_of: dict[str, int]
 ) -> tuple[int, int]:
     """Embed and write the names that neither the memory nor a killed build has.
 
@@ -134,7 +134,7 @@ def _write_texts(
         return 0, 0
     if names and new:
         sink = MilvusSink(draft.create("texts", facts.dim, len(class_of)))
-        pipeline.plainly(pipeline.plainly(data, _named), stages.AsEntries(class_of, facts.fingerprint)).write_datasink(sink)
+        pipeline.plainly(pipeline.plainly(data, _named), entering.AsEntries(class_of, facts.fingerprint)).write_datasink(sink)
     return len(new), len(names) if new else 0
 
 
@@ -145,7 +145,7 @@ def _named(table: pa.Table) -> pa.Table:
 
 
 def _write_images(
-    session: Session, settings: Config, planned: Plan, facts: stages.EncoderFacts, draft: Draft, class_of: dict[str, int]
+    session: Session, settings: Config, planned: Plan, facts: models.EncoderFacts, draft: Draft, class_of: dict[str, int]
 ) -> pa.Table:
     """Embed and write the support images that are nowhere yet; returns the columns TOLD (and seconds) of all of them."""
     if not planned.support.num_rows:
@@ -169,7 +169,7 @@ def _embedded(
     session: Session,
     settings: Config,
     index: pa.Table,
-    facts: stages.EncoderFacts,
+    facts: models.EncoderFacts,
     places: dict[str, Collection],
     class_of: dict[str, int],
 ) -> Dataset:
@@ -177,14 +177,14 @@ def _embedded(
     rows = pipeline.shards_of(index, pipeline.evenly(index, settings.run.shard_size))
     precomputed = settings.encoder.model == "precomputed"
     assert settings.memory.support is not None
-    read = stages.LoadVectors(settings.memory.support) if precomputed else stages.load
+    read = reading.LoadVectors(settings.memory.support) if precomputed else reading.load
     rows = pipeline.through(rows, "read", read)
     if places:
-        rows = pipeline.through(rows, "ask", stages.Lacking(places, facts.fingerprint))
+        rows = pipeline.through(rows, "ask", entering.Lacking(places, facts.fingerprint))
     if not precomputed:
         rows = pipeline.plainly(pipeline.with_pixels(rows, facts), _without_bytes)
         rows = pipeline.by_model(rows, session.encoder(settings.encoder))
-    return pipeline.plainly(rows, stages.AsEntries(class_of, facts.fingerprint))
+    return pipeline.plainly(rows, entering.AsEntries(class_of, facts.fingerprint))
 
 
 def _without_bytes(table: pa.Table) -> pa.Table:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from rar import fusion
 from rar.columns import candidates_of, rankings_of
 from rar.config import Config
-from rar.engine import client, pipeline, stages
+from rar.engine import choosing, client, pipeline, reading
 from rar.engine.replica import Exemplars, Prior
 from rar.engine.session import Session
 from rar.run import build, fitting, steps
@@ -52,15 +52,15 @@ def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prio
     support = build.plan(settings).support
     drawn = np.random.default_rng([settings.run.seed, 5]).permutation(support.num_rows)[: settings.route.max_calibration_images]
     few = support.take(np.sort(drawn))  # no other picture is read
-    read = pipeline.through(pipeline.shards_of(few, pipeline.evenly(few, settings.run.shard_size)), "read", stages.load)
+    read = pipeline.through(pipeline.shards_of(few, pipeline.evenly(few, settings.run.shard_size)), "read", reading.load)
     read = read.materialize()
     ids = pipeline.collect(pipeline.plainly(read, lambda table: table.select(["image_id"])))
     proposed, truth = _held_out_candidates(session, settings, vocabulary, sorted(set(ids["image_id"].drop_null().to_pylist())))
     if len(proposed) < FEW_IMAGES:
         print(f"  calibrated on {len(proposed)} images alone; {FEW_IMAGES} and more are wanted", file=sys.stderr, flush=True)
-    rows = pipeline.through(read, "recall", stages.Recall(proposed))
+    rows = pipeline.through(read, "recall", choosing.Recall(proposed))
     ask = client.ask(session, settings.ranker, prior, exemplars(settings, support))
-    asked = stages.Rank(ask, PAPER, settings.ranker.batch_size)
+    asked = choosing.Rank(ask, PAPER, settings.ranker.batch_size)
     table = pipeline.collect(pipeline.through(rows, "rank", asked, client.waiters(session, settings.ranker)))
     table = table.sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
     table = table.filter(pc.is_in(table["image_id"], pa.array(list(proposed), pa.string())))

@@ -37,7 +37,7 @@ def fit(settings: Config, mode: modes.Mode, entries: Parts, head: Collection, me
 def held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tuple[list[str], list[int], Proposed]:
     """Those of `image_ids` that are among the entries, their classes, and candidates by heads fitted without each of them.
 
-    Scores are log shares as those of `stages.Retrieve`.
+    Scores are log shares as those of `choosing.Retrieve`.
     """
     return _in_a_worker(_held_out, settings, entries, image_ids)
 

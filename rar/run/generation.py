@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rar.config import Config
-from rar.engine.stages import HELD, RESUMED
+from rar.engine.entering import HELD, RESUMED
 from rar.memory import catalog
 from rar.memory.catalog import Stored
 from rar.memory.collection import Collection
@@ -45,7 +45,7 @@ class Draft:
         return collection(self.settings, self.address, kind, self.base.generation)
 
     def places(self, kind: str) -> dict[str, Collection]:
-        """Where entries may be already, as `stages.Lacking` asks."""
+        """Where entries may be already, as `entering.Lacking` asks."""
         base, own = self.base_part(kind), self.part(kind)
         return ({HELD: base} if base else {}) | ({RESUMED: own} if own.exists() and own.count() else {})
 

@@ -1,7 +1,7 @@
 """Recognising a corpus: calibrate the ranker on the memory, then send every image (or box) through the chain.
 
 `classify` and `detect` differ in two places: where the index comes from, and the crop stage that turns an image into its
-boxes. What a row of the index becomes is in `engine.stages`; what a run leaves on disk in `runfolder`.
+boxes. What a row of the index becomes is in the stages of `engine`; what a run leaves on disk in `runfolder`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ray.data import Dataset
 from rar.columns import fitted, positions
 from rar.config import Config
 from rar.corpus import coco, looks, support
-from rar.engine import client, pipeline, placement, stages
+from rar.engine import choosing, client, pipeline, placement, reading
 from rar.engine.session import Session
 from rar.engine.sinks import ShardSink
 from rar.run import build, measure, steps
@@ -68,8 +68,8 @@ def run(
         known = remembered_looks(settings, work, vocabulary)
         rows = embedded or steps.embedded(session, settings, work, vocabulary.facts, numbers, known)
         rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
-        rows = pipeline.through(rows, "rank", stages.Rank(ask, calibration, settings.ranker.batch_size), waiters)
-        rows = pipeline.through(rows, "fuse", stages.Fuse(calibration))
+        rows = pipeline.through(rows, "rank", choosing.Rank(ask, calibration, settings.ranker.batch_size), waiters)
+        rows = pipeline.through(rows, "fuse", choosing.Fuse(calibration))
         with pipeline.progress(folder, sum(expected.values()), folder.path.name):
             rows.write_datasink(ShardSink(folder.path, expected))
     check_spent(settings, folder, len(expected))
@@ -107,7 +107,7 @@ def propose(session: Session, settings: Config, work: Work, folder: RunFolder) -
     bounds = work.bounds(settings.run.shard_size)
     numbers = folder.unproposed(len(bounds) - 1)
     if numbers:
-        read = pipeline.through(pipeline.shards_of(work.index, bounds, numbers), "read", stages.load)
+        read = pipeline.through(pipeline.shards_of(work.index, bounds, numbers), "read", reading.load)
         pipeline.collect(
             pipeline.through(pipeline.by_model(read, session.detector(settings.detect)), "keep", folder.write_proposals)
         )

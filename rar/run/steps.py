@@ -6,7 +6,7 @@ import numpy as np
 from ray.data import Dataset
 
 from rar.config import Config
-from rar.engine import pipeline, stages
+from rar.engine import models, pipeline, reading
 from rar.engine.session import Session
 from rar.run.work import Work
 
@@ -15,17 +15,17 @@ def embedded(
     session: Session,
     settings: Config,
     work: Work,
-    facts: stages.EncoderFacts,
+    facts: models.EncoderFacts,
     numbers: list[int] | None = None,
     known: np.ndarray | None = None,
 ) -> Dataset:
-    """The shards (by default all of them) read, cropped and embedded: encoded bytes and vectors. known: of `stages.Decode`."""
+    """The shards (by default all of them) read, cropped and embedded: encoded bytes and vectors. known: of `reading.Decode`."""
     shards = pipeline.shards_of(work.index, work.bounds(settings.run.shard_size), numbers)
     if settings.encoder.model == "precomputed":
         assert settings.corpus is not None
-        return pipeline.through(shards, "read", stages.LoadVectors(settings.corpus))
-    rows = pipeline.through(shards, "read", stages.load)
+        return pipeline.through(shards, "read", reading.LoadVectors(settings.corpus))
+    rows = pipeline.through(shards, "read", reading.load)
     if work.boxed:
-        rows = pipeline.through(rows, "crop", stages.Crop(settings.detect.crop))
-    rows = pipeline.through(rows, "decode", stages.Decode(facts.fit, facts.side, known))
+        rows = pipeline.through(rows, "crop", reading.Crop(settings.detect.crop))
+    rows = pipeline.through(rows, "decode", reading.Decode(facts.fit, facts.side, known))
     return rows if settings.retriever.mode == "all" else pipeline.by_model(rows, session.encoder(settings.encoder))

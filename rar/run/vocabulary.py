@@ -10,7 +10,7 @@ from operator import itemgetter
 from rar import config
 from rar.config import Config
 from rar.corpus import listing, vectors
-from rar.engine import stages
+from rar.engine import choosing, models
 from rar.engine.session import Session
 from rar.memory import catalog
 from rar.memory.collection import Collection
@@ -27,8 +27,8 @@ class Vocabulary:
     """A built memory as the pipeline needs it. names: class id -> name. digest: the memory's state."""
 
     names: dict[int, str]
-    facts: stages.EncoderFacts
-    retrieve: stages.Retrieve
+    facts: models.EncoderFacts
+    retrieve: choosing.Retrieve
     digest: str
 
 
@@ -55,7 +55,7 @@ def open_memory(session: Session, settings: Config) -> Vocabulary:
     names = dict(zip(bare().class_ids.tolist(), bare().class_names, strict=True))
     check_index(settings, len(names))
     held = replace(bare, weights=mode in ("knn", "tip") or len(names) <= EXACT_CLASSES)
-    return Vocabulary(names, facts, stages.Retrieve(settings.retriever, held, head, images), digest)
+    return Vocabulary(names, facts, choosing.Retrieve(settings.retriever, held, head, images), digest)
 
 
 def check_mode(settings: Config, images: bool, texts: bool) -> None:
@@ -108,7 +108,7 @@ def class_ids(names: Sequence[str], held: Iterable[Mapping[str, int]]) -> dict[s
     return known | {name: free + position for position, name in enumerate(new)}
 
 
-def check_maker(settings: Config, one: Collection, facts: stages.EncoderFacts) -> None:
+def check_maker(settings: Config, one: Collection, facts: models.EncoderFacts) -> None:
     """Raises UserError where a part of the memory holds the vectors of another encoder."""
     if not one.exists():
         return
@@ -132,7 +132,7 @@ def check_kind(settings: Config, images: config.Corpus | None) -> None:
         raise UserError(f"encoder.model is precomputed, but {where} holds no embeddings; give an .npz, .npy or parquet of them")
 
 
-def facts_of(session: Session, settings: Config, images: config.Corpus | None) -> stages.EncoderFacts:
+def facts_of(session: Session, settings: Config, images: config.Corpus | None) -> models.EncoderFacts:
     """What makes the vectors: the session's encoder, or, for vectors that the user brings, their name and dimension."""
     if settings.encoder.model != "precomputed":
         return session.encoder(settings.encoder).facts
@@ -140,4 +140,4 @@ def facts_of(session: Session, settings: Config, images: config.Corpus | None) -
     if brought is None:
         raise UserError("encoder.model precomputed needs memory.support: the embeddings to remember")
     dim = vectors.dim_of(brought)
-    return stages.EncoderFacts(0, dim, vectors.fingerprint(settings.encoder.source, dim), "", "", embeds_texts=False)
+    return models.EncoderFacts(0, dim, vectors.fingerprint(settings.encoder.source, dim), "", "", embeds_texts=False)

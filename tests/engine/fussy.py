@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from rar.engine import client, stages
+from rar.engine import client, models
 from rar.engine.replica import RankerReplica
 from rar.schema import Ranking, RankStatus
 
@@ -21,7 +21,7 @@ def shows(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
     return bool((picture == np.array(colour, np.uint8)).all())
 
 
-class FussyEmbed(stages.Embed):
+class FussyEmbed(models.Embed):
     """An encoder that cannot stand red pictures."""
 
     def __init__(self, settings: Any) -> None:
@@ -36,7 +36,7 @@ class FussyEmbed(stages.Embed):
         self.encoder.embed_images = fussy  # type: ignore[method-assign, assignment]
 
 
-class FussyPropose(stages.Propose):
+class FussyPropose(models.Propose):
     """A detector whose memory green pictures exhaust."""
 
     def __init__(self, settings: Any) -> None:
@@ -79,7 +79,7 @@ class Worker:
         return ask([([b""], [["a", "b"]])])
 
 
-class Deadly(stages.Embed):
+class Deadly(models.Embed):
     """A model whose process ends with any picture it is given."""
 
     def __init__(self, settings: object) -> None: ...

@@ -17,7 +17,7 @@ from PIL import Image
 from ray import serve
 
 from rar import config
-from rar.engine import client, faults, pipeline, stages, waiting
+from rar.engine import client, faults, pipeline, reading, waiting
 from rar.engine.actors import ModelActor, Pool
 from rar.engine.session import Session
 from rar.run.work import detect_work
@@ -69,7 +69,7 @@ def test_a_detector_that_raises_on_one_picture_fails_exactly_that_row(photos: Pa
     detect = config.Detect.model_validate({"detector": {"model": str(save_owlv2(tmp_path / "owl")), "threshold": 0.0}})
     index = detect_work(config.build({"corpus": {"uri": str(photos)}, "detect": detect.model_dump()})).index
     shard = index.append_column("shard", pa.array([0] * index.num_rows, pa.int32()))
-    found = fussy.FussyPropose(detect)(stages.load(shard)).to_pylist()
+    found = fussy.FussyPropose(detect)(reading.load(shard)).to_pylist()
     failed = [(Path(row["uri"]).name, row["stage"], row["error"]) for row in found if row["error"]]
     assert failed == [("green.png", "detect", "RuntimeError: CUDA out of memory. Tried to allocate 20.00 GiB")]
     assert all(row["boxes_xyxy"] for row in found if not row["error"])

@@ -14,7 +14,7 @@ from ray.data.datasource import WriteResult
 from rar import config
 from rar.columns import with_candidates
 from rar.config import Index
-from rar.engine import pipeline, session, stages
+from rar.engine import choosing, pipeline, reading, session, stages
 from rar.engine.session import Session
 from rar.engine.sinks import MilvusSink, ShardSink
 from rar.fusion import Calibration
@@ -133,9 +133,9 @@ def shard(number: int, uris: list[str]) -> pa.Table:
     columns = [("row", pa.int64()), ("uri", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("label", pa.string())]
     table = pa.Table.from_pylist(rows, pa.schema(columns))
     table = table.append_column("shard", pa.array([number] * len(rows), pa.int32()))
-    table = stages.timed("read", stages.load)(table)
+    table = stages.timed("read", reading.load)(table)
     table = with_candidates(table, [[Candidate(3, "wren", -0.1), Candidate(1, "robin", -2.0)]] * len(rows))
-    return stages.Fuse(Calibration())(stages.timed("rank", stages.Rank(None, Calibration(), 4))(table))
+    return choosing.Fuse(Calibration())(stages.timed("rank", choosing.Rank(None, Calibration(), 4))(table))
 
 
 def test_a_shard_of_the_stages_becomes_predictions_errors_and_a_mark(folder: RunFolder, tmp_path: Path) -> None:

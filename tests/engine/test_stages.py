@@ -23,7 +23,7 @@ from rar.columns import candidates_of, vectors_column, vectors_of, with_candidat
 from rar.corpus import coco, looks
 from rar.corpus.decode import decode, fit_square
 from rar.crops import windows
-from rar.engine import stages
+from rar.engine import choosing, models, reading, stages
 from rar.fusion import Calibration
 from rar.memory.collection import Collection, Entries, ExactIndex
 from rar.miniature.world import render, rng_of, vocabulary
@@ -66,7 +66,7 @@ def index(photos: Path, *names: str) -> pa.Table:
 
 
 def test_load_adds_bytes_and_names_them_by_content(photos: Path) -> None:
-    table = stages.load(index(photos, "good-0", "good-1", "good-0"))
+    table = reading.load(index(photos, "good-0", "good-1", "good-0"))
     assert table["bytes"].to_pylist() == [(photos / f"good-{number}.png").read_bytes() for number in (0, 1, 0)]
     assert table["image_id"].to_pylist() == [content_id(data) for data in table["bytes"].to_pylist()]
     assert table["error"].null_count == table["stage"].null_count == 3
@@ -74,7 +74,7 @@ def test_load_adds_bytes_and_names_them_by_content(photos: Path) -> None:
 
 
 def test_load_keeps_the_row_of_a_file_that_is_missing(photos: Path) -> None:
-    table = stages.load(index(photos, "good-0", "missing", "good-1"))
+    table = reading.load(index(photos, "good-0", "missing", "good-1"))
     assert table["row"].to_pylist() == [0, 1, 2]
     assert table["stage"].to_pylist() == [None, "read", None]
     assert table["error"][1].as_py() and table["error"].null_count == 2
@@ -86,7 +86,7 @@ def test_load_reads_a_range_of_a_container(photos: Path, tmp_path: Path) -> None
     data = (photos / "good-0.png").read_bytes()
     (tmp_path / "container").write_bytes(b"before" + data + b"after")
     rows = [{"row": 0, "uri": str(tmp_path / "container"), "offset": 6, "size": len(data)}]
-    table = stages.load(pa.Table.from_pylist(rows, INDEX))
+    table = reading.load(pa.Table.from_pylist(rows, INDEX))
     assert table["bytes"].to_pylist() == [data]
     assert table["image_id"].to_pylist() == [content_id(data)]  # the same image as the loose file
 
@@ -96,7 +96,7 @@ def fit(image: np.ndarray) -> np.ndarray:
 
 
 def test_decode_gives_the_encoders_square(photos: Path) -> None:
-    table = stages.Decode(fit, SIDE)(stages.load(index(photos, "good-0", "good-1")))
+    table = reading.Decode(fit, SIDE)(reading.load(index(photos, "good-0", "good-1")))
     expected = [fit(np.asarray(Image.open(photos / f"good-{number}.png"))) for number in (0, 1)]
     for data, pixels in zip(table["pixels"].to_pylist(), expected, strict=True):
         np.testing.assert_array_equal(np.frombuffer(data, np.uint8).reshape(SIDE, SIDE, 3), pixels)
@@ -105,12 +105,12 @@ def test_decode_gives_the_encoders_square(photos: Path) -> None:
 
 def test_decode_tells_what_looks_like_a_known_picture(photos: Path) -> None:
     known = np.array([looks.look(fit(photo(0)))], np.uint64)
-    table = stages.Decode(fit, SIDE, known)(stages.load(index(photos, "good-0", "broken", "good-1")))
+    table = reading.Decode(fit, SIDE, known)(reading.load(index(photos, "good-0", "broken", "good-1")))
     assert table["near_duplicate"].to_pylist() == [True, False, False]
 
 
 def test_decode_notes_what_is_no_picture_and_passes_other_errors_on(photos: Path) -> None:
-    table = stages.Decode(fit, SIDE)(stages.load(index(photos, "broken", "missing", "good-0", "truncated")))
+    table = reading.Decode(fit, SIDE)(reading.load(index(photos, "broken", "missing", "good-0", "truncated")))
     assert table["stage"].to_pylist() == ["decode", "read", None, "decode"]
     first, second, third, fourth = table["error"].to_pylist()
     assert first and first.startswith("not a readable picture (JPEG, PNG, WebP")
@@ -134,7 +134,7 @@ def boxes_table(photos: Path, pictures: dict[str, list[list[float]]]) -> pa.Tabl
         for row, (name, boxes) in enumerate(pictures.items())
     ]
     table = pa.Table.from_pylist(rows, coco.BOXES)
-    return stages.load(table.append_column("shard", pa.array([3] * len(rows), pa.int32())))
+    return reading.load(table.append_column("shard", pa.array([3] * len(rows), pa.int32())))
 
 
 CROP = config.Crop(size=24)
@@ -142,8 +142,8 @@ CROP = config.Crop(size=24)
 
 def test_crop_gives_one_row_a_box(photos: Path) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [10.0, 10.0, 40.0, 44.0]]
-    table = stages.Crop(CROP)(boxes_table(photos, {"good-0": boxes, "good-1": boxes[:1]}))
-    assert table.schema.equals(stages.CROPS)
+    table = reading.Crop(CROP)(boxes_table(photos, {"good-0": boxes, "good-1": boxes[:1]}))
+    assert table.schema.equals(reading.CROPS)
     assert table["box_xyxy"].to_pylist() == [*boxes, boxes[0]]
     assert table["row"].to_pylist() == [0, 0, 1] and table["place"].to_pylist() == [0, 1, 0]  # what labels join by
     assert table["shard"].to_pylist() == [3, 3, 3]
@@ -152,7 +152,7 @@ def test_crop_gives_one_row_a_box(photos: Path) -> None:
 
 def test_a_crop_is_a_picture_of_the_box(photos: Path) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [10.0, 10.0, 40.0, 44.0]]
-    table = stages.Crop(CROP)(boxes_table(photos, {"good-0": boxes}))
+    table = reading.Crop(CROP)(boxes_table(photos, {"good-0": boxes}))
     image = decode((photos / "good-0.png").read_bytes())
     for data, expected in zip(table["bytes"].to_pylist(), windows.crops(image, np.array(boxes), CROP), strict=True):
         np.testing.assert_array_equal(decode(data), expected)
@@ -160,16 +160,16 @@ def test_a_crop_is_a_picture_of_the_box(photos: Path) -> None:
 
 def test_every_box_of_a_picture_has_an_id_of_its_own(photos: Path) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [4.0, 6.0, 20.0, 31.0], [10.0, 10.0, 40.0, 44.0]]
-    table = stages.Crop(CROP)(boxes_table(photos, {"good-0": boxes, "good-1": boxes}))
+    table = reading.Crop(CROP)(boxes_table(photos, {"good-0": boxes, "good-1": boxes}))
     ids = table["image_id"].to_pylist()
     assert len(set(ids)) == 6
-    again = stages.Crop(CROP)(boxes_table(photos, {"good-1": boxes, "good-0": boxes[1:]}))
+    again = reading.Crop(CROP)(boxes_table(photos, {"good-1": boxes, "good-0": boxes[1:]}))
     assert again["image_id"].to_pylist() == ids[3:] + ids[1:3]  # of content, whatever else is in the table
 
 
 def test_a_box_that_shows_nothing_is_an_error_row_among_good_ones(photos: Path) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [5.0, 5.0, 5.0, 9.0], [90.0, 90.0, 99.0, 99.0], [10.0, 10.0, 40.0, 44.0]]
-    table = stages.Crop(CROP)(boxes_table(photos, {"good-0": boxes}))
+    table = reading.Crop(CROP)(boxes_table(photos, {"good-0": boxes}))
     assert table["stage"].to_pylist() == [None, "crop", "crop", None]
     assert "less than one pixel a side" in table["error"][1].as_py()
     assert "outside the 48 x 48 image" in table["error"][2].as_py()
@@ -183,7 +183,7 @@ def test_boxes_of_a_scaled_picture_are_scaled_and_those_of_another_picture_are_e
     for name, sizes in (("width", [96, 64]), ("height", [96, 48])):
         place = table.schema.get_field_index(name)
         table = table.set_column(place, coco.BOXES.field(name), pa.array(sizes, pa.int64()))
-    cut = stages.Crop(CROP)(table)
+    cut = reading.Crop(CROP)(table)
     assert cut["box_xyxy"].to_pylist() == [*boxes, None]  # as in the file; the other picture is one row, whatever its boxes
     assert cut["place"].to_pylist() == [0, 1, None] and cut["boxes"].to_pylist() == [1, 1, 2]
     image = decode((photos / "good-0.png").read_bytes())
@@ -198,9 +198,9 @@ def test_boxes_of_a_scaled_picture_are_scaled_and_those_of_another_picture_are_e
 def test_every_view_of_a_box_becomes_a_square_of_the_encoder(photos: Path, views: list[windows.View]) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [90.0, 90.0, 99.0, 99.0], [10.0, 10.0, 40.0, 44.0]]
     crop = CROP.model_copy(update={"views": views})
-    cut = stages.Crop(crop)(boxes_table(photos, {"good-0": boxes, "broken": boxes[:1]}))
-    assert cut.schema.equals(stages.CROPS)
-    table = stages.Decode(fit, SIDE)(cut)
+    cut = reading.Crop(crop)(boxes_table(photos, {"good-0": boxes, "broken": boxes[:1]}))
+    assert cut.schema.equals(reading.CROPS)
+    table = reading.Decode(fit, SIDE)(cut)
     assert "views" not in table.column_names  # ends where it was used: it would be the largest column of all
     assert table["stage"].to_pylist() == [None, "crop", None, "decode"]
     assert [data is None for data in table["pixels"].to_pylist()] == [False, True, False, True]
@@ -215,16 +215,16 @@ def test_every_view_of_a_box_becomes_a_square_of_the_encoder(photos: Path, views
 def test_mean_of_views() -> None:
     x, y = np.eye(2, dtype=np.float32)
     half = np.sqrt(np.float32(0.5))
-    np.testing.assert_allclose(stages.mean_of_views(np.stack([x, y, y, y]), [2, 2]), [[half, half], [0, 1]])
-    np.testing.assert_array_equal(stages.mean_of_views(np.stack([x, y]), [1, 1]), [x, y])
-    np.testing.assert_allclose(stages.mean_of_views(np.stack([x, x, y]), [1, 2]), [[1, 0], [half, half]])
-    assert stages.mean_of_views(np.zeros((0, 2), np.float32), []).shape == (0, 2)
+    np.testing.assert_allclose(models.mean_of_views(np.stack([x, y, y, y]), [2, 2]), [[half, half], [0, 1]])
+    np.testing.assert_array_equal(models.mean_of_views(np.stack([x, y]), [1, 1]), [x, y])
+    np.testing.assert_allclose(models.mean_of_views(np.stack([x, x, y]), [1, 2]), [[1, 0], [half, half]])
+    assert models.mean_of_views(np.zeros((0, 2), np.float32), []).shape == (0, 2)
 
 
 @pytest.mark.parametrize(("name", "stage"), [("broken", "decode"), ("missing", "read")])
 def test_a_picture_that_fails_fails_for_each_of_its_boxes(photos: Path, name: str, stage: str) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [10.0, 10.0, 40.0, 44.0]]
-    table = stages.Crop(CROP)(boxes_table(photos, {name: boxes, "good-0": boxes[:1]}))
+    table = reading.Crop(CROP)(boxes_table(photos, {name: boxes, "good-0": boxes[:1]}))
     assert table["stage"].to_pylist() == [stage, stage, None]
     assert all(table["error"].to_pylist()[:2])
     assert table["box_xyxy"].to_pylist() == [*boxes, boxes[0]]
@@ -232,20 +232,20 @@ def test_a_picture_that_fails_fails_for_each_of_its_boxes(photos: Path, name: st
 
 
 def test_a_picture_without_boxes_gives_no_row(photos: Path) -> None:
-    table = stages.Crop(CROP)(boxes_table(photos, {"good-0": [], "broken": [], "missing": []}))
-    assert table.num_rows == 0 and table.schema.equals(stages.CROPS)
-    some = stages.Crop(CROP)(boxes_table(photos, {"good-0": [], "good-1": [[4.0, 6.0, 20.0, 30.0]]}))
+    table = reading.Crop(CROP)(boxes_table(photos, {"good-0": [], "broken": [], "missing": []}))
+    assert table.num_rows == 0 and table.schema.equals(reading.CROPS)
+    some = reading.Crop(CROP)(boxes_table(photos, {"good-0": [], "good-1": [[4.0, 6.0, 20.0, 30.0]]}))
     assert some["row"].to_pylist() == [1]
 
 
 def test_ppm_is_read_back_as_it_was() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    np.testing.assert_array_equal(decode(stages.ppm(pixels)), pixels)
-    np.testing.assert_array_equal(decode(stages.ppm(pixels[:, ::-1])), pixels[:, ::-1])  # not contiguous
+    np.testing.assert_array_equal(decode(reading.ppm(pixels)), pixels)
+    np.testing.assert_array_equal(decode(reading.ppm(pixels[:, ::-1])), pixels[:, ::-1])  # not contiguous
 
 
 def test_embed_averages_the_views_of_a_box() -> None:
-    embed = stages.Embed(config.Encoder())
+    embed = models.Embed(config.Encoder())
     side = embed.encoder.side
     first, second, third = (fit_square(photo(number), side, "shortest", "bicubic") for number in range(3))
     rows = [{"pixels": first.tobytes() + second.tobytes()}, {}, {"pixels": third.tobytes() + third.tobytes()}]
@@ -266,7 +266,7 @@ def test_embed_averages_the_views_of_a_box() -> None:
 
 
 def test_embed_gives_pictures_and_names_unit_vectors_and_errors_none(photos: Path) -> None:
-    embed = stages.Embed(config.Encoder(templates=["a photo of a {}.", "a {}."]))
+    embed = models.Embed(config.Encoder(templates=["a photo of a {}.", "a {}."]))
     side, dim = embed.encoder.side, embed.encoder.dim
     pixels = fit_square(photo(0), side, "shortest", "bicubic")
     rows = [{"pixels": pixels.tobytes()}, {}, {"text": NAMES[0]}, {"pixels": pixels[::-1].tobytes()}]
@@ -329,13 +329,13 @@ def stored(entries: Entries) -> Collection:
     return cast(Collection, exact)
 
 
-def retriever(images: Entries, exact_up_to: int = 100, **settings: Any) -> stages.Retrieve:
+def retriever(images: Entries, exact_up_to: int = 100, **settings: Any) -> choosing.Retrieve:
     """A memory of these images and of names near their classes, behind the stage."""
     names = Entries(["a", "b", "c", "d"], np.arange(4), list(NAMES.values()), images.vectors[::3])
     asked = config.Retriever(**settings)
     assert asked.mode != "all"
     head = modes.fit_head(asked.mode, images, names)
-    return stages.Retrieve(asked, lambda: head, stored(head.to_entries()), stored(images), exact_up_to)
+    return choosing.Retrieve(asked, lambda: head, stored(head.to_entries()), stored(images), exact_up_to)
 
 
 @pytest.mark.parametrize("exact_up_to", [100, 3], ids=["exact", "searched"])
@@ -387,7 +387,7 @@ def test_retrieve_all_proposes_the_vocabulary_in_its_order() -> None:
     nothing = cast(Collection, ExactIndex(DIM))  # is not asked
     names = {2: "owl", 5: "kite", 7: "wren"}
     head = modes.Head(np.array(list(names)), list(names.values()), np.zeros((3, DIM), np.float32), np.zeros(3, np.float32))
-    table = stages.Retrieve(config.Retriever(mode="all", top_k=1), lambda: head, nothing, nothing)(
+    table = choosing.Retrieve(config.Retriever(mode="all", top_k=1), lambda: head, nothing, nothing)(
         healthy(np.zeros((2, DIM), np.float32))
     )
     for row in candidates_of(table):
@@ -413,7 +413,7 @@ def test_retrieve_passes_rows_with_errors_on(images: Entries) -> None:
 
 def test_recall_gives_what_is_known() -> None:
     known = [Candidate(1, "owl", 2.0), Candidate(0, "wren", 0.5)]
-    table = stages.Recall({"a": known})(pa.table({"image_id": pa.array(["b", "a", None], pa.string())}))
+    table = choosing.Recall({"a": known})(pa.table({"image_id": pa.array(["b", "a", None], pa.string())}))
     assert candidates_of(table) == [[], known, []]
 
 
@@ -450,7 +450,7 @@ class Reverser:
 
 def ranked(ask: Reverser | None, calibration: Calibration, batch: int) -> stages.Stage:
     """The two stages that follow retrieval, as a run has them."""
-    rank, fuse = stages.Rank(ask, calibration, batch), stages.Fuse(calibration)
+    rank, fuse = choosing.Rank(ask, calibration, batch), choosing.Fuse(calibration)
     return lambda table: fuse(rank(table))
 
 
@@ -518,7 +518,7 @@ def test_every_row_leaves_as_a_prediction_or_as_an_error(
 ) -> None:
     """The whole chain, with the encoder replaced by six numbers of the picture."""
     names = [fault or f"good-{row}" for row, fault in enumerate(faults)]
-    table = stages.Decode(fit, SIDE)(stages.load(index(photos, *names)))
+    table = reading.Decode(fit, SIDE)(reading.load(index(photos, *names)))
     vectors = [np.zeros(DIM) if data is None else tiny(data) for data in table["pixels"].to_pylist()]
     table = with_vectors(table, np.array(vectors, np.float32).reshape(-1, DIM))
     table = retriever(images, top_k=3)(table)
