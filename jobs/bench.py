@@ -112,9 +112,7 @@ def retrieve(
 
 @bench.command()
 def scale(
-    rows: Annotated[
-        list[int] | None, typer.Option("--rows", help="A size; repeatable. Default: 10,000, 30,000, 100,000.")
-    ] = None,
+    rows: Annotated[list[int] | None, typer.Option("--rows", help="A size; repeatable. Default: 10,000 to 100,000.")] = None,
     server: bool = False,
     mode: str = "fused",
 ) -> None:

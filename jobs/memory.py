@@ -24,6 +24,8 @@ Describe = Annotated[bool, typer.Option("--describe", help="Print this memory as
 Snapshot = Annotated[bool, typer.Option("--snapshot", help="Copy the memory to its next version; read it by memory.version.")]
 Drop = Annotated[bool, typer.Option("--drop", help="Delete the memory, or the snapshot that memory.version names.")]
 Remove = Annotated[list[str] | None, typer.Option("--remove", help="Take a class out, with all its entries. Repeatable.")]
+Tune = Annotated[bool, typer.Option("--tune-index", help="Find the least ef of the images' graph with --recall; keep it.")]
+Recall = Annotated[float, typer.Option("--recall", min=0.0, max=1.0, help="Of --tune-index, at retriever.n_neighbors.")]
 
 
 def memory(
@@ -37,16 +39,19 @@ def memory(
     snapshot: Snapshot = False,
     drop: Drop = False,
     remove: Remove = None,
+    tune_index: Tune = False,
+    recall: Recall = 0.99,
 ) -> None:
     """Build or extend a memory; or look at it, freeze it, or take something out.
 
     Example: rar memory birds.yaml --set memory.shots=4
     """
     others = {"--list": listing, "--describe": describe, "--snapshot": snapshot, "--drop": drop, "--remove": bool(remove)}
+    others["--tune-index"] = tune_index
     chosen = [name for name, wanted in others.items() if wanted]
     if not chosen:
         guarded(lambda: build_memory(config_file, out, sets or [], dry_run, fresh))
-    guarded(lambda: other(config_file, sets or [], chosen, remove or []))
+    guarded(lambda: other(config_file, sets or [], chosen, remove or [], recall))
 
 
 def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
@@ -83,7 +88,7 @@ def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: b
     return verdict(folder, settings)
 
 
-def other(config_file: Path, sets: list[str], chosen: list[str], names: list[str]) -> int:
+def other(config_file: Path, sets: list[str], chosen: list[str], names: list[str], recall: float) -> int:
     """What does not build: one thing at a time, and without loading any model."""
     quiet()
     settings = config.load(config_file, sets)
@@ -107,10 +112,28 @@ def other(config_file: Path, sets: list[str], chosen: list[str], names: list[str
             print(f"{store.name} version {catalog.snapshot(address, store.name, store.token)}")
         elif chosen == ["--remove"]:
             print(json.dumps(build.remove(settings, address, names), indent=1))
+        elif chosen == ["--tune-index"]:
+            tune_index(settings, address, recall)
         else:
             catalog.drop_memory(address, store.name, store.version, store.token)
             print(f"dropped {store.name}" + (f" version {store.version}" if store.version else ""))
     return 0
+
+
+def tune_index(settings: config.Config, address: str, recall: float) -> None:
+    """Raises UserError where the mode searches no graph of images."""
+    from rar.memory import catalog, tuning
+    from rar.run.vocabulary import collection
+
+    if settings.retriever.mode not in ("knn", "tip"):
+        raise UserError(f"retriever.mode {settings.retriever.mode} scores classes exactly; --tune-index is for knn and tip")
+    store = settings.memory
+    catalog.digest(address, store.name, store.version, store.token)  # raises
+    live = catalog.find(address, store.name, store.version, store.token)
+    steps = tuning.tune(collection(settings, address, "images", live.generation), settings.retriever.n_neighbors, recall)
+    for step in steps:
+        print(f"ef {step.ef:>5}  recall@{settings.retriever.n_neighbors} {step.recall:.4f}  {step.per_second:,.0f} queries/s")
+    print(f"memory {store.name!r} is searched with ef {steps[-1].ef} from now on")
 
 
 def table(found: list[Stored]) -> str:

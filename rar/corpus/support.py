@@ -14,7 +14,7 @@ Rules, each counted and told, none applied in silence:
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -107,13 +107,13 @@ def thin_classes(labels: pa.ChunkedArray, classes: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Settled:
-    """What one entry a picture leaves. keep: (N,) bool, the rows that become entries.
+    """What one entry a picture leaves. entry: (N,) int64, for each row the row of the same picture that becomes the entry.
 
     copies: rows left out because an equal picture of the same class stays. conflicts: pictures under several labels;
     overruled: their rows whose label lost; example: the labels of one of them.
     """
 
-    keep: np.ndarray
+    entry: np.ndarray
     copies: int
     conflicts: int
     overruled: int
@@ -130,25 +130,27 @@ class Settled:
         return lines
 
 
-def settle(image_ids: Sequence[str], labels: Sequence[str]) -> Settled:
-    """One row a picture, by the rule above. The ids and labels kept do not depend on the order of the rows."""
-    _, numbers, counts = np.unique(np.array(image_ids, dtype=np.str_), return_inverse=True, return_counts=True)
-    keep = np.ones(len(numbers), bool)
-    copies_of: dict[int, list[int]] = defaultdict(list)
-    for row in np.flatnonzero(counts[numbers] > 1).tolist():
-        copies_of[int(numbers[row])].append(row)
+def settle(image_ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> Settled:
+    """One row a picture, by the rule above. The ids and labels kept do not depend on the order of the rows.
+
+    Both are strings, (N,); only of pictures that stand twice or more does anything become a Python object.
+    """
+    numbers = pc.index_in(image_ids, pc.unique(image_ids)).to_numpy()
+    entry = np.arange(len(numbers))
+    repeated = np.flatnonzero(np.bincount(numbers)[numbers] > 1)
+    repeated = repeated[np.argsort(numbers[repeated], kind="stable")]
     copies = overruled = 0
     examples: list[tuple[str, ...]] = []
-    for rows in copies_of.values():
-        votes = Counter(labels[row] for row in rows)
+    for rows in np.split(repeated, np.flatnonzero(np.diff(numbers[repeated])) + 1) if len(repeated) else []:
+        stated = labels.take(pa.array(rows)).to_pylist()
+        votes = Counter(stated)
         label = min(votes, key=lambda name: (-votes[name], name))
-        keep[rows] = False
-        keep[next(row for row in rows if labels[row] == label)] = True
+        entry[rows] = rows[stated.index(label)]
         copies += votes[label] - 1
         if len(votes) > 1:
             examples.append(tuple(sorted(votes)))
         overruled += len(rows) - votes[label]
-    return Settled(keep, copies, len(examples), overruled, min(examples, default=()))
+    return Settled(entry, copies, len(examples), overruled, min(examples, default=()))
 
 
 def leaks(image_ids: Iterable[str | None], remembered: Collection[str]) -> int:

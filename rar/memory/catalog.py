@@ -37,7 +37,7 @@ class Stored:
 
     digest: 16 hex digits of the state it was sealed in, over its image and text entries but not the numbers in them (ids are
     content hashes); "": it was changed since or is not whole, and should be built, or copied, again. generation: of the live
-    memory, see the module.
+    memory, see the module. ef: of the images, where it was tuned.
     """
 
     name: str
@@ -51,6 +51,12 @@ class Stored:
     created: str
     digest: str
     generation: int = 0
+    ef: int | None = None
+
+    @property
+    def state(self) -> str:
+        """What a run notes of the memory that it reads: the digest and, where `rar memory --tune-index` chose one, the ef."""
+        return self.digest if self.ef is None else f"{self.digest} ef {self.ef}"
 
 
 def collection_name(memory: str, part: str, version: int | None = None, generation: int = 0) -> str:
@@ -102,12 +108,12 @@ def _chosen(grouped: Grouped, name: str, version: int | None) -> Stored:
 
 
 def digest(address: str, name: str, version: int | None = None, token: str | None = None) -> str:
-    """The digest of a memory's state, from what `seal` kept: it costs a count of each part.
+    """`Stored.state` of a memory, from what `seal` kept: it costs a count of each part.
 
     Raises UserError where there is no such memory, or it was changed and not sealed.
     """
-    if found := find(address, name, version, token).digest:
-        return found
+    if (found := find(address, name, version, token)).digest:
+        return found.state
     again = "build it again with `rar memory CONFIG`" if version is None else "drop it and take another snapshot"
     raise UserError(f"memory {name!r} was left half written; {again}")
 
@@ -180,6 +186,7 @@ def _describe(name: str, version: int | None, generation: int, parts: dict[str, 
         created=first["created"],
         digest=_digest(states) if whole else "",
         generation=generation,
+        ef=first["ef"] if first.get("ef_tuned") else None,
     )
 
 

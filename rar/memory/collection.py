@@ -314,20 +314,40 @@ class Collection:
             ids, class_ids, names = ([row[name] for row in rows] for name in FIELDS[:3])
             target.upsert(ids, class_ids, names, vectors)
 
-    def samples(self) -> Iterator[np.ndarray]:
-        """The vectors (N, D) of one page of entries after the other."""
+    def pages_of_vectors(self) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Ids and vectors (N, D) of one page of entries after the other."""
         column, dim = "full" if self._reduced() else "vector", self.meta()["dim"]
         for page in self._pages(["entry_id", column]):
             found = [row[column] for row in page]
-            yield reduced.from_text(found, dim) if self._reduced() else np.array(found, np.float32)
+            vectors = reduced.from_text(found, dim) if self._reduced() else np.array(found, np.float32)
+            yield [row["entry_id"] for row in page], vectors
+
+    def vectors_of(self, entry_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """entry_id -> vector (D,) of those entries that are there."""
+        column, dim = "full" if self._reduced() else "vector", self.meta()["dim"]
+        rows = list(self._named(entry_ids, ["entry_id", column]))
+        found = [row[column] for row in rows]
+        vectors = reduced.from_text(found, dim) if self._reduced() else np.array(found, np.float32).reshape(-1, dim)
+        return dict(zip((row["entry_id"] for row in rows), vectors, strict=True))
+
+    def at_ef(self, ef: int) -> Collection:
+        """The same collection, whose graph is searched with another ef; nothing is kept."""
+        other = Collection(self.address, self.name, self.token)
+        other._meta = {**self.meta(), "ef": ef}
+        return other
+
+    def keep_ef(self, ef: int) -> None:
+        """Search with this ef from now on, whoever opens the memory; `ef_tuned` says so in its meta."""
+        meta = {**self.meta(), "ef": ef, "ef_tuned": True}
+        self._call(lambda client: client.alter_collection_properties(self.name, {layout.META_KEY: json.dumps(meta)}))
+        self._meta = None
 
     def relabel(self, labels: Mapping[str, tuple[int, str]]) -> None:
         """Give entries that are here another class (id, name), by entry_id."""
-        column = "full" if self._reduced() else "vector"
-        rows, dim = list(self._named(sorted(labels), ["entry_id", column])), self.meta()["dim"]
-        found, classes = [row[column] for row in rows], [labels[row["entry_id"]] for row in rows]
-        vectors = reduced.from_text(found, dim) if self._reduced() else np.array(found, np.float32).reshape(-1, dim)
-        self.upsert([row["entry_id"] for row in rows], [one for one, _ in classes], [name for _, name in classes], vectors)
+        found = self.vectors_of(sorted(labels))
+        classes = [labels[one] for one in found]
+        vectors = np.array(list(found.values()), np.float32).reshape(-1, self.meta()["dim"])
+        self.upsert(list(found), [one for one, _ in classes], [name for _, name in classes], vectors)
 
     def _rows(self, queries: np.ndarray, depth: int) -> Iterator[Any]:
         """pymilvus' rows of hits, one a query, as they come."""

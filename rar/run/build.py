@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import Dataset
 
-from rar.columns import fitted, vectors_of, with_vectors
+from rar.columns import fitted, positions, vectors_of, with_vectors
 from rar.config import Config
 from rar.corpus import support, vectors
 from rar.corpus.support import Plan
@@ -42,7 +42,7 @@ from rar.run.vocabulary import PARTS, check_index, check_kind, check_mode, class
 from rar.schema import ERRORS, UserError, content_id, entry_id
 
 SAMPLE = 4096  # support images, at most, that the projection of REDUCED is fitted on
-TOLD = ("entry_id", "row", "uri", "image_id", "label", "stage", "error")
+TOLD = ("row", "image_id", "label", "stage", "error")  # of a row, to the driver
 
 
 def plan(settings: Config) -> Plan:
@@ -93,7 +93,7 @@ def build_memory(session: Session, settings: Config, *, fresh: bool) -> Built:
         draft.drop()
     found = catalog.find(address, settings.memory.name, None, settings.memory.token)
     _ensure_head(settings, address, found.generation, meta)
-    failed = images.filter(_is_fault(images)) if images.num_rows else ERRORS.empty_table()
+    failed = _failed(images, planned) if images.num_rows else ERRORS.empty_table()
     metrics: dict[str, float] = {"classes": len(class_of), "embedded": names + changes.written}
     metrics |= {f"entries.{kind}": found.counts.get(kind, 0) for kind in PARTS}
     metrics |= {key: count for key, count in (("copies", changes.copies), ("conflicts", changes.conflicts)) if count}
@@ -101,7 +101,7 @@ def build_memory(session: Session, settings: Config, *, fresh: bool) -> Built:
         metrics["undescribed"] = planned.undescribed
     metrics |= _held_out(settings, address, found.generation)
     rows = planned.support.num_rows + (len(planned.classes) if named else 0)
-    return Built(rows, fitted(failed, ERRORS), metrics, stage_seconds(images), changes.remarks)
+    return Built(rows, failed, metrics, stage_seconds(images), changes.remarks)
 
 
 def _identity(planned: Plan) -> str:
@@ -210,23 +210,27 @@ class Changes:
     remarks: list[str]
 
 
+def _failed(told: pa.Table, planned: Plan) -> pa.Table:
+    """The rows that could not become entries (ERRORS)."""
+    faulty = told.filter(_is_fault(told))
+    uris = planned.support["uri"].take(pa.array(positions(faulty["row"], planned.support)))
+    return fitted(faulty.append_column("uri", uris), ERRORS)
+
+
 def _settle(told: pa.Table, class_of: dict[str, int], fingerprint: str) -> Changes:
     """One entry a picture, by the rule of corpus.support, whichever of its rows was written last."""
     if not told.num_rows:
         return Changes(0, 0, {}, 0, 0, [])
     rows = told.filter(pc.invert(_is_fault(told)))
-    image_ids, labels = rows["image_id"].to_pylist(), rows["label"].to_pylist()
-    settled = support.settle(image_ids, labels)
-    chosen = dict(zip(np.array(image_ids)[settled.keep].tolist(), np.array(labels)[settled.keep].tolist(), strict=True))
-    changed, new = {}, set()
-    stages_, held = rows["stage"].to_pylist(), rows["error"].to_pylist()  # held: the class that the entry has
-    for image_id, label, stage, known in zip(image_ids, labels, stages_, held, strict=True):
-        winner = chosen[image_id]
-        if stage != HELD:
-            new.add(image_id)
-        if (label if stage is None else known) != winner:
-            changed[entry_id(image_id, fingerprint)] = (class_of[winner], winner)
-    return Changes(stages_.count(None), len(new), changed, settled.copies, settled.conflicts, settled.remarks())
+    settled = support.settle(rows["image_id"], rows["label"])
+    wanted = rows["label"].take(pa.array(settled.entry))
+    has = pc.coalesce(rows["error"], rows["label"])  # the class of an entry that was there is told as its error
+    other = rows.append_column("wanted", wanted).filter(pc.not_equal(has, wanted))
+    pairs = zip(other["image_id"].to_pylist(), other["wanted"].to_pylist(), strict=True)
+    changed = {entry_id(image_id, fingerprint): (class_of[name], name) for image_id, name in pairs}
+    elsewhere = rows.filter(pc.fill_null(pc.not_equal(rows["stage"], HELD), True))
+    new = pc.count_distinct(elsewhere["image_id"]).as_py()
+    return Changes(rows["stage"].null_count, new, changed, settled.copies, settled.conflicts, settled.remarks())
 
 
 def _complete(settings: Config, draft: Draft, texts: int, changes: Changes) -> None:

@@ -53,7 +53,7 @@ class Draft:
         """The collection of a part, of about `size` entries. sample: see Collection.create; by default some of the base's."""
         one, index, base = self.part(kind), index_of(self.settings, kind, size), self.base_part(kind)
         if sample is None and base is not None and index.kind == "REDUCED" and not one.exists():
-            sample = next(iter(base.samples()), None)
+            sample = next((vectors for _, vectors in base.pages_of_vectors()), None)
         one.create(dim, index, self.meta, size, sample)
         return one
 

@@ -50,7 +50,7 @@ def open_memory(session: Session, settings: Config) -> Vocabulary:
         raise UserError(
             f"memory {memory.name!r}: head {mode} was fitted on other entries than there are; mend it with `rar memory CONFIG`"
         )
-    digest, images = found.digest, collection(settings, address, "images", found.generation)
+    digest, images = found.state, collection(settings, address, "images", found.generation)
     bare = modes.StoredHead(address, head.name, digest, weights=False, token=memory.token)
     names = dict(zip(bare().class_ids.tolist(), bare().class_names, strict=True))
     check_index(settings, len(names))

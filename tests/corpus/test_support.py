@@ -22,6 +22,10 @@ def rows(labels: list[str]) -> pa.Table:
     return pa.table({"row": range(len(labels)), "label": pa.array(labels, pa.string())})
 
 
+def settle(image_ids: list[str], labels: list[str]) -> support.Settled:
+    return support.settle(*(pa.chunked_array([pa.array(one, pa.string())]) for one in (image_ids, labels)))
+
+
 @given(LABELS, st.randoms())
 def test_a_picture_is_one_entry_whatever_the_order(pictures: list[tuple[str, str]], random: object) -> None:
     shuffled = list(pictures)
@@ -29,9 +33,11 @@ def test_a_picture_is_one_entry_whatever_the_order(pictures: list[tuple[str, str
     kept = []
     for some in (pictures, shuffled):
         ids, labels = [one for one, _ in some], [label for _, label in some]
-        settled = support.settle(ids, labels)
-        kept.append(sorted(one for one, stays in zip(some, settled.keep.tolist(), strict=True) if stays))
-        assert settled.keep.sum() + settled.copies + settled.overruled == len(some)
+        settled = settle(ids, labels)
+        assert all(ids[row] == ids[own] for row, own in enumerate(settled.entry.tolist()))
+        entries = sorted(set(settled.entry.tolist()))
+        kept.append(sorted(some[row] for row in entries))
+        assert len(entries) + settled.copies + settled.overruled == len(some)
     assert kept[0] == kept[1]
     for image_id, label in kept[0]:  # the rule, said plainly
         votes = Counter(other for one, other in pictures if one == image_id)
@@ -42,8 +48,8 @@ def test_a_picture_is_one_entry_whatever_the_order(pictures: list[tuple[str, str
 
 
 def test_settled_sets_say_what_they_left_out() -> None:
-    assert support.settle([], []).remarks() == [] == support.settle(["a", "b"], ["x", "x"]).remarks()
-    copies, conflict = support.settle(["a", "a", "b", "b", "b"], ["x", "x", "y", "x", "x"]).remarks()
+    assert settle([], []).remarks() == [] == settle(["a", "b"], ["x", "x"]).remarks()
+    copies, conflict = settle(["a", "a", "b", "b", "b"], ["x", "x", "y", "x", "x"]).remarks()
     assert copies.startswith("2 copies") and conflict.startswith("1 pictures stand under several labels, e.g. 'x' and 'y';")
 
 

@@ -480,8 +480,10 @@ def test_entries_are_named_poured_into_another_index_and_relabelled(collection: 
     assert collection.classes() == {f"class {n}": n for n in range(7)}
     bare = collection.fetch(vectors=False)
     assert bare.entry_ids == names(20) and bare.vectors.shape == (20, 0)
-    (sample,) = collection.samples()
-    np.testing.assert_array_equal(sample, vectors)
+    ((ids, page),) = collection.pages_of_vectors()
+    assert ids == names(20)
+    np.testing.assert_array_equal(page, vectors)
+    np.testing.assert_array_equal(collection.vectors_of(["e000004", "not there"])["e000004"], vectors[4])
     target = Collection(collection.address, f"{collection.name}_poured")
     target.create(36, FLAT, META, size_hint=20)
     try:
