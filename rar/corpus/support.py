@@ -130,7 +130,7 @@ class Settled:
         return lines
 
 
-def settle(image_ids: pa.ChunkedArray, labels: pa.ChunkedArray) -> Settled:
+def settle(image_ids: pa.Array | pa.ChunkedArray, labels: pa.Array | pa.ChunkedArray) -> Settled:
     """One row a picture, by the rule above. The ids and labels kept do not depend on the order of the rows.
 
     Both are strings, (N,); only of pictures that stand twice or more does anything become a Python object.

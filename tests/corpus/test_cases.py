@@ -115,9 +115,9 @@ def test_folders_in_decomposed_unicode_meet_their_classes() -> None:
 def test_one_picture_under_two_classes_is_settled_by_the_rule() -> None:
     table = index("one-picture-two-classes/support")
     ids, labels = [content_id(data) for data in read(table)], table["label"].to_pylist()
-    settled = support.settle(ids, labels)
-    assert (settled.conflicts, settled.overruled, settled.copies, int(settled.keep.sum())) == (2, 2, 0, 6)
-    back = support.settle(ids[::-1], labels[::-1])
-    kept = {(ids[row], labels[row]) for row in np.flatnonzero(settled.keep)}
-    assert kept == {(ids[::-1][row], labels[::-1][row]) for row in np.flatnonzero(back.keep)}
+    settled, back = (support.settle(pa.array(i), pa.array(n)) for i, n in ((ids, labels), (ids[::-1], labels[::-1])))
+    entries = set(settled.entry.tolist())
+    assert (settled.conflicts, settled.overruled, settled.copies, len(entries)) == (2, 2, 0, 6)
+    kept = {(ids[row], labels[row]) for row in entries}
+    assert kept == {(ids[::-1][row], labels[::-1][row]) for row in back.entry.tolist()}
     assert {label for _, label in kept} == {"ash", "oak"}
