@@ -59,6 +59,7 @@ def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: b
     settings = config.load(config_file, sets)
     from rar.engine import session
     from rar.run import build
+    from rar.run.vocabulary import facts_of
     from rar.runfolder import RunFolder
 
     planned = build.plan(settings)
@@ -73,14 +74,16 @@ def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: b
         say(f"would write at most {rows:,} entries to {settings.memory.uri} and a report to {path}")
         return 0
     RunFolder.check(path, "memory", settings, fresh=True)
-    started = time.monotonic()
     with session.opened(settings.memory, create=True, patience_s=settings.run.patience_s) as opened:
+        facts_of(opened, settings, None)
+        started = time.monotonic()  # as in a run, the models are there
         built = build.build_memory(opened, settings, fresh=fresh)
+        seconds = time.monotonic() - started
     folder = RunFolder.open(path, "memory", settings, fresh=True, name=config_file.stem, group="memory")
     folder.write_faults(built.failed)
     failed = built.failed.num_rows
     counts = {"input": built.rows + planned.ignored, "ok": built.rows - failed, "failed": failed, "skipped": planned.ignored}
-    folder.finish(counts, built.metrics, time.monotonic() - started, settings, built.seconds)
+    folder.finish(counts, built.metrics, seconds, settings, built.seconds)
     for line in built.remarks:
         say(f"  {line}")
     for key, value in built.metrics.items():

@@ -34,7 +34,7 @@ from rar.config import Config
 from rar.identity import Identity
 from rar.schema import ERRORS, PREDICTIONS, SCHEMA_VERSION, UserError
 
-PACKAGES = ("rar", "ray", "torch", "open_clip_torch", "transformers", "pymilvus", "milvus-lite")
+PACKAGES = ("rar", "ray", "torch", "open_clip_torch", "timm", "transformers", "pillow", "numpy", "pymilvus", "milvus-lite")
 BEFORE = "before"  # the part of what failed before there was a shard
 
 

@@ -223,6 +223,12 @@ def _folder(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
         relative = relative.take(pc.sort_indices(relative))
         parts = pc.split_pattern(relative, "/", max_splits=1)
         label = pc.if_else(pc.greater(pc.list_value_length(parts), 1), pc.list_element(parts, 0), None)
+        deep = relative.filter(pc.match_substring_regex(relative, "^[^/]+/[^/]+/[^/]+"))
+        if len(deep):
+            told.append(
+                f"{len(deep):,} pictures lie deeper than a folder a class; the first folder is their label, e.g. of {deep[0]}; "
+                "where the inner folders are the classes, give a table of uri and label instead"
+            )
         start = storage.full_name(fs, f"{root}/")
         yield _rows(pc.binary_join_element_wise(start, relative, ""), tables.labels(pa.chunked_array([label])))
 

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 
 from rar import config, miniature
 from rar.device import PRECISIONS, pick_device
+from rar.encoder.names import check_name
 from rar.encoder.templates import filled, read_descriptions, templates_of
 from rar.schema import UserError
 
@@ -248,12 +249,8 @@ def _load_clip(name: str) -> tuple[Any, Any, dict[str, Any]]:
 
 def _open_clip_name(name: str) -> tuple[str, dict[str, Any]]:
     """`architecture/pretrained` -> architecture and the arguments of open_clip.create_model."""
-    architecture, slash, pretrained = name.partition("/")
-    if not slash:
-        raise UserError(f"encoder.model: {name!r} is neither a folder nor 'architecture/pretrained', e.g. ViT-B-16/openai")
-    if architecture not in open_clip.list_models():
-        (nearest,) = difflib.get_close_matches(architecture, open_clip.list_models(), n=1, cutoff=0.0)
-        raise UserError(f"encoder.model: open_clip knows no architecture {architecture!r}; did you mean {nearest!r}?")
+    check_name(name)
+    architecture, _, pretrained = name.partition("/")
     if pretrained == "random":
         torch.manual_seed(0)  # for throughput measurements and plumbing checks: deterministic, meaningless
         return architecture, {"pretrained_text": False}

@@ -1,9 +1,10 @@
 """Votes of image entries: the retrievers `knn` and `tip`, whose scores are not linear in the query.
 
 knn: score = scale * log(sum of exp(sharpness (cos - 1)) over the entries of a class / entries that the class has): neighbors
-count by their similarity, and a class with many images does not win by number. At a high sharpness the nearest alone counts,
-which is the paper's rule. tip (Tip-Adapter, Zhang et al. 2022, equations 4 and 5): scale * sum of exp(-sharpness (1 - cos)),
-on top of text scores. Either sums over the `n_neighbors` nearest entries only, so that a search finds all that it needs.
+count by their similarity, and a class with many images does not win by number. From sharpness NEAREST the nearest entry alone
+counts, whatever the sizes of the classes, which is the paper's rule. tip (Tip-Adapter, Zhang et al. 2022, equations 4 and 5):
+scale * sum of exp(-sharpness (1 - cos)), on top of text scores. Either sums over the `n_neighbors` nearest entries only, so
+that a search finds all that it needs.
 
 Among entries equally near, those of the lower class id come first, also across the cut at n_neighbors.
 """
@@ -17,6 +18,7 @@ import numpy as np
 
 from rar.retriever.softmax import fit_weights, log_sum_exp
 
+NEAREST = 1000.0  # sharpness from which the nearest entry alone counts, whatever the sizes of the classes
 SHARPNESSES = (3.0, 6.0, 12.0, 25.0, 50.0, 100.0, 200.0)  # tried by the fit
 MARGIN = 1e-3  # of scores, between a class among the neighbors and one that was looked up to fill the list
 LEAST = 0.05  # of the default scale: votes that say nothing keep their order
@@ -61,7 +63,7 @@ def knn(rule: Rule, cosines: np.ndarray, columns: np.ndarray, sizes: np.ndarray,
     sizes: (C,) entries of each class in the memory. Classes that only later neighbors have come after those of the first
     n_neighbors.
     """
-    n_classes, balance = len(sizes), np.log(np.maximum(sizes, 1))
+    n_classes, balance = len(sizes), np.log(np.maximum(sizes, 1)) * (rule.sharpness < NEAREST)
     among = _log_sums(rule.sharpness, cosines[:, :n_neighbors], columns[:, :n_neighbors], n_classes) - balance
     if columns.shape[1] <= n_neighbors:
         return rule.scale * among
@@ -83,6 +85,8 @@ def _log_sums(sharpness: float, cosines: np.ndarray, columns: np.ndarray, n_clas
     best = np.full(len(columns) * n_classes, -np.inf)
     np.maximum.at(best, cells, values)
     sums = np.bincount(cells, np.exp(sharpness * (values - best[cells])), len(best))
+    if sharpness >= NEAREST:
+        sums = np.minimum(sums, 1)
     with np.errstate(divide="ignore"):
         return (np.log(sums) + sharpness * (best - 1)).reshape(len(columns), n_classes)
 

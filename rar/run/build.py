@@ -91,6 +91,8 @@ def build_memory(session: Session, settings: Config, *, fresh: bool) -> Built:
         _complete(settings, draft, texts, changes)
     else:
         draft.drop()
+    if not named:
+        changes.remarks.extend(_never_proposed(planned, base))
     found = catalog.find(address, settings.memory.name, None, settings.memory.token)
     _ensure_head(settings, address, found.generation, meta)
     failed = _failed(images, planned) if images.num_rows else ERRORS.empty_table()
@@ -102,6 +104,14 @@ def build_memory(session: Session, settings: Config, *, fresh: bool) -> Built:
     metrics |= _held_out(settings, address, found.generation)
     rows = planned.support.num_rows + (len(planned.classes) if named else 0)
     return Built(rows, failed, metrics, stage_seconds(images), changes.remarks)
+
+
+def _never_proposed(planned: Plan, base: dict[str, Collection]) -> list[str]:
+    """A line on the classes of which a memory without names has no picture; [] where there are none."""
+    pictured = set(planned.support["label"].to_pylist()) | (set(base["images"].classes()) if "images" in base else set())
+    bare = [name for name in planned.classes if name not in pictured]
+    what = "1 class has no picture and is" if len(bare) == 1 else f"{len(bare):,} classes have no picture and are"
+    return [f"{what} never proposed, as encoder.model embeds images alone, e.g. {bare[0]!r}"] if bare else []
 
 
 def _identity(planned: Plan) -> str:

@@ -10,6 +10,7 @@ from operator import itemgetter
 from rar import config
 from rar.config import Config
 from rar.corpus import listing, vectors
+from rar.encoder.names import check_name
 from rar.engine import choosing, models
 from rar.engine.session import Session
 from rar.memory import catalog
@@ -121,7 +122,8 @@ def check_maker(settings: Config, one: Collection, facts: models.EncoderFacts) -
 
 
 def check_kind(settings: Config, images: config.Corpus | None) -> None:
-    """Raises UserError for vectors where an encoder is to make them, and for pictures where none is."""
+    """Raises UserError for an encoder that cannot be, for vectors where it is to make them, and for pictures without one."""
+    check_name(settings.encoder.model)
     if images is None:
         return
     brought = images.dataset is None and listing.format_of(images) == "embeddings"

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from rar.config import Config
 from rar.corpus import coco
 from rar.corpus.datasets import named
+from rar.encoder.names import check_name
 from rar.engine import pipeline
 from rar.run import build
 from rar.runfolder import RunFolder
@@ -64,6 +65,7 @@ def detect_work(settings: Config) -> Work:
     if settings.corpus is None:
         raise UserError("config: `corpus.uri` is missing; name the COCO or LVIS JSON of the images to detect in")
     corpus = named.as_file(settings.corpus)
+    check_name(settings.encoder.model)
     if settings.detect.detector is not None:  # its boxes are found in the run
         listed = coco.is_json(corpus)
         pictures = coco.list_pictures(corpus) if listed else coco.without_boxes(named.read(corpus).index)

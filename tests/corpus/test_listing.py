@@ -152,6 +152,19 @@ def test_a_folder_without_pictures_says_what_it_holds(tmp_path: Path) -> None:
         index(write(tmp_path / "bare", {"README": b"text"}))
 
 
+def test_folders_within_class_folders_are_told(tmp_path: Path) -> None:
+    for name in ("Fruit/Apple/Golden/a.jpg", "Fruit/Pear/b.jpg", "Dairy/c.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    index = list_images(Corpus(uri=str(tmp_path)))
+    assert index["label"].to_pylist() == ["Dairy", "Fruit", "Fruit"]
+    (told,) = remarks(index)
+    assert told.startswith("2 pictures lie deeper") and "Fruit/Apple/Golden/a.jpg" in told
+    (tmp_path / "flat" / "x").mkdir(parents=True)
+    (tmp_path / "flat" / "x" / "a.jpg").write_bytes(b"x")
+    assert not remarks(list_images(Corpus(uri=str(tmp_path / "flat"))))
+
+
 def test_folders_of_decomposed_names_have_composed_labels(root: str) -> None:
     table = index(write(root, {"cafe\u0301 /1.png": b"x"}))
     assert labels(table) == ["caf\u00e9"] and read(table) == [b"x"]

@@ -130,3 +130,15 @@ def test_nothing_to_fit_on_gives_the_defaults() -> None:
     assert votes.fit_knn(nothing, rows, np.ones(3, np.int64), np.zeros(0, np.int64), 20) == votes.KNN
     factor, rule = votes.fit_tip(np.zeros((0, 3)), nothing, rows, np.zeros(0, np.int64), 20, 0.4)
     assert (factor, rule) == (1.0, Rule("tip", votes.TIP.sharpness, 0.4))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8))
+def test_at_the_papers_sharpness_the_nearest_entry_decides_whatever_the_sizes(seed: int, n_classes: int) -> None:
+    """Against a plain argmax over cosines that lie closely together, with a class of 500 images beside classes of one."""
+    rng = np.random.default_rng(seed)
+    columns = rng.integers(0, n_classes, (5, 30))
+    cosines = 0.9 + 1e-3 * rng.random((5, 30))
+    sizes = rng.choice([1, 500], n_classes)
+    rule = votes.KNN.with_sharpness(1000)
+    scores = votes.knn(rule, *votes.nearest(cosines, columns), sizes, 30)
+    assert scores.argmax(axis=1).tolist() == columns[np.arange(5), cosines.argmax(axis=1)].tolist()
