@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or (d
 
 
 def guarded(work: Callable[[], int | None]) -> None:
-    """Run a verb and exit with the contract's codes."""
+    """Run a verb and exit with the contract's codes. SIGTERM (`ray job stop`, a preempted node) ends it as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = work()
     except UserError as error:
@@ -35,6 +37,8 @@ def guarded(work: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("rar: interrupted; the same command with --resume goes on from here", file=sys.stderr)
         code = Exit.CRASH
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.stdout.flush()
     sys.stderr.flush()
     raise typer.Exit(int(code or 0))
@@ -47,11 +51,18 @@ def say(text: str) -> None:
 
 def run_folder_path(out: str | None, verb: str, config_file: Path) -> Path:
     """Raises UserError for a folder that only this machine would have, where the job runs on a cluster."""
-    if "RAY_ADDRESS" in os.environ and (out is None or not ("://" in out or Path(out).expanduser().is_absolute())):
+    if "RAY_ADDRESS" in os.environ:
+        shared_place(out)
+    return storage.place(out or Path("runs") / f"{verb}-{config_file.stem}")
+
+
+def shared_place(out: str | None) -> str:
+    """An --out that other machines have, too. Raises UserError for any other."""
+    if out is None or not ("://" in out or Path(out).is_absolute()):
         raise UserError(
             "on a cluster --out must be a place that every node reaches: an absolute path on a shared disk, or s3://..."
         )
-    return storage.place(out or Path("runs") / f"{verb}-{config_file.stem}")
+    return out
 
 
 def verdict(folder: RunFolder, settings: Config) -> int:

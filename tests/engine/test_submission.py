@@ -1,0 +1,201 @@
+"""What is sent with a job and under which name; with -m slow, a real head with a dashboard: sent, followed, stopped, resumed.
+
+Not covered: installing requirements on the cluster, heads on other machines, TLS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import yaml
+from typer.testing import CliRunner, Result
+
+from jobs.cli import app
+from rar import config
+from rar.bench.server import free_port
+from rar.engine import submission
+from rar.schema import UserError
+from tests.conftest import ROOT
+from tests.jobs.test_jobs import one_line
+
+SERVER = {"uri": "http://milvus:19530"}
+
+
+def typed(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["submit", *map(str, arguments)])
+
+
+def written(folder: Path, **sections: dict) -> Path:
+    data = {"corpus": {"uri": "s3://bucket/photos"}, "memory": SERVER, **sections}
+    file = folder / "birds.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+def test_what_a_job_needs_goes_along_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "birds.txt").write_text("wren\nheron\n")
+    (tmp_path / "secrets.txt").write_text("mine")
+    file = written(
+        tmp_path,
+        memory={**SERVER, "classes": "lists/birds.txt"},
+        encoder={"model": "ViT-B-16/openai"},
+        ranker={"method": "none"},
+    )
+    settings = config.load(file)
+    for code in (True, False):
+        folder = tmp_path / f"sent_{code}"
+        folder.mkdir()
+        assert submission.pack(folder, file, settings, code) == [Path("lists/birds.txt")]
+        assert config.load(folder / submission.CONFIG) == settings
+        assert (folder / "lists/birds.txt").read_text() == "wren\nheron\n"
+        found = {path.relative_to(folder).parts[0] for path in folder.rglob("*")}
+        assert found == {"config.yaml", "lists"} | ({"rar", "jobs"} if code else set())
+    sent = {str(path.relative_to(tmp_path / "sent_True")) for path in (tmp_path / "sent_True").rglob("*")}
+    assert "rar/engine/submission.py" in sent and not any("safetensors" in one or "__pycache__" in one for one in sent)
+
+
+def test_the_code_that_is_sent_runs_by_itself(tmp_path: Path) -> None:
+    submission.pack(tmp_path, written(tmp_path.parent), config.load(written(tmp_path.parent)), code=True)
+    where = "import rar, jobs; print(rar.__path__, jobs.__path__)"
+    told = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert told.stdout.count(str(tmp_path)) == 2
+
+
+def test_a_name_is_of_what_the_job_does(tmp_path: Path) -> None:
+    settings = config.load(written(tmp_path))
+    name = submission.submission_id("classify", settings, "s3://bucket/run")
+    assert name == submission.submission_id("classify", config.load(written(tmp_path)), "s3://bucket/run")
+    others = {
+        submission.submission_id("detect", settings, "s3://bucket/run"),
+        submission.submission_id("classify", settings, "s3://bucket/other"),
+        submission.submission_id("classify", config.load(written(tmp_path), ["retriever.top_k=7"]), "s3://bucket/run"),
+    }
+    assert len(others | {name}) == 4
+
+
+@pytest.mark.parametrize(
+    ("verb", "sections", "options", "wanted"),
+    [
+        ("classify", {"memory": {"uri": "runs/memory.milvus"}}, (), "use a Milvus server"),
+        ("classify", {"memory": {**SERVER, "token": "root:hidden"}}, (), "set MILVUS_TOKEN"),
+        ("classify", {"corpus": {"uri": "photos"}}, (), "corpus.uri photos lies on this machine"),
+        ("classify", {"ranker": {"prompts": "../mine.yaml"}}, (), "lies outside"),
+        ("classify", {}, ("--out", "runs/x"), "every node reaches"),
+        ("classify", {}, ("--address", "ray://head:10001"), "http://HEAD:8265"),
+        ("serve", {}, (), "VERB is one of"),
+        ("classify", {}, ("--requirements", "nowhere.lock"), "is no file"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_sent(
+    verb: str, sections: dict, options: tuple, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "photos").mkdir(parents=True)
+    (tmp_path / "mine.yaml").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    result = typed(verb, written(tmp_path, **sections), "--address", "http://127.0.0.1:9", "--out", "s3://b/run", *options)
+    assert result.exit_code == 2 and wanted in one_line(result)
+    assert "hidden" not in result.output
+
+
+def test_a_dashboard_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    result = typed("classify", written(tmp_path), "--address", "http://127.0.0.1:9", "--out", "s3://b/run")
+    assert result.exit_code == 1 and "http://127.0.0.1:9" in one_line(result)
+
+
+def test_a_plan_says_what_would_be_sent(tmp_path: Path) -> None:
+    options = ("--set", "retriever.top_k=3", "--out", "s3://b/run", "--dry-run")
+    result = typed("classify", written(tmp_path), *options)
+    assert result.exit_code == 0
+    assert "python -m jobs.classify config.yaml --out s3://b/run --set retriever.top_k=3" in result.stderr
+
+
+@pytest.fixture
+def head() -> Iterator[str]:
+    """A Ray of this machine with the dashboard that takes jobs."""
+    port = free_port()
+    ray.init(num_cpus=4, include_dashboard=True, dashboard_port=port, log_to_driver=False)
+    yield f"http://127.0.0.1:{port}"
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_a_job_is_sent_followed_stopped_and_resumed(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name, count in (("support", 24), ("queries", 4_000)):
+        vectors = np.random.default_rng(1).normal(size=(count, 16)).astype(np.float32)
+        np.savez(tmp_path / f"{name}.npz", embeddings=vectors, label=[f"class {row % 4}" for row in range(count)])
+    memory = {"uri": str(tmp_path / "memory.milvus"), "support": {"uri": str(tmp_path / "support.npz")}}
+    file = written(
+        tmp_path,
+        corpus={"uri": str(tmp_path / "queries.npz")},
+        memory=memory,
+        encoder={"model": "precomputed"},
+        ranker={"method": "none"},
+        run={"shard_size": 20},
+    )
+
+    def sent(verb: str, *options: object) -> subprocess.Popen[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "jobs.cli",
+            "submit",
+            verb,
+            file,
+            "--address",
+            head,
+            "--out",
+            tmp_path / verb,
+            *options,
+        ]
+        return subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+
+    told, _ = (wrong := sent("memory", "--set", "retriever.mode=tip")).communicate(timeout=300)
+    assert wrong.returncode == 2 and "retriever.mode tip needs class names" in told
+    told, _ = (built := sent("memory")).communicate(timeout=300)
+    assert built.returncode == 0 and "entries.images 24" in told
+    told, said = (again := sent("memory")).communicate(timeout=120)
+    assert again.returncode == 0 and "entries.images 24" in told and said.startswith("found rar-memory-")
+
+    started, name = sent("classify", "--no-wait"), ""
+    name = started.communicate(timeout=120)[0].strip()
+    until = time.monotonic() + 200
+    while not list((tmp_path / "classify" / "done").glob("part-*")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    stopped = typed("--stop", name, "--address", head)
+    assert stopped.exit_code == 0 and f"{name} stopped" in stopped.stdout
+    done = len(list((tmp_path / "classify" / "done").glob("part-*")))
+    assert 0 < done < 200
+    told, said = (resumed := sent("classify")).communicate(timeout=300)
+    assert resumed.returncode == 0 and said.startswith(f"sent {name}") and "4,000 ok, 0 failed" in told
+    assert typed("--status", name, "--address", head).exit_code == 0
+    assert json.loads((tmp_path / "classify" / "run.json").read_text())["counts"]["ok"] == 4_000
+    assert os.listdir(tmp_path / "classify" / "done")
+
+
+def test_a_stopped_job_has_no_exit_code_of_its_own() -> None:
+    from ray.job_submission import JobDetails, JobStatus, JobType
+
+    codes = [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", 3, 3), ("FAILED", 1, 1), ("FAILED", -9, 1), ("STOPPED", None, 1)]
+    for status, own, wanted in codes:
+        details = JobDetails(type=JobType.SUBMISSION, status=JobStatus(status), entrypoint="", driver_exit_code=own)
+        assert submission.exit_code(details) == wanted
+
+
+def test_a_relative_memory_is_no_servers() -> None:
+    with pytest.raises(UserError, match="folder of this machine"):
+        submission.pack(Path(), Path(), config.build({"corpus": {"uri": "s3://b"}}), code=False)
