@@ -17,6 +17,7 @@ from jobs.memory import memory
 from jobs.report import report
 from jobs.serve import serve
 from jobs.submit import submit
+from jobs.sweep import sweep
 
 app = typer.Typer(
     help="Retrieve-and-rank visual recognition: CLIP and Milvus propose classes, an MLLM on Ray Serve ranks them.",
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, memory, classify, detect, embed, evaluate, serve, ask, report, submit, config):
+for verb in (demo, memory, classify, detect, embed, sweep, evaluate, serve, ask, report, submit, config):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -19,6 +19,8 @@ from pydantic.fields import FieldInfo
 from rar.schema import UserError
 
 LETTERS = 26  # A to Z
+
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -374,6 +376,11 @@ class UniqueKeys(yaml.SafeLoader):
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply overrides of the form `dotted.key=value` (values are YAML). Raises UserError."""
+    return build(read(path), overrides)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, as it stands. Raises UserError."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"config file not found: {path}")
@@ -385,11 +392,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a mapping of settings, not a {type(data).__name__}")
-    return build(data, overrides)
+    return data
 
 
 def build(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Validate a mapping as a Config. Raises UserError with one line per mistake's first cause."""
+    return validated(Config, data, overrides)
+
+
+def validated(model: type[Checked], data: dict[str, Any], overrides: Sequence[str] = ()) -> Checked:
+    """Apply overrides to a mapping and validate it as a model of settings. Raises UserError as `build` does."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -401,9 +413,9 @@ def build(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
         except KeyTwice as error:
             raise UserError(f"--set {key}: {error}") from None
     try:
-        return Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, model)) from None
 
 
 def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -414,7 +426,7 @@ def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
     data[keys[-1]] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first fault in plain words; for an unknown key, the nearest valid one."""
     faults = error.errors()
     fault = next((one for one in faults if _no_text(one)), faults[0])
@@ -428,7 +440,7 @@ def _explain(error: ValidationError) -> str:
         return f"config: {fault['msg'].removeprefix('Value error, ')}"
     if fault["type"] != "extra_forbidden":
         return f"config: {where}: {fault['msg'].removeprefix('Value error, ')}, got {fault.get('input')!r}"
-    nearest = difflib.get_close_matches(where, _known_keys(Config), n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(where, _known_keys(model), n=1, cutoff=0.0)
     return f"config: unknown key {where!r}; did you mean {nearest[0]!r}?"
 
 

@@ -1,5 +1,5 @@
-"""Where Ray Data writes: `MilvusSink` puts blocks of entries into a memory, `ShardSink` puts shards into a run folder, and
-`EmbeddingSink` into a folder of embeddings.
+"""Where Ray Data writes: `MilvusSink` puts blocks of entries into a memory, `ShardSink` puts shards into a run folder,
+`EmbeddingSink` into a folder of embeddings, and `PartSink` into one of rows that several runs share.
 
 Ray retries a failed write task and may run one twice; entries have primary keys and shards have names, so a second write
 changes nothing.
@@ -75,6 +75,9 @@ class MilvusSink(Datasink[tuple[int, pa.Table]]):
         self.told = pa.concat_tables(tables) if tables else pa.table({})
 
 
+PICTURES = ("bytes", "pixels", "views")
+
+
 def embedding_file(shard: int) -> str:
     return f"part-{shard:06d}.parquet"
 
@@ -106,6 +109,25 @@ class EmbeddingSink(Datasink[int]):
         with storage.writing(folder / embedding_file(shard)) as stream:
             pq.write_table(pa.table(columns), stream)
         return good.num_rows
+
+
+class PartSink(Datasink[int]):
+    """Writes each block, a whole shard, as part-N.parquet with all columns but pictures. first: the number of shard 0."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        self.folder, self.first = folder, first
+
+    def write(self, blocks: Iterable[Block], ctx: object) -> int:
+        """Returns the number of rows written by this task."""
+        tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
+        return sum(self._write(table) for table in tables if table.num_rows)
+
+    def _write(self, table: pa.Table) -> int:
+        number = self.first + table["shard"][0].as_py()
+        kept = table.drop_columns([name for name in PICTURES if name in table.column_names])
+        with storage.writing(storage.place(self.folder) / f"part-{number:06d}.parquet") as stream:
+            pq.write_table(kept, stream)
+        return table.num_rows
 
 
 class ShardSink(Datasink[int]):

@@ -5,8 +5,8 @@
   classes of this kind fare? It costs a seed and some time, and is too narrow with few classes.
 - `over_seeds` is about the draw of the shots: Student's t over the runs' means. It says nothing about other test images, so a
   page shows it beside a bootstrap, not in its place. With two seeds it is very wide, as it should be.
-- `mcnemar` tests two arms on the same images; `holm` corrects a family of such tests. McNemar's test takes images as
-  independent; where classes are few, a claim rests on `paired_difference` instead.
+- `mcnemar` tests two arms on the same images, `sign_flip` on the same classes; `holm` corrects a family of such tests.
+  McNemar's test takes images as independent; where classes are few, a claim rests on `paired_difference` instead.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 RESAMPLES = 2000
+FLIPS = 10_000
 RESAMPLE_BLOCK = 2_000_000  # cluster draws held in memory at once
 
 Flags = Sequence[bool] | np.ndarray
@@ -86,6 +87,21 @@ def mcnemar(correct_a: Flags, correct_b: Flags) -> float:
         raise ValueError(f"{len(a)} outcomes but {len(b)}")
     won, lost = int(np.sum(a & ~b)), int(np.sum(~a & b))
     return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+
+
+def sign_flip(gains: Sequence[float] | np.ndarray, seed: int) -> float:
+    """Two-sided p value of a mean of (C,) gains, one a class: were either arm as likely the better one in each class?
+
+    A permutation test (Fisher 1935): the gains keep their sizes and FLIPS random signs are drawn, so that p is at least
+    1 / (FLIPS + 1). Classes without a gain decide nothing. 1 where all are.
+    """
+    values = np.asarray(gains, np.float64)
+    values = values[values != 0]
+    if not len(values):
+        return 1.0
+    signs = np.random.default_rng(seed).integers(0, 2, size=(FLIPS, len(values)), dtype=np.int8) * 2 - 1
+    extreme = np.abs(signs @ values) >= np.abs(values.sum()) - 1e-12
+    return float((extreme.sum() + 1) / (FLIPS + 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -100,6 +100,34 @@ def lines(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylab
         return _svg(figure)
 
 
+def curves(
+    series: Mapping[str, Sequence[tuple[float, Interval]]], xlabel: str, ylabel: str, salt: str, *, doubling: bool = False
+) -> str:
+    """One line a name over (x, (value, low, high)), x rising; y fractions, in percent. A line of one point is a dot.
+
+    doubling: x is 1, 2, 4, ... and evenly spaced; else x is a fraction, in percent, too. Past four, line styles tell apart.
+    """
+    from matplotlib.figure import Figure
+
+    styles = ("-", "--", ":")
+    with _style(salt):
+        figure = Figure((WIDTH, 2.9), layout="constrained", dpi=72)
+        axes = figure.subplots()
+        for number, (label, points_) in enumerate(series.items()):
+            colour, style = SERIES[number % len(SERIES)], styles[number // len(SERIES) % len(styles)]
+            x = np.array([place for place, _ in points_], np.float64)
+            value, low, high = 100 * np.array([interval for _, interval in points_], np.float64).T
+            x = np.log2(x) if doubling else 100 * x
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+            axes.plot(x, value, style, marker="o", markersize=4, color=colour, linewidth=1.6, label=_short(label))
+        if doubling:
+            places = sorted({place for points_ in series.values() for place, _ in points_})
+            axes.set_xticks(np.log2(places).tolist(), [f"{place:g}" for place in places])
+        _labels(axes, xlabel if doubling else f"{xlabel}, %", f"{ylabel}, %")
+        _legend(figure, min(3, len(series)))
+        return _svg(figure)
+
+
 def _style(salt: str) -> AbstractContextManager[None]:
     from matplotlib import rc_context
 

@@ -75,7 +75,7 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Report") -> None
         loader=PackageLoader("rar.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"decimal": _decimal, "pretty": partial(json.dumps, indent=2, ensure_ascii=False)}
-    environment.globals["percent"] = _percent
+    environment.globals["percent"] = percent
     arms = [run for run in folders if run.info["verb"] != "memory"]
     memories = [{"name": run.name, "values": run.values} for run in folders if run.info["verb"] == "memory"]
     groups = [_group(name, arms) for name in dict.fromkeys(run.group for run in arms)]
@@ -248,5 +248,5 @@ def _decimal(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:,.{digits}f}".replace("-", "−")
 
 
-def _percent(fraction: float, digits: int = 1) -> str:
+def percent(fraction: float, digits: int = 1) -> str:
     return _decimal(100 * fraction, digits)

@@ -32,6 +32,7 @@ from rar.engine import entering, models, pipeline, reading
 from rar.engine.entering import HELD, RESUMED
 from rar.engine.session import Session
 from rar.engine.sinks import MilvusSink, stage_seconds
+from rar.engine.stages import Stage
 from rar.memory import catalog
 from rar.memory.collection import Collection
 from rar.retriever import modes
@@ -69,8 +70,19 @@ class Built:
     remarks: list[str]
 
 
-def build_memory(session: Session, settings: Config, *, fresh: bool) -> Built:
-    """Embed and write what the memory lacks, fit the head, and make the result the live generation, all at once."""
+@dataclass(frozen=True)
+class Known:
+    """Stages that look up what was embedded before: index rows -> image_id, vector and faults; texts by their names."""
+
+    images: Stage
+    texts: Stage
+
+
+def build_memory(session: Session, settings: Config, *, fresh: bool, known: Known | None = None) -> Built:
+    """Embed and write what the memory lacks, fit the head, and make the result the live generation, all at once.
+
+    known: in place of the encoder, where several memories share embeddings (see run.shared).
+    """
     if settings.memory.version is not None:
         raise UserError("memory.version names a snapshot, which is never changed; leave it out to build the live memory")
     planned, address = plan(settings), session.memory_address
@@ -84,8 +96,8 @@ def build_memory(session: Session, settings: Config, *, fresh: bool) -> Built:
     named = bool(facts.embeds_texts or settings.memory.class_embeddings)
     check_index(settings, len(class_of))
     check_mode(settings, bool(planned.support.num_rows or "images" in base), named or "texts" in base)
-    texts, names = _write_texts(session, settings, planned, facts, draft, class_of)
-    images = _write_images(session, settings, planned, facts, draft, class_of)
+    texts, names = _write_texts(session, settings, planned, facts, draft, class_of, known)
+    images = _write_images(session, settings, planned, facts, draft, class_of, known)
     changes = _settle(images, class_of, facts.fingerprint)
     if draft.base is None or texts or changes.new or changes.labels or not generation.same_index(settings, draft.base):
         _complete(settings, draft, texts, changes)
@@ -123,7 +135,13 @@ def _identity(planned: Plan) -> str:
 
 
 def _write_texts(
-    session: Session, settings: Config, planned: Plan, facts: models.EncoderFacts, draft: Draft, class_of: dict[str, int]
+    session: Session,
+    settings: Config,
+    planned: Plan,
+    facts: models.EncoderFacts,
+    draft: Draft,
+    class_of: dict[str, int],
+    known: Known | None,
 ) -> tuple[int, int]:
     """Embed and write the names that neither the memory nor a killed build has.
 
@@ -139,7 +157,8 @@ def _write_texts(
     elif facts.embeds_texts:
         table = pa.table({"text": pa.array(names, pa.string())})
         shards = pipeline.shards_of(table, pipeline.evenly(table, settings.run.shard_size))
-        data = pipeline.by_model(pipeline.plainly(shards, _as_image_rows), session.encoder(settings.encoder))
+        data = pipeline.plainly(shards, as_image_rows)
+        data = pipeline.plainly(data, known.texts) if known else pipeline.by_model(data, session.encoder(settings.encoder))
     else:
         return 0, 0
     if names and new:
@@ -155,7 +174,13 @@ def _named(table: pa.Table) -> pa.Table:
 
 
 def _write_images(
-    session: Session, settings: Config, planned: Plan, facts: models.EncoderFacts, draft: Draft, class_of: dict[str, int]
+    session: Session,
+    settings: Config,
+    planned: Plan,
+    facts: models.EncoderFacts,
+    draft: Draft,
+    class_of: dict[str, int],
+    known: Known | None,
 ) -> pa.Table:
     """Embed and write the support images that are nowhere yet; returns the columns TOLD (and seconds) of all of them."""
     if not planned.support.num_rows:
@@ -165,11 +190,11 @@ def _write_images(
     sample = None
     if index_of(settings, "images", size).kind == "REDUCED" and base is None and not draft.part("images").exists():
         few = planned.support.take(np.unique(np.linspace(0, planned.support.num_rows - 1, SAMPLE).astype(int)))
-        found = pipeline.collect(_embedded(session, settings, few, facts, {}, class_of))
+        found = pipeline.collect(_embedded(session, settings, few, facts, {}, class_of, known))
         sample = vectors_of(found.filter(pc.is_null(found["error"]))) if found.num_rows else None
     places = draft.places("images")
     sink = MilvusSink(draft.create("images", facts.dim, size, sample), TOLD)
-    rows = _embedded(session, settings, planned.support, facts, places, class_of)
+    rows = _embedded(session, settings, planned.support, facts, places, class_of, known)
     with pipeline.progress(sink.collection, planned.support.num_rows, f"memory {settings.memory.name}"):
         rows.write_datasink(sink)
     return sink.told
@@ -182,16 +207,17 @@ def _embedded(
     facts: models.EncoderFacts,
     places: dict[str, Collection],
     class_of: dict[str, int],
+    known: Known | None,
 ) -> Dataset:
     """Rows of an index as entries with vectors; those that a place holds, and faulty ones, have an `error`."""
     rows = pipeline.shards_of(index, pipeline.evenly(index, settings.run.shard_size))
     precomputed = settings.encoder.model == "precomputed"
     assert settings.memory.support is not None
-    read = reading.LoadVectors(settings.memory.support) if precomputed else reading.load
+    read = reading.LoadVectors(settings.memory.support) if precomputed else known.images if known else reading.load
     rows = pipeline.through(rows, "read", read)
     if places:
         rows = pipeline.through(rows, "ask", entering.Lacking(places, facts.fingerprint))
-    if not precomputed:
+    if not precomputed and known is None:
         rows = pipeline.plainly(pipeline.with_pixels(rows, facts), _without_bytes)
         rows = pipeline.by_model(rows, session.encoder(settings.encoder))
     return pipeline.plainly(rows, entering.AsEntries(class_of, facts.fingerprint))
@@ -319,7 +345,7 @@ def _brought_texts(settings: Config, planned: Plan, names: Sequence[str], dim: i
     if brought.shape[1] != dim:
         raise UserError(f"{file} has {brought.shape[1]} dimensions and memory.support {dim}; bring both from one encoder")
     rows = [planned.classes.index(name) for name in names]
-    table = _as_image_rows(pa.table({"text": pa.array(names, pa.string()), "shard": pa.nulls(len(names), pa.int32())}))
+    table = as_image_rows(pa.table({"text": pa.array(names, pa.string()), "shard": pa.nulls(len(names), pa.int32())}))
     return with_vectors(table, brought[rows])
 
 
@@ -336,6 +362,6 @@ def _empty_rows(dim: int) -> pa.Table:
     return with_vectors(COLUMNS.empty_table(), np.zeros((0, dim), np.float32))
 
 
-def _as_image_rows(names: pa.Table) -> pa.Table:
+def as_image_rows(names: pa.Table) -> pa.Table:
     empty = {field.name: pa.nulls(names.num_rows, field.type) for field in COLUMNS}
     return pa.table({**empty, "shard": names["shard"], "text": names["text"], "label": names["text"]}, schema=COLUMNS)

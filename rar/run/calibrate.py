@@ -70,6 +70,21 @@ def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prio
     return fusion.fit(candidates_of(table), rankings_of(table), labels, settings.route.coverage)
 
 
+def judged(session: Session, settings: Config, vocabulary: Vocabulary) -> float:
+    """Leave-one-out accuracy on the memory's own images: of the retriever, or fused with the ranker (cross-validated).
+
+    Nothing but the memory is looked at. Raises UserError where it has no images.
+    """
+    if settings.ranker.method != "none" and settings.route.mode == "calibrated":
+        fused = _fit(session, settings, vocabulary, None).fused_top1
+        if fused is not None:
+            return fused
+    parts = {"images": collection(settings, session.memory_address, "images")}
+    ids = sorted({entry.rsplit("-", 1)[0] for entry in parts["images"].entry_ids()} if parts["images"].exists() else set())
+    proposed, truth = _held_out_candidates(session, settings, vocabulary, ids)
+    return float(np.mean([row[0].class_id == truth[image_id] for image_id, row in proposed.items()]))
+
+
 def _held_out_candidates(
     session: Session, settings: Config, vocabulary: Vocabulary, image_ids: Sequence[str]
 ) -> tuple[dict[str, list[Candidate]], dict[str, int]]:

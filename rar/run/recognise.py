@@ -7,6 +7,7 @@ boxes. What a row of the index becomes is in the stages of `engine`; what a run 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -46,10 +47,12 @@ def run(
     work: Work,
     folder: RunFolder,
     embedded: Dataset | None = None,
+    proposed: Callable[[list[int]], Dataset] | None = None,
 ) -> dict[str, float]:
     """The whole of a verb in an open session; does only what is not in the folder yet. Returns the metrics.
 
     vocabulary: of `prepare`. embedded: all shards of `work` by `steps.embedded`, where several runs share them.
+    proposed: shards by number, with candidates and encoded bytes (null without a ranker), where several share those.
     """
     started = time.monotonic()
     folder.pin_memory(vocabulary.digest)
@@ -65,9 +68,12 @@ def run(
     if numbers:
         ask = client.ask(session, settings.ranker, prior, exemplars(settings), settings.ranker.max_calls)
         waiters = client.waiters(session, settings.ranker)
-        known = remembered_looks(settings, work, vocabulary)
-        rows = embedded or steps.embedded(session, settings, work, vocabulary.facts, numbers, known)
-        rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
+        if proposed is not None:
+            rows = proposed(numbers)
+        else:
+            known = remembered_looks(settings, work, vocabulary)
+            rows = embedded or steps.embedded(session, settings, work, vocabulary.facts, numbers, known)
+            rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
         rows = pipeline.through(rows, "rank", choosing.Rank(ask, calibration, settings.ranker.batch_size), waiters)
         rows = pipeline.through(rows, "fuse", choosing.Fuse(calibration))
         with pipeline.progress(folder, sum(expected.values()), folder.path.name):

@@ -1,0 +1,348 @@
+"""Leaderboards of a sweep: one row a cell (CSV), arms side by side (markdown, LaTeX), and what may be claimed of them.
+
+Everything is read from the run folders, so that a table is the same however often the sweep was killed. An accuracy's interval
+is over classes (see evaluation.intervals), pooled over the seeds of a row. The best of a row is bold only where it beats every
+other arm there with all comparisons of the table in view: sign flips over classes, corrected after Holm. `mllm_calls` counts
+the pictures that an arm asks the MLLM about; what was answered from `shared/answers` was asked, too.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from rar import storage
+from rar.columns import positions
+from rar.evaluation import intervals, metrics
+from rar.evaluation.published import published
+from rar.runfolder import RunFolder, read_table
+from rar.sweep.grid import Cell, Grid
+from rar.sweep.run import Sweep
+
+COLUMNS = [
+    *("dataset", "shots", "seed", "encoder", "arm", "top_k", "metric", "top1", "ci_low", "ci_high", "top5"),
+    *("candidate_recall", "images", "ranked_fraction", "mllm_calls"),
+]
+SIGNIFICANT = 0.05
+
+
+class Result(NamedTuple):
+    """One finished cell. value: its data set's metric. correct, labels, predicted: (N,) of its labelled rows; empty for AP."""
+
+    cell: Cell
+    metric: str
+    value: float
+    low: float
+    high: float
+    values: dict[str, float | None]
+    correct: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
+
+
+def results(sweep: Sweep, every: Sequence[Cell]) -> list[Result]:
+    """Of all finished cells, in the grid's order."""
+    return [
+        _read(sweep.folder(cell), cell, sweep.grid.datasets[cell.dataset].metric) for cell in every if cell.name in sweep.done
+    ]
+
+
+@lru_cache(maxsize=4096)  # a finished cell does not change while a sweep runs
+def _read(folder: Path, cell: Cell, metric: str) -> Result:
+    run = RunFolder(folder)
+    values = run.read("metrics.json")
+    if run.read("run.json")["verb"] == "detect" or metric != "top1":
+        low, high = (values.get(f"{metric}.ci_{side}") for side in ("low", "high"))
+        value, low, high = (np.nan if one is None else float(one) for one in (values.get(metric), low, high))
+        return Result(cell, metric, value, low, high, values, np.zeros(0, bool), np.zeros(0, str), np.zeros(0, str))
+    predictions, index = run.predictions().sort_by("row"), read_table(folder / "index.parquet")
+    truth = index["label"].take(pa.array(positions(predictions["row"], index))).to_pylist()
+    found = metrics.outcomes(predictions, truth)
+    labels = np.asarray(truth, object)[found.labelled].astype(str)
+    correct = found.correct[found.labelled]
+    predicted = np.asarray(predictions["class_name"].to_pylist(), object)[found.labelled]
+    return Result(cell, metric, *intervals.accuracy(correct, labels, seed=0), values, correct, labels, predicted)
+
+
+def as_csv(found: Sequence[Result]) -> str:
+    """One row a cell."""
+    out = io.StringIO()
+    rows = csv.writer(out, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    for one in found:
+        values, cell = one.values, one.cell
+        images, share = values.get("images") or 0.0, values.get("ranked_fraction") or 0.0
+        numbers = [one.value, one.low, one.high, values.get("top5"), values.get("candidate_recall")]
+        shown = ["" if number is None or np.isnan(number) else f"{number:.4f}" for number in numbers]
+        place = [cell.dataset, cell.shots, cell.seed, cell.encoder, cell.arm, cell.top_k, one.metric]
+        rows.writerow([*place, *shown, round(images), f"{share:.4f}", round(images * share)])
+    return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An arm in a row of a table. value: mean over the row's cells; bold: best, and significantly so."""
+
+    value: float
+    low: float
+    high: float
+    asked: float
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A data set (or "average") at a number of shots. entries: arm -> entry, of the arms that are done there."""
+
+    dataset: str
+    shots: int
+    metric: str
+    seeds: int
+    entries: dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class Board:
+    """The table of arms. arms: in the grid's order, those with a result. claims: what holds and what does not, in sentences."""
+
+    arms: list[str]
+    rows: list[Row]
+    claims: list[str]
+    references: list[str]
+
+
+Pooled = dict[tuple[str, int], dict[str, list[Result]]]  # (data set, shots) -> arm -> its cells, one a seed
+
+
+def board(grid: Grid, found: Sequence[Result]) -> Board:
+    """Arms side by side. Cells of a second encoder or top_k are arms of their own, `arm/encoder/k10`."""
+    pooled, arms = _pooled(grid, found), []
+    for one in found:
+        if (name := _arm(grid, one.cell)) not in arms:
+            arms.append(name)
+    rows = [_row(key, by_arm) for key, by_arm in pooled.items()]
+    rows = _bold(rows + _averages(pooled), pooled)
+    return Board(arms, rows, _claims(grid, rows, pooled), _references(grid))
+
+
+def _arm(grid: Grid, cell: Cell) -> str:
+    parts = [cell.arm, *[cell.encoder] * bool(cell.encoder), *[f"k{cell.top_k}"] * (len(grid.top_k) > 1)]
+    return "/".join(parts)
+
+
+def _pooled(grid: Grid, found: Sequence[Result]) -> Pooled:
+    """Arms without support pictures stand at every number of shots of their data set."""
+    pooled: Pooled = {}
+    shots: dict[str, list[int]] = {}
+    for one in found:
+        known = shots.setdefault(one.cell.dataset, [])
+        if one.cell.shots not in known and (one.cell.shots or not grid.arms[one.cell.arm].per_shots):
+            known.append(one.cell.shots)
+    for dataset in grid.datasets:
+        counts = [count for count in shots.get(dataset, []) if count] or shots.get(dataset, [])
+        for count in sorted(counts):
+            by_arm = pooled.setdefault((dataset, count), {})
+            for one in found:
+                if one.cell.dataset == dataset and one.cell.shots in (count, 0):
+                    by_arm.setdefault(_arm(grid, one.cell), []).append(one)
+    return pooled
+
+
+def _joined(cells: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([one.correct for one in cells]), np.concatenate([one.labels for one in cells])
+
+
+def _row(key: tuple[str, int], by_arm: dict[str, list[Result]]) -> Row:
+    entries = {}
+    for arm, cells in by_arm.items():
+        correct, labels = _joined(cells)
+        value, low, high = (float(np.mean([getattr(one, name) for one in cells])) for name in ("value", "low", "high"))
+        if len(correct):
+            value, low, high = intervals.accuracy(correct, labels, seed=0)
+        entries[arm] = Entry(value, low, high, float(np.mean([one.values.get("ranked_fraction") or 0.0 for one in cells])))
+    cells = next(iter(by_arm.values()))
+    return Row(*key, cells[0].metric, max(len(one) for one in by_arm.values()), entries)
+
+
+def _averages(pooled: Pooled) -> list[Row]:
+    """The mean over the data sets that have all of a row's arms, where there are two or more."""
+    found = []
+    for shots in sorted({shots for _, shots in pooled}):
+        sets = {dataset: by_arm for (dataset, count), by_arm in pooled.items() if count == shots}
+        metrics_ = {one.metric for by_arm in sets.values() for cells in by_arm.values() for one in cells}
+        arms = [arm for arm in next(iter(sets.values())) if all(arm in by_arm for by_arm in sets.values())]
+        if len(sets) < 2 or len(metrics_) > 1 or not arms:
+            continue
+        entries = {}
+        for arm in arms:
+            parts = [_row((dataset, shots), {arm: by_arm[arm]}).entries[arm] for dataset, by_arm in sets.items()]
+            half = np.sqrt(np.sum([((one.high - one.low) / 2) ** 2 for one in parts])) / len(parts)  # data sets are independent
+            value = float(np.mean([one.value for one in parts]))
+            asked = float(np.mean([one.asked for one in parts]))
+            entries[arm] = Entry(value, value - float(half), value + float(half), asked)
+        seeds = max(len(cells) for by_arm in sets.values() for cells in by_arm.values())
+        found.append(Row("average", shots, metrics_.pop(), seeds, entries))
+    return found
+
+
+def _bold(rows: Sequence[Row], pooled: Pooled) -> list[Row]:
+    """Mark the best of each row that beats every other arm of it, corrected for all comparisons of the table."""
+    tests: list[tuple[int, float]] = []
+    leaders: dict[int, str] = {}
+    for number, row in enumerate(rows):
+        best = max(row.entries, key=lambda arm: (not np.isnan(row.entries[arm].value), row.entries[arm].value))
+        gains = [gain for arm in row.entries if arm != best for gain in [_gain(row, best, arm, pooled)]]
+        if len(row.entries) > 1 and all(len(gain) for gain in gains):
+            leaders[number] = best
+            tests += [(number, intervals.sign_flip(gain, seed=0)) for gain in gains]
+    adjusted = intervals.holm([p for _, p in tests])
+    worst: dict[int, float] = {}
+    for (number, _), p in zip(tests, adjusted, strict=True):
+        worst[number] = max(worst.get(number, 0.0), p)
+    marked = []
+    for number, row in enumerate(rows):
+        arm = leaders.get(number)
+        entries = dict(row.entries)
+        if arm is not None and worst[number] < SIGNIFICANT:
+            one = entries[arm]
+            entries[arm] = Entry(one.value, one.low, one.high, one.asked, bold=True)
+        marked.append(Row(row.dataset, row.shots, row.metric, row.seeds, entries))
+    return marked
+
+
+def _gain(row: Row, a: str, b: str, pooled: Pooled) -> np.ndarray:
+    """(classes,) what arm a is better than b by, a class; of an average, those of all data sets. Empty: nothing pairs."""
+    sets = [dataset for dataset, shots in pooled if shots == row.shots] if row.dataset == "average" else [row.dataset]
+    parts = [_class_gains(pooled[dataset, row.shots][a], pooled[dataset, row.shots][b]) for dataset in sets]
+    return np.concatenate([part / max(1, len(part)) for part in parts]) if row.dataset == "average" else parts[0]
+
+
+def _class_gains(a: Sequence[Result], b: Sequence[Result]) -> np.ndarray:
+    (right_a, labels), (right_b, others) = _joined(a), _joined(b)
+    if not len(labels) or not len(others):
+        return np.zeros(0)
+    names, group = np.unique(labels, return_inverse=True)
+    if not np.isin(others, names).all() or len(np.unique(others)) != len(names):
+        return np.zeros(0)
+    other = np.searchsorted(names, others)
+    mean_a = np.bincount(group, right_a, len(names)) / np.bincount(group, minlength=len(names))
+    mean_b = np.bincount(other, right_b, len(names)) / np.bincount(other, minlength=len(names))
+    return mean_a - mean_b
+
+
+def _claims(grid: Grid, rows: Sequence[Row], pooled: Pooled) -> list[str]:
+    """Whether ours is at or above all arms on average, and nowhere below its retriever beyond the interval."""
+    ours, said = grid.ours, []
+    if ours is None:
+        return []
+    for row in rows:
+        if row.dataset != "average" or ours not in row.entries:
+            continue
+        above = [arm for arm, one in row.entries.items() if one.value > row.entries[ours].value]
+        at = f"{row.shots} shots" if row.shots else "no shots"
+        named = ", ".join(f"{arm} ({row.entries[arm].value:.3f})" for arm in above)
+        value = f"{row.entries[ours].value:.3f}"
+        said.append(f"On average at {at}: `{ours}` {value} " + (f"is below {named}." if above else "is at or above all arms."))
+    below, judged = [], 0
+    for (dataset, shots), by_arm in pooled.items():
+        if grid.retriever is None or ours not in by_arm or grid.retriever not in by_arm:
+            continue
+        pairs = [_joined(by_arm[arm]) for arm in (ours, grid.retriever)]
+        seeds = [[one.cell.seed for one in by_arm[arm]] for arm in (ours, grid.retriever)]
+        if len(pairs[0][0]) and seeds[0] == seeds[1]:
+            judged += 1
+            mean, low, high = intervals.paired_difference(pairs[0][0], pairs[1][0], pairs[0][1], seed=0)
+            if high < 0:
+                below.append(f"{dataset} at {shots} shots ({mean:+.3f} [{low:+.3f}, {high:+.3f}])")
+    if judged:
+        where = (
+            f"is below its retriever on {'; '.join(below)}" if below else "is nowhere below its retriever beyond the interval"
+        )
+        said.append(f"Of {judged} data sets and shot counts, `{ours}` {where}.")
+    return said
+
+
+def _references(grid: Grid) -> list[str]:
+    """The paper's numbers for the data sets of this grid, as sentences with what differs."""
+    names = {one.published for one in grid.datasets.values() if one.published} | ({"average"} if grid.datasets else set())
+    if names == {"average"}:
+        return []
+    lines: list[str] = []
+    told: set[str] = set()
+    for one in published():
+        if one.dataset in names:
+            shots = "" if one.shots is None else f", {one.shots} shots"
+            lines.append(f"Table {one.table}, {one.dataset}{shots}: {one.method} {one.metric} {one.value:g} (published)")
+            told.update(one.differs)
+    return lines + [f"Differs: {line}" for line in sorted(told)]
+
+
+def cell_text(entry: Entry | None, bold: str = "**") -> str:
+    if entry is None or np.isnan(entry.value):
+        return "–"
+    mark = bold if entry.bold else ""
+    span = "" if np.isnan(entry.low) else f" [{_dec(entry.low)}, {_dec(entry.high)}]"
+    return f"{mark}{_dec(entry.value)}{mark}{span}"
+
+
+def _dec(value: float) -> str:
+    return f"{value:.3f}".replace("0.", ".", 1)
+
+
+def as_markdown(grid: Grid, made: Board) -> str:
+    lines = [
+        f"# {grid.title}",
+        "",
+        "Intervals are 95 % over classes. Bold: better than every other arm of its row (p < .05, Holm).",
+        "",
+    ]
+    lines += ["| data set | shots | " + " | ".join(f"`{arm}`" for arm in made.arms) + " |", "|---" * (2 + len(made.arms)) + "|"]
+    for row in made.rows:
+        lines.append(
+            f"| {row.dataset} | {row.shots} | " + " | ".join(cell_text(row.entries.get(arm)) for arm in made.arms) + " |"
+        )
+    if made.claims:
+        lines += ["", *[f"- {one}" for one in made.claims]]
+    if made.references:
+        lines += ["", "Published by the paper, not measured here:", "", *[f"- {one}" for one in made.references]]
+    return "\n".join(lines) + "\n"
+
+
+def as_latex(grid: Grid, made: Board) -> str:
+    """A tabular that compiles by itself; percent, intervals left to the other tables."""
+    escape = str.maketrans({"_": r"\_", "&": r"\&", "%": r"\%", "#": r"\#", "$": r"\$"})
+    lines = [rf"\begin{{tabular}}{{lr{'r' * len(made.arms)}}}", r"\hline"]
+    lines.append(" & ".join(["data set", "shots", *(arm.translate(escape) for arm in made.arms)]) + r" \\ \hline")
+    for row in made.rows:
+        shown = []
+        for arm in made.arms:
+            one = row.entries.get(arm)
+            text = "--" if one is None or np.isnan(one.value) else f"{100 * one.value:.1f}"
+            shown.append(rf"\textbf{{{text}}}" if one is not None and one.bold else text)
+        lines.append(" & ".join([row.dataset.translate(escape), str(row.shots), *shown]) + r" \\")
+    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
+
+
+def write(sweep: Sweep, every: Sequence[Cell]) -> None:
+    """leaderboard.{csv,md,tex} and report.html, from what is done."""
+    from rar.sweep import page
+
+    found = results(sweep, every)
+    made = board(sweep.grid, found)
+    files = {"csv": as_csv(found), "md": as_markdown(sweep.grid, made), "tex": as_latex(sweep.grid, made)}
+    for suffix, text in files.items():
+        storage.write(sweep.out / f"leaderboard.{suffix}", text.encode())
+    storage.write(sweep.out / "report.html", page.render(sweep, every, found, made).encode())
+
+
+def summary(sweep: Sweep, every: Sequence[Cell]) -> str:
+    """The table for the terminal."""
+    return as_markdown(sweep.grid, board(sweep.grid, results(sweep, every)))

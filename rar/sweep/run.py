@@ -1,0 +1,355 @@
+"""Running a grid: shared work first, then cell after cell, each an ordinary run folder; what is done is never done again.
+
+out/cells/NAME are the run folders; out/shared/ holds what several cells use: `embeddings` by data set and encoder, `memories`
+by shots and seed, `candidates` by memory and retriever, `answers` of the ranker by content. Each is found again by its
+identity, which is in its name. So the state of a sweep is its folders: killed, extended or narrowed, the same command
+computes what lacks.
+A cell that fails is noted with its reason, its traceback is in out/failed/, and the others go on.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from rar import storage
+from rar.config import Config
+from rar.corpus.datasets import named
+from rar.memory import catalog
+from rar.memory.store import open_store
+from rar.run.work import Work, classify_work, detect_work
+from rar.runfolder import RunFolder
+from rar.schema import UserError, first_line
+from rar.sweep import replay
+from rar.sweep.grid import Cell, Grid, cells, groups, settings_of
+from rar.sweep.sources import Source, prepare
+
+if TYPE_CHECKING:
+    from rar.engine.session import Session
+    from rar.run.shared import Kept
+
+
+class Spent(Exception):
+    """The budget of MLLM questions does not allow a cell; it is left."""
+
+
+REFRESH_S = 30.0  # the tables and the page are written again after so long
+
+Group = tuple[str, str, int, int]
+
+
+@dataclass
+class Sweep:
+    """A grid and what has become of its cells. failed: name -> reason, of this start. shared: step -> rows computed, reused."""
+
+    grid: Grid
+    out: Path
+    sources: dict[str, Source]
+    done: dict[str, float] = field(default_factory=dict)  # name -> seconds
+    failed: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, dict[str, int]] = field(default_factory=dict)
+    calls: int = 0  # MLLM questions of this start, calibration included, at most
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def folder(self, cell: Cell) -> Path:
+        return self.out / "cells" / cell.name
+
+    def settings(self, cell: Cell, memory: str | None = None) -> Config:
+        """Raises UserError, also for a data set that is not there."""
+        settings = settings_of(self.grid, cell, self.sources[cell.dataset](cell.seed), memory)
+        if settings.ranker.method != "none" and settings.ranker.cache is None:
+            answers = str(self.out / "shared" / "answers")
+            settings = settings.model_copy(update={"ranker": settings.ranker.model_copy(update={"cache": answers})})
+        return settings
+
+    def memory_uri(self, group: Group) -> str:
+        dataset, encoder, shots, seed = group
+        name = "-".join([dataset, f"{shots}shot", f"seed{seed}", *[encoder] * bool(encoder)])
+        return str(self.out / "shared" / "memories" / f"{name}.milvus")
+
+    def write(self) -> None:
+        """sweep.json: cells done, failed and left, with reasons; shared steps."""
+        with self.lock:
+            state = {"title": self.grid.title, "done": self.done, "failed": self.failed, "left": self.left}
+            data = {**state, "shared": self.shared, "mllm_questions": self.calls}
+            storage.write(self.out / "sweep.json", json.dumps(data, indent=1).encode())
+
+
+def open_sweep(grid: Grid, out: Path) -> tuple[Sweep, list[Cell]]:
+    """A sweep with its data laid out, and its cells; those of a data set that is not there have failed."""
+    every = cells(grid)
+    sources: dict[str, Source] = {}
+    sweep = Sweep(grid, out, sources)
+    for name, dataset in grid.datasets.items():
+        try:
+            sources[name] = prepare(name, dataset, out / "data", grid.seeds)
+        except UserError as error:
+            sweep.failed |= {cell.name: str(error) for cell in every if cell.dataset == name}
+    return sweep, every
+
+
+def finished(sweep: Sweep, every: Sequence[Cell]) -> list[Cell]:
+    """The cells that have ended as they are configured now; a folder of another run is a failure that names what differs."""
+    found = []
+    for cell in every:
+        folder = RunFolder(sweep.folder(cell))
+        if cell.name in sweep.failed or not folder.finished:
+            continue
+        try:
+            group = (cell.dataset, cell.encoder, cell.shots, cell.seed)
+            settings = sweep.settings(cell, sweep.memory_uri(group))
+            RunFolder.check(folder.path, sweep.grid.datasets[cell.dataset].verb, settings, fresh=False)
+            sweep.done[cell.name] = folder.read("run.json")["seconds"]
+            found.append(cell)
+        except UserError as error:
+            sweep.failed[cell.name] = str(error)
+    return found
+
+
+def chosen(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells whose names match one of the patterns; all without any. Raises UserError where none does."""
+    found = [cell for cell in every if not only or any(fnmatch.fnmatch(cell.name, pattern) for pattern in only)]
+    if not found:
+        raise UserError(f"--only {' '.join(only)} matches no cell; the first is {every[0].name}")
+    return found
+
+
+def run(
+    sweep: Sweep,
+    every: Sequence[Cell],
+    pending: Sequence[Cell],
+    budget: int | None,
+    say: Callable[[str], None],
+    refresh: Callable[[], None],
+) -> None:
+    """Work off the pending cells. budget: MLLM questions that may be asked. refresh: writes the tables and the page."""
+    total, began = len(sweep.done) + len(pending), time.monotonic()
+    worked, last = [0], [time.monotonic()]
+
+    def told(cell: Cell, line: str) -> None:
+        with sweep.lock:
+            worked[0] += 1
+            left = (time.monotonic() - began) / worked[0] * (len(pending) - worked[0])
+            say(f"[{len(sweep.done)}/{total}] {cell.name}: {line}; about {left / 60:.0f} min left")
+            sweep.write()
+            if time.monotonic() - last[0] > REFRESH_S:
+                refresh()
+                last[0] = time.monotonic()
+
+    recorded = [cell for cell in pending if _answers(sweep, cell)]
+    for cell in recorded:
+        _guarded(sweep, cell, told, partial(_replay, sweep, cell))
+    rest = [cell for cell in pending if cell not in set(recorded)]
+    if rest:
+        from rar.engine import session
+
+        with session.opened() as opened, ThreadPoolExecutor(sweep.grid.parallel) as pool:
+            worker = Worker(sweep, opened, every, budget, told)
+            futures = [pool.submit(worker.group, group, members) for group, members in groups(rest)]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    sweep.write()
+
+
+def _guarded(sweep: Sweep, cell: Cell, told: Callable[[Cell, str], None], work: Callable[[], dict[str, float]]) -> None:
+    """Run one cell; what it raises is its failure and nobody else's."""
+    from rar.engine import faults
+
+    started = time.monotonic()
+    try:
+        with faults.crossing():
+            values = work()
+    except Spent as error:
+        with sweep.lock:
+            sweep.left[cell.name] = f"budget: {error}"
+        told(cell, f"left: {error}")
+        return
+    except Exception as error:
+        with sweep.lock:
+            sweep.failed[cell.name] = first_line(error)
+            file = sweep.out / "failed" / f"{cell.name}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(traceback.format_exc())
+        told(cell, f"FAILED: {first_line(error)}")
+        return
+    metric = sweep.grid.datasets[cell.dataset].metric
+    with sweep.lock:
+        sweep.done[cell.name] = round(time.monotonic() - started, 2)
+        sweep.left.pop(cell.name, None)
+    told(cell, f"{metric} {values.get(metric, float('nan')):.3f} ({time.monotonic() - started:.1f} s)")
+
+
+@dataclass
+class Worker:
+    """Builds memories and runs their cells, in a session; several threads share it."""
+
+    sweep: Sweep
+    session: Session
+    every: Sequence[Cell]
+    budget: int | None
+    told: Callable[[Cell, str], None]
+    works: dict[str, Work] = field(default_factory=dict)
+    listings: dict[str, str] = field(default_factory=dict)  # of support pictures: their digests
+    embedding: dict[str, threading.Lock] = field(default_factory=dict)
+
+    def group(self, group: Group, members: Sequence[Cell]) -> None:
+        """The cells of one memory."""
+        from rar.engine import faults
+
+        sweep, uri = self.sweep, self.sweep.memory_uri(group)
+        try:
+            with faults.crossing():
+                settings = sweep.settings(members[0], uri)
+                with open_store(settings.memory.uri, settings.memory.token) as address:
+                    opened = replace(self.session, memory=address)
+                    self._build(opened, members[0], settings)
+                    for cell in members:
+                        _guarded(sweep, cell, self.told, partial(self._cell, opened, cell, uri))
+        except Exception as error:  # of the memory: all its cells lack it
+            reached = {*sweep.done, *sweep.failed, *sweep.left}
+            for cell in members:
+                if cell.name not in reached:
+                    _guarded(sweep, cell, self.told, partial(_raise, error))
+
+    def _build(self, opened: Session, cell: Cell, settings: Config) -> None:
+        from rar.run import build, shared
+
+        known = None
+        if settings.encoder.model != "precomputed":
+            names = build.plan(settings).classes
+            texts = self._kept("names", cell, settings, names)
+            images = self._support(cell, settings) if cell.shots else texts
+            with self._turn(texts.folder.name):
+                self._count(f"names of {cell.dataset}", shared.embed_names(opened, settings, names, texts), texts)
+            known = shared.known(images, texts)
+        built = any(
+            one.digest for one in catalog.generations(opened.memory_address, settings.memory.name, settings.memory.token)
+        )
+        if not built:
+            build.build_memory(opened, settings, fresh=False, known=known)
+        self._count("memories", (1 - built, int(built)))
+
+    def _support(self, cell: Cell, settings: Config) -> Kept:
+        """The vectors of every support picture that any seed and shot count of the grid draws."""
+        from rar.run import build, shared
+        from rar.schema import ERRORS
+
+        largest: dict[tuple[int, int], Cell] = {}
+        for other in self.every:
+            if (other.dataset, other.encoder) == (cell.dataset, cell.encoder) and other.shots:
+                largest[other.seed, other.shots] = other
+        plans = [build.plan(self.sweep.settings(other)).support for other in largest.values()]
+        pool = pa.concat_tables(plans)
+        rows = pool.group_by("row", use_threads=False).aggregate([("row", "min")])["row"]
+        pool = pool.take(pa.array([pool["row"].to_pylist().index(row) for row in rows.to_pylist()], pa.int64())).sort_by("row")
+        assert settings.memory.support is not None
+        name = settings.memory.support.model_dump_json()
+        with self.sweep.lock:
+            if name not in self.listings:
+                self.listings[name] = shared.listed(named.read(settings.memory.support).index)
+        kept = self._kept("support", cell, settings, self.listings[name])
+        with self._turn(kept.folder.name):
+            work = Work(pool, False, ERRORS.empty_table())
+            self._count(f"support of {cell.dataset}", shared.embed_images(self.session, settings, work, kept), kept)
+        return kept
+
+    def _cell(self, opened: Session, cell: Cell, uri: str) -> dict[str, float]:
+        from rar.run import recognise, shared
+
+        sweep, settings = self.sweep, self.sweep.settings(cell, uri)
+        verb = sweep.grid.datasets[cell.dataset].verb
+        work = self._work(verb, settings)
+        self._spend(cell, settings, work)
+        group = f"{cell.dataset}, {cell.shots} shots, seed {cell.seed}"
+        folder = RunFolder.open(sweep.folder(cell), verb, settings, fresh=False, name=cell.arm, group=group)
+        vocabulary = recognise.prepare(opened, settings)
+        rows = None
+        if settings.retriever.mode != "all":
+            embedded = None
+            if settings.encoder.model != "precomputed":
+                embedded = self._kept("test", cell, settings, shared.listed(work.index))
+                with self._turn(embedded.folder.name):
+                    self._count(f"test of {cell.dataset}", shared.embed_images(opened, settings, work, embedded), embedded)
+            retriever = settings.retriever.model_dump(mode="json")
+            kept = self._kept(
+                "candidates", cell, settings, shared.listed(work.index), vocabulary.digest, retriever, settings.run.seed
+            )
+            self._count("candidates", shared.propose(settings, work, vocabulary, embedded, kept))
+            rows = shared.proposed(settings, work, kept)
+        return recognise.run(opened, settings, vocabulary, work, folder, proposed=rows)
+
+    def _work(self, verb: str, settings: Config) -> Work:
+        assert settings.corpus is not None
+        name = json.dumps([verb, settings.corpus.model_dump(mode="json"), settings.detect.model_dump(mode="json")])
+        if name not in self.works:
+            self.works[name] = detect_work(settings) if verb == "detect" else classify_work(settings)
+        return self.works[name]
+
+    def _spend(self, cell: Cell, settings: Config, work: Work) -> None:
+        """Raises Spent where a cell may ask more than the budget has left."""
+        asks = questions(settings, int(work.rows_of_images.sum()))
+        with self.sweep.lock:
+            if self.budget is not None and self.sweep.calls + asks > self.budget:
+                raise Spent(f"may ask {asks:,} questions, and the budget has {self.budget - self.sweep.calls:,} left")
+            self.sweep.calls += asks
+
+    def _kept(self, part: str, cell: Cell, settings: Config, *decides: Any) -> Kept:
+        from rar.run import shared
+
+        kind = "candidates" if part == "candidates" else "embeddings"
+        name = f"{cell.dataset}-{part}-{shared.key(settings, *decides)}"
+        return shared.Kept(self.sweep.out / "shared" / kind / name)
+
+    def _turn(self, name: str) -> threading.Lock:
+        """One thread at a time embeds into a folder."""
+        with self.sweep.lock:
+            return self.embedding.setdefault(name, threading.Lock())
+
+    def _count(self, step: str, counts: tuple[int, int], kept: Kept | None = None) -> None:
+        with self.sweep.lock:
+            known = self.sweep.shared.setdefault(step, {"computed": 0, "reused": 0})
+            known["computed"] += counts[0]
+            known["reused"] += counts[1]
+            if kept is not None and (counts[0] or not (kept.folder / "run.json").exists()):
+                stages = {key: value for key, value in kept.stages().items() if key.startswith("embed")}
+                data = {"verb": "embed", "counts": {"input": kept.rows().num_rows}, "stages": stages}
+                storage.write(kept.folder / "run.json", json.dumps(data, indent=1).encode())
+
+
+def questions(settings: Config, rows: int) -> int:
+    """The most that a cell may ask the MLLM, its calibration included."""
+    if settings.ranker.method == "none":
+        return 0
+    fits = settings.route.mode == "calibrated" and settings.memory.support is not None
+    return rows + (settings.route.max_calibration_images if fits else 0)
+
+
+def _replay(sweep: Sweep, cell: Cell) -> dict[str, float]:
+    group = f"{cell.dataset}, recorded, seed {cell.seed}"
+    return replay.run(sweep.folder(cell), (cell.arm, group), Path(_answers(sweep, cell)), sweep.settings(cell))
+
+
+def _answers(sweep: Sweep, cell: Cell) -> str:
+    """The file of recorded answers of a cell; "" where its models are to be asked."""
+    recorded = sweep.grid.datasets[cell.dataset].recorded or ""
+    return recorded if recorded.endswith(".json") else ""
+
+
+def _raise(error: Exception) -> dict[str, float]:
+    raise error

@@ -1,0 +1,121 @@
+"""A grid becomes cells, and a cell the config that a user would write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rar import config
+from rar.schema import UserError
+from rar.sweep import grid
+from rar.sweep.plan import dry_run
+from rar.sweep.run import chosen
+
+TINY = {
+    "base": {"ranker": {"method": "none"}},
+    "datasets": {"a": {"config": {"corpus": {"uri": "x"}, "memory": {"support": {"uri": "y"}, "classes": ["one", "two"]}}}},
+    "shots": [1, 2],
+    "seeds": [0, 1],
+    "arms": {
+        "text": {"per_shots": False, "config": {"retriever": {"mode": "text"}}},
+        "knn": {"config": {"retriever": {"mode": "knn"}}},
+    },
+}
+
+
+def tiny(**changes: object) -> grid.Grid:
+    return config.validated(grid.Grid, yaml.safe_load(yaml.safe_dump({**TINY, **changes})))
+
+
+def test_every_combination_is_a_cell_and_names_are_unique() -> None:
+    found = grid.cells(tiny(top_k=[3, 5], encoders={"b32": {}, "l14": {}}))
+    assert len(found) == 2 * 2 * (1 + 2 * 2) == len({cell.name for cell in found})
+    assert found[0].name == "a-0shot-seed0-b32-text-k3"
+
+
+def test_a_cell_is_the_config_that_a_user_would_write() -> None:
+    made = tiny()
+    text, knn = grid.cells(made)[0], grid.cells(made)[-1]
+    settings = grid.settings_of(made, knn, {}, "m.milvus")
+    assert (settings.memory.shots, settings.run.seed, settings.retriever.mode, settings.memory.uri) == (2, 1, "knn", "m.milvus")
+    assert settings.retriever.top_k == 5 and settings.ranker.method == "none"
+    alone = grid.settings_of(made, text, {})
+    assert alone.memory.support is None and alone.memory.classes == ["one", "two"]
+
+
+def test_a_server_holds_each_memory_by_a_name_of_its_own() -> None:
+    made = tiny(base={"ranker": {"method": "none"}, "memory": {"uri": "http://milvus:19530"}})
+    settings = grid.settings_of(made, grid.cells(made)[-1], {}, "out/shared/memories/a-2shot-seed1.milvus")
+    assert (settings.memory.uri, settings.memory.name) == ("http://milvus:19530", "sweep_a_2shot_seed1")
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"arms": {"a-b": {}}}, "is no name"),
+        ({"ours": "mine"}, "none of the arms"),
+        ({"shot": [1]}, "did you mean 'shots'"),
+        ({"datasets": {"a": {"arms": ["clip"]}}}, "none of the arms"),
+    ],
+)
+def test_a_mistake_in_a_grid_is_one_line(change: dict, wanted: str) -> None:
+    with pytest.raises(UserError, match=wanted) as caught:
+        tiny(**change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(grid.presets()))
+def test_every_preset_gives_cells_with_valid_configs_or_names_what_is_missing(name: str) -> None:
+    made = grid.load(name)
+    for cell in grid.cells(made):
+        source = {"memory": {"classes": ["a"]}, "corpus": {"uri": "x"}} if made.datasets[cell.dataset].config == {} else {}
+        if made.datasets[cell.dataset].config and not cell.shots:
+            source = {"memory": {"classes": ["a"]}}
+        grid.settings_of(made, cell, source)
+
+
+def test_the_presets_are_those_of_the_contract() -> None:
+    assert {"paper-fewshot", "paper-fgvr", "paper-lvis", "paper-v3det", "ablations", "miniature"} <= set(grid.presets())
+    with pytest.raises(UserError, match="neither a file nor a preset"):
+        grid.load("paper-few")
+
+
+def test_only_chooses_by_name_and_refuses_what_matches_nothing() -> None:
+    every = grid.cells(tiny())
+    assert {cell.arm for cell in chosen(every, ["*-knn-*"])} == {"knn"}
+    with pytest.raises(UserError, match="matches no cell"):
+        chosen(every, ["nothing"])
+
+
+def test_a_dry_run_counts_and_touches_nothing(tmp_path: Path) -> None:
+    said = dry_run(tiny(), tmp_path / "out", [], None)
+    assert "5 cells, 0 done" in said and "5 memories" in said and "no rate is measured yet" in said
+    assert not (tmp_path / "out").exists()
+
+
+pieces = st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=8)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), pieces), st.dictionaries(st.sampled_from("abc"), pieces))
+def test_laying_one_piece_over_another_keeps_what_it_says(under: dict, over: dict) -> None:
+    def leaves(tree: dict, path: tuple = ()) -> dict:
+        found: dict = {}
+        for key, value in tree.items():
+            found |= leaves(value, (*path, key)) if isinstance(value, dict) and value else {(*path, key): value}
+        return found
+
+    made = leaves(grid.merged(under, over))
+    for path, value in leaves(over).items():
+        if value != {}:
+            assert made[path] == value
+    hidden = {path[: n + 1] for path, value in leaves(over).items() for n in range(len(path)) if value != {}}
+    for path, value in leaves(under).items():
+        if not any(path[: len(one)] == one or one[: len(path)] == path for one in hidden) and not any(
+            one == path[: len(one)] for one, empty in leaves(over).items() if empty == {}
+        ):
+            assert made[path] == value
+    assert grid.merged(made_copy := grid.merged(under, over), over) == made_copy

@@ -1,0 +1,102 @@
+"""A small grid end to end: stopped, resumed and extended, it computes only what is missing, and the tables are the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rar import config
+from rar.engine.session import Session
+from rar.run.shared import Kept
+from rar.runfolder import RunFolder
+from rar.sweep import board, grid
+from rar.sweep import run as sweeping
+
+DATA: dict[str, Any] = {
+    "base": {"run": {"shard_size": 8}, "ranker": {"batch_size": 16}, "route": {"max_calibration_images": 24}},
+    "datasets": {
+        "drawn": {"miniature": {"classes": 6, "support": 4, "tests": 2}},
+        "gone": {
+            "config": {"corpus": {"uri": "no/such/folder"}, "memory": {"support": {"uri": "no/such/folder"}}},
+            "shots": [2],
+        },
+    },
+    "shots": [1, 2],
+    "seeds": [0],
+    "arms": {
+        "text": {"per_shots": False, "config": {"retriever": {"mode": "text"}, "ranker": {"method": "none"}}},
+        "retriever": {"config": {"ranker": {"method": "none"}}},
+        "rar": {"config": {"route": {"mode": "always"}}},
+    },
+    "ours": "rar",
+    "retriever": "retriever",
+}
+
+
+def swept(out: Path, limit: int | None, tell: Callable[[str], None] = lambda line: None, **changes: Any) -> sweeping.Sweep:
+    """What `rar sweep` does, in the tests' Ray."""
+    made = config.validated(grid.Grid, {**DATA, **changes})
+    sweep, every = sweeping.open_sweep(made, out)
+    done = set(sweeping.finished(sweep, every))
+    pending = [cell for cell in every if cell not in done and cell.name not in sweep.failed]
+    sweeping.run(sweep, every, pending[:limit], None, tell, lambda: board.write(sweep, every))
+    board.write(sweep, every)
+    return sweep
+
+
+def tables(out: Path) -> list[str]:
+    return [(out / f"leaderboard.{suffix}").read_text() for suffix in ("csv", "md", "tex")]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(ray_session: Session, tmp_path: Path) -> None:
+    whole = swept(tmp_path / "whole", None)
+    assert len(whole.done) == 5 and len(whole.failed) == 3
+    assert all(name.startswith("gone-") and "no/such/folder" in reason for name, reason in whole.failed.items())
+    first = swept(tmp_path / "parts", 2)
+    assert len(first.done) == 2
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").rglob("part-*.parquet")}
+    said: list[str] = []
+    second = swept(tmp_path / "parts", None, said.append)
+    assert len(second.done) == 5 and len([line for line in said if "FAILED" not in line]) == 3
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept  # nothing was computed again
+    assert tables(tmp_path / "whole") == tables(tmp_path / "parts")
+    runs = list((tmp_path / "parts" / "shared" / "embeddings").glob("*/run.json"))
+    embedded = {run.parent.name.split("-")[1]: json.loads(run.read_text())["stages"]["embed.rows"] for run in runs}
+    assert embedded == {"test": 12, "support": 12, "names": 6}  # each picture and each name once, over all cells
+    state = json.loads((tmp_path / "parts" / "sweep.json").read_text())
+    assert (len(state["done"]), len(state["failed"]), state["left"]) == (5, 3, {})
+    assert "drawn" in (tmp_path / "parts" / "report.html").read_text()
+    again = swept(tmp_path / "parts", None, said.append, shots=[1, 2, 4], seeds=[0, 1])
+    assert len(again.done) == 1 + 3 * 2 * 2
+    support = next((tmp_path / "parts" / "shared" / "embeddings").glob("drawn-support-*"))
+    assert Kept(support).stages()["embed.rows"] == len(set(Kept(support).rows()["row"].to_pylist())) == 24
+
+
+@pytest.mark.slow
+def test_a_cell_is_what_an_ordinary_run_gives(ray_session: Session, tmp_path: Path) -> None:
+    """The oracle: memory and corpus embedded afresh by `rar memory` and `rar classify`, without anything shared."""
+    from dataclasses import replace
+
+    from rar.memory.store import open_store
+    from rar.run import build, recognise
+    from rar.run.work import classify_work
+
+    sweep = swept(tmp_path / "sweep", None, datasets={"drawn": DATA["datasets"]["drawn"]}, shots=[2])
+    for cell in grid.cells(sweep.grid):
+        settings = sweep.settings(cell, str(tmp_path / f"{cell.name}.milvus"))
+        with open_store(settings.memory.uri) as address:
+            opened = replace(ray_session, memory=address)
+            build.build_memory(opened, settings, fresh=False)
+            vocabulary = recognise.prepare(opened, settings)
+            folder = RunFolder.open(tmp_path / cell.name, "classify", settings, fresh=False, name="oracle", group="test")
+            recognise.run(opened, settings, vocabulary, classify_work(settings), folder)
+        mine, plain = (one.predictions().sort_by("row") for one in (RunFolder(sweep.folder(cell)), folder))
+        for column in ("row", "image_id", "uri", "ranking", "rank_status", "class_name"):
+            assert mine[column].to_pylist() == plain[column].to_pylist(), (cell.name, column)
+        names = [[[one["class_name"] for one in row] for row in table["candidates"].to_pylist()] for table in (mine, plain)]
+        assert names[0] == names[1]
