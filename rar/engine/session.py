@@ -24,7 +24,7 @@ from rar import config
 from rar.engine import faults, models
 from rar.engine.actors import DEATHS, ModelActor, Pool
 from rar.memory.store import open_store
-from rar.schema import UserError
+from rar.schema import Unavailable, UserError
 
 OBJECT_STORE_BYTES = 1 << 30
 LOCAL_SLOTS = 3  # logical CPUs of a laptop's Ray, for tasks: models hardly reserve any there
@@ -127,7 +127,12 @@ def _in_ray() -> Iterator[int | None]:
         yield threads
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU: no warning about it
-    _start(local)
+    try:
+        _start(local)
+    except Exception as error:  # Ray's own class for it is Exception
+        if "timed out during startup" not in str(error):
+            raise
+        raise Unavailable("Ray did not start within 30 s, three times in a row: this machine is too busy") from None
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a shard is never split
     context.enable_progress_bars = False
