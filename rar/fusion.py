@@ -109,8 +109,11 @@ def fit(
     rankings: Sequence[Ranking],
     truth: Sequence[int],
     coverage: float | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Calibration:
     """Calibrate on images with known class ids (`truth`). Fewer than MIN_IMAGES usable images give the defaults.
+
+    groups: numbers of near duplicates, which are cross-validated together; None: each image is its own.
 
     coverage: share of images, of those whose truth is among the candidates, in which it is to be among those shown; None: 1.
     """
@@ -122,7 +125,7 @@ def fit(
     scale = float(table.weights(every, 1)[0])
     weight_retriever, weight_ranker = table.weights(every, 2).tolist()
     retriever_choice = table.logits(np.array([1.0, 0.0])).argmax(axis=1)
-    chances = table.cross_validated_chances()
+    chances = table.cross_validated_chances(groups)
     retriever_top1 = float((retriever_choice == table.columns).mean())
     fused_top1 = float((chances.argmax(axis=1) == table.columns).mean())
     least = table.least_probability(scale, coverage) if coverage is not None else 0.0
@@ -170,9 +173,9 @@ class _Table:
         used = np.where(self.silent[:, None], np.array([1.0, 0.0]), weights)
         return np.einsum("np,pnk->nk", used, self.features) + self.penalty
 
-    def cross_validated_chances(self) -> np.ndarray:
-        """(N, K) fused probabilities by weights fitted without the image's fold; image i is in fold i mod N_FOLDS."""
-        folds = np.arange(len(self.columns)) % N_FOLDS
+    def cross_validated_chances(self, groups: Sequence[int] | None = None) -> np.ndarray:
+        """(N, K) fused probabilities by weights fitted without the image's fold; the i-th of the groups is in i mod N_FOLDS."""
+        folds = np.unique(range(len(self.columns)) if groups is None else groups, return_inverse=True)[1] % N_FOLDS
         chances = np.zeros(self.penalty.shape)
         for fold in range(N_FOLDS):
             inside = folds == fold

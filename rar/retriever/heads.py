@@ -8,8 +8,8 @@ by construction.
 names that claim too many images or too few: an image encoder that has learned its names well leaves little more to mend.
 
 What has to be fitted (one scale a part, how far covariances are shrunk, how far the biases) is fitted on images of the memory
-that are left out in turn, never on test images. What it costs: the fold heads see fewer shots than the final one, so that its
-probabilities are a little too modest.
+that are left out in turn with their near duplicates (see bursts), never on test images. What it costs: the fold heads see fewer
+shots than the final one, so that its probabilities are a little too modest.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from rar.memory.collection import Collection
 from rar.memory.entries import Entries
 from rar.retriever import gaussian
+from rar.retriever.bursts import groups_of
 from rar.retriever.gaussian import TINY, Moments, Part
 from rar.retriever.softmax import fit_weights, log_sum_exp
 from rar.schema import UserError
@@ -50,7 +51,8 @@ class Head:
     """A fitted retriever: score = queries @ weights.T + bias; its softmax over all classes is a calibrated probability.
 
     class_ids: (C,) int64, ascending. weights: (C, D) float32. bias: (C,) float32. meta: how it was fitted, JSON-able: mode,
-    scales (one a part, of standardised scores), prior, held_out (images fitted on; 0 = defaults), held_out_nll, held_out_top1.
+    scales (one a part, of standardised scores), prior, held_out (images fitted on; 0 = defaults), held_out_nll, held_out_top1,
+    groups (of near duplicates among the images).
     The modes knn and tip add votes of image entries to these scores; meta["votes"] says how (see `votes`).
     """
 
@@ -144,6 +146,7 @@ class Problem:
     text_default: float  # the scale of `text` that is CLIP's own
     vectors: np.ndarray  # (N, D) float32; N = 0 without images
     labels: np.ndarray  # (N,) columns; -1: an image whose class is not proposed (mode text)
+    groups: np.ndarray  # (N,) near duplicates, see bursts
     folds: np.ndarray  # (N,)
     kept: list[Moments]  # one a fold: of all images but its own
     whole: Moments  # of all images
@@ -162,7 +165,8 @@ class Problem:
         dim = proposed[0].vectors.shape[1]
         vectors = np.zeros((0, dim), np.float32) if images is None else np.asarray(images.vectors, np.float32)
         labels = columns_of(class_ids, np.zeros(0, np.int64) if images is None else images.class_ids)
-        folds, n_folds = _folds(vectors, labels)
+        groups = groups_of(vectors, labels)
+        folds, n_folds = _folds(groups, labels)
         each = [gaussian.moments_of(vectors, np.where(folds == fold, labels, -1), len(class_ids)) for fold in range(n_folds)]
         whole = sum(each[1:], each[0])
         kept = [whole - one for one in each]
@@ -175,7 +179,7 @@ class Problem:
             names, (text, spread) = prototypes.weights, _standardised(prototypes, whole)
         ordered = [known[class_id] for class_id in class_ids.tolist()]
         scale = CLIP_LOGIT_SCALE * spread
-        return cls(mode, class_ids, ordered, names, text, scale, vectors, labels, folds, kept, whole)
+        return cls(mode, class_ids, ordered, names, text, scale, vectors, labels, groups, folds, kept, whole)
 
     def parts(self, images: Moments) -> list[Part]:
         """The parts of the head, image part first, fitted on the given images of this memory."""
@@ -183,6 +187,10 @@ class Problem:
         if not self.has_image_part:
             return text
         return [_standardised(self._image_part(images), images)[0], *text]
+
+    @property
+    def n_groups(self) -> int:
+        return len(np.unique(self.groups))
 
     @property
     def has_image_part(self) -> bool:
@@ -220,16 +228,16 @@ def columns_of(class_ids: np.ndarray, of: np.ndarray) -> np.ndarray:
     return np.where(class_ids[columns] == of, columns, -1)
 
 
-def _folds(vectors: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, int]:
-    """(N,) folds and their number: the distinct images of a class take turns, copies of one image share a fold.
+def _folds(groups: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, int]:
+    """(N,) folds and their number: the groups of a class take turns, near duplicates share a fold.
 
     Classes start at different folds, so that one fold does not take the only image of every single-shot class.
     """
     known: dict[int, dict[int, int]] = {}
     positions = np.zeros(len(labels), np.int64)
-    for row, label in enumerate(labels.tolist()):
-        images = known.setdefault(label, {})
-        positions[row] = images.setdefault(hash(vectors[row].tobytes()), len(images))
+    for row, (label, group) in enumerate(zip(labels.tolist(), groups.tolist(), strict=True)):
+        own = known.setdefault(label, {})
+        positions[row] = own.setdefault(group, len(own))
     shots = max(map(len, known.values()), default=1)
     n_folds = MAX_FOLDS if shots == 1 else min(MAX_FOLDS, shots)
     return (positions + labels) % n_folds, n_folds
@@ -302,7 +310,7 @@ def _fit_scales(problem: Problem, seed: int) -> Fitted:
         image, text = (max(float(each[0]), TINY) for each, _ in alone)
         scales, meta = _fit_known(scores, present, truth, usable, [max(image, text), text], [0.25, 1.0])
     neutrals = np.array([_neutral(s * part, known, truth) for s, part, known in zip(scales, scores, present, strict=True)])
-    meta = {"mode": problem.mode, "scales": scales.tolist(), "prior": problem.prior, **meta}
+    meta = {"mode": problem.mode, "scales": scales.tolist(), "prior": problem.prior, **meta, "groups": problem.n_groups}
     nothing = np.zeros(len(problem.class_ids))
     fitted = Fitted(problem, scales, neutrals, nothing, np.tile(nothing, (len(problem.kept), 1)), meta)
     return _with_biases(fitted, scores, present, rows[usable], usable) if problem.mode == "fused" else fitted

@@ -50,7 +50,7 @@ def fit_head(mode: Mode, images: Entries | None, texts: Entries | None, seed: in
         rule, n_fitted = _fit_knn(problem, seed, n_neighbors)
         sizes = np.log(np.maximum(problem.whole.counts, 1))
         weights = np.zeros((len(sizes), problem.vectors.shape[1]), np.float32)
-        meta = {"mode": mode, "votes": asdict(rule), "held_out": n_fitted}
+        meta = {"mode": mode, "votes": asdict(rule), "held_out": n_fitted, "groups": problem.n_groups}
         return Head(problem.class_ids, problem.class_names, weights, (-rule.scale * sizes).astype(np.float32), meta)
     head = heads.head_of(heads.fit(problem, seed))
     if mode == "tip":
@@ -70,9 +70,10 @@ def held_out_scores(
 ) -> np.ndarray:
     """(N, C) float32 scores of image entries by fits without them, columns as in `fit_head(...).class_ids`.
 
-    The i-th image of each class is left out at a time (its copies with it), and everything but a few numbers (scales,
-    shrinkage, the rule of the votes) is fitted on the others. The only image of a class is scored with that class as lacking
-    images; knn gives it -inf. `rows`: score only these entries, in this order. n_neighbors, sharpness: as config.Retriever.
+    The i-th group of near duplicates (see bursts) of each class is left out at a time, and everything but a few numbers
+    (scales, shrinkage, the rule of the votes) is fitted on the others. The only image of a class is scored with that class as
+    lacking images; knn gives it -inf. `rows`: score only these entries, in this order. n_neighbors, sharpness: as in
+    config.Retriever.
     """
     problem = heads.Problem.of(mode, images, texts)
     chosen = np.arange(len(problem.labels)) if rows is None else np.asarray(rows, np.int64)

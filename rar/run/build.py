@@ -302,10 +302,11 @@ def _ensure_head(settings: Config, address: str, number: int, meta: dict) -> Non
 
 
 def _held_out(settings: Config, address: str, number: int) -> dict[str, float]:
-    """On how many left-out images the head was fitted, and how often it was right on them."""
+    """On how many left-out images the head was fitted, of how many groups of near duplicates, and how often it was right."""
     mode: modes.Mode = "fused" if settings.retriever.mode == "all" else settings.retriever.mode
     meta = collection(settings, address, f"head_{mode}", number).meta()["head"]
-    fitted = {f"held_out.{mode}.images": meta["held_out"]} if "held_out" in meta else {}
+    told = {"images": "held_out", "groups": "groups"}
+    fitted = {f"held_out.{mode}.{key}": meta[name] for key, name in told.items() if name in meta}
     return fitted | ({f"held_out.{mode}.top1": meta["held_out_top1"]} if meta.get("held_out_top1") and meta["held_out"] else {})
 
 

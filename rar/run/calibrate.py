@@ -32,7 +32,8 @@ def calibrate(
 ) -> fusion.Calibration:
     """Fusion weights and routing threshold for this memory and ranker; kept in the run folder, for a resumed run.
 
-    The memory's own images are the held-out set: each gets the candidates of heads fitted without it, and the ranker's answer.
+    The memory's own images are the held-out set: each gets the candidates of heads fitted without it and its near duplicates,
+    and the ranker's answer.
     A memory without images has nothing to fit on and takes the defaults of `fusion.Calibration`.
     """
     if (folder.path / "calibration.json").exists():
@@ -55,7 +56,8 @@ def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prio
     read = pipeline.through(pipeline.shards_of(few, pipeline.evenly(few, settings.run.shard_size)), "read", reading.load)
     read = read.materialize()
     ids = pipeline.collect(pipeline.plainly(read, lambda table: table.select(["image_id"])))
-    proposed, truth = _held_out_candidates(session, settings, vocabulary, sorted(set(ids["image_id"].drop_null().to_pylist())))
+    image_ids = sorted(set(ids["image_id"].drop_null().to_pylist()))
+    proposed, truth, groups = _held_out_candidates(session, settings, vocabulary, image_ids)
     if len(proposed) < FEW_IMAGES:
         print(f"  calibrated on {len(proposed)} images alone; {FEW_IMAGES} and more are wanted", file=sys.stderr, flush=True)
     rows = pipeline.through(read, "recall", choosing.Recall(proposed))
@@ -64,10 +66,10 @@ def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prio
     table = pipeline.collect(pipeline.through(rows, "rank", asked, client.waiters(session, settings.ranker)))
     table = table.sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
     table = table.filter(pc.is_in(table["image_id"], pa.array(list(proposed), pa.string())))
-    labels = [truth[image_id] for image_id in table["image_id"].to_pylist()]
+    labels, alike = ([of[image_id] for image_id in table["image_id"].to_pylist()] for of in (truth, groups))
     kept = table["scores"].cast(pa.list_(pa.float32()))  # as a run folder keeps them
     table = table.set_column(table.column_names.index("scores"), "scores", kept)
-    return fusion.fit(candidates_of(table), rankings_of(table), labels, settings.route.coverage)
+    return fusion.fit(candidates_of(table), rankings_of(table), labels, settings.route.coverage, alike)
 
 
 def judged(session: Session, settings: Config, vocabulary: Vocabulary) -> float:
@@ -87,15 +89,21 @@ def judged(session: Session, settings: Config, vocabulary: Vocabulary) -> float:
 
 def _held_out_candidates(
     session: Session, settings: Config, vocabulary: Vocabulary, image_ids: Sequence[str]
-) -> tuple[dict[str, list[Candidate]], dict[str, int]]:
-    """image_id -> candidates by heads fitted without that image, and its class; of those that the memory holds."""
+) -> tuple[dict[str, list[Candidate]], dict[str, int], dict[str, int]]:
+    """image_id -> candidates by heads fitted without that image's near duplicates, its class, and the number of their group; of
+    those that the memory holds.
+    """
     parts = {kind: one for kind in PARTS if (one := collection(settings, session.memory_address, kind)).exists()}
     if "images" not in parts:
         raise UserError(f"memory {settings.memory.name!r} has no images though memory.support is set; build it again")
-    found, class_ids, best = fitting.held_out(settings, parts, image_ids)
+    found, class_ids, groups, best = fitting.held_out(settings, parts, image_ids)
     ids = np.array(sorted(vocabulary.names))
     candidates = best.candidates(ids, [vocabulary.names[one] for one in ids.tolist()])
-    return dict(zip(found, candidates, strict=True)), dict(zip(found, class_ids, strict=True))
+    return (
+        dict(zip(found, candidates, strict=True)),
+        dict(zip(found, class_ids, strict=True)),
+        dict(zip(found, groups, strict=True)),
+    )
 
 
 def exemplars(settings: Config, support: pa.Table | None = None) -> Exemplars | None:

@@ -17,6 +17,7 @@ from rar import config
 from rar.config import Config
 from rar.memory.collection import Collection, Entries
 from rar.retriever import modes
+from rar.retriever.bursts import groups_of
 from rar.retriever.exact import EXACT_CLASSES, Proposed, best_of
 from rar.retriever.softmax import log_sum_exp
 from rar.schema import Unavailable, UserError
@@ -34,8 +35,9 @@ def fit(settings: Config, mode: modes.Mode, entries: Parts, head: Collection, me
     _in_a_worker(_fit, settings, mode, entries, head, meta)
 
 
-def held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tuple[list[str], list[int], Proposed]:
-    """Those of `image_ids` that are among the entries, their classes, and candidates by heads fitted without each of them.
+def held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tuple[list[str], list[int], list[int], Proposed]:
+    """Those of `image_ids` that are among the entries, their classes, their groups of near duplicates (see bursts), and
+    candidates by heads fitted without each group.
 
     Scores are log shares as those of `choosing.Retrieve`.
     """
@@ -64,7 +66,7 @@ def _fit(settings: Config, mode: modes.Mode, entries: Parts, head: Collection, m
     head.seal(len(classes))
 
 
-def _held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tuple[list[str], list[int], Proposed]:
+def _held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tuple[list[str], list[int], list[int], Proposed]:
     images, texts = entries_of(entries["images"]), entries_of(entries["texts"]) if "texts" in entries else None
     mode, wanted = settings.retriever.mode, set(image_ids)
     assert images is not None and mode != "all"
@@ -74,7 +76,8 @@ def _held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tup
     scores = modes.held_out_scores(mode, images, texts, settings.run.seed, rows, *given)
     by_votes = mode in ("knn", "tip")
     best = best_of(scores if by_votes else scores - log_sum_exp(scores.astype(np.float64))[:, None], settings.retriever.top_k)
-    return [own[row] for row in rows], images.class_ids[rows].tolist(), best.shares() if by_votes else best
+    groups = groups_of(np.asarray(images.vectors, np.float32), images.class_ids)[rows].tolist()
+    return [own[row] for row in rows], images.class_ids[rows].tolist(), groups, best.shares() if by_votes else best
 
 
 def entries_of(one: Collection) -> Entries | None:
