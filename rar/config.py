@@ -205,6 +205,11 @@ class Ranker(Strict):
     max_calls: int | None = Field(
         None, ge=1, description="endpoint: calls that a run may make each time it is started; then it stops, to be resumed"
     )
+    token_budget: int | None = Field(
+        None,
+        ge=1,
+        description="endpoint: tokens, read and written, after which a run begins no more shards; then it stops, to be resumed",
+    )
     timeout_s: float = Field(60.0, gt=0, description="endpoint: of one request")
     attempts: int = Field(5, ge=1, description="endpoint: tries of one request before its image is a fallback")
     cache: str | None = Field(None, description="folder of answers by content, shared by runs; deterministic requests only")

@@ -46,6 +46,7 @@ SPEED = (
     "ranker.in_flight",
     "ranker.concurrency",
     "ranker.max_calls",
+    "ranker.token_budget",
     "ranker.timeout_s",
     "ranker.attempts",
     "ranker.cache",

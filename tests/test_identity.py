@@ -34,6 +34,7 @@ SPEED = {
     "ranker.in_flight": st.integers(1, 64),
     "ranker.concurrency": st.integers(1, 64),
     "ranker.max_calls": st.none() | st.integers(1, 64),
+    "ranker.token_budget": st.none() | st.integers(1, 64),
     "memory.token": st.none() | st.text(max_size=8),
     "serve.host": st.sampled_from(["127.0.0.1", "0.0.0.0"]),
     "serve.endpoints": st.sampled_from([["rank"], ["rank", "recognize"]]),

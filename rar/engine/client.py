@@ -214,11 +214,11 @@ def ask(
     settings: config.Ranker,
     prior: Prior | None = None,
     exemplars: Exemplars | None = None,
-    max_calls: int | None = None,
+    limited: bool = False,
 ) -> Ask | direct.AskServers | None:
     """How pipeline workers reach a ranker; None where no ranker is configured. Raises UserError for a cache that cannot be.
 
-    max_calls: of an endpoint, over all workers.
+    limited: whether ranker.max_calls and ranker.token_budget hold, over all workers.
     """
     if settings.method == "none":
         return None
@@ -228,7 +228,8 @@ def ask(
         kept = (os.path.abspath(settings.cache), identity.fingerprint(decisive))
         AnswerCache(*kept)
     if settings.method == "endpoint":
-        budget = direct.Budget.remote(max_calls) if max_calls is not None else None  # type: ignore[attr-defined]
+        limits = (settings.max_calls, settings.token_budget)
+        budget = direct.Budget.remote(*limits) if limited and limits != (None, None) else None  # type: ignore[attr-defined]
         return direct.AskServers(settings, direct.offers(settings.model_dump_json()), kept, budget)
     return Ask(app_name(settings), settings.in_flight, session.patience_s, kept, prior, exemplars)
 

@@ -5,13 +5,15 @@ and what was learnt of a server's pace last. The driver probes once and passes o
 
 `ranker.max_calls` is given out by one actor, a shard at a time: a shard whose calls are not granted is not begun, goes through
 without its rows and stays pending in the run folder, while those begun are finished. So nothing that was paid for is lost. It
-costs reading and embedding what is then not ranked; calls of the calibration are not counted.
+costs reading and embedding what is then not ranked; calls of the calibration are not counted. What a call costs in tokens is
+known afterwards, so `ranker.token_budget` is overspent by what the shards cost that were under way when it was reached.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,15 +39,19 @@ def offers(settings: str) -> Offers:
 
 @ray.remote(num_cpus=0)
 class Budget:
-    """Calls that are left."""
+    """Calls and tokens that are left; None: as many as there are."""
 
-    def __init__(self, calls: int) -> None:
-        self.left = calls
+    def __init__(self, calls: int | None, tokens: int | None) -> None:
+        self.calls = math.inf if calls is None else calls
+        self.tokens = math.inf if tokens is None else tokens
 
     def take(self, calls: int) -> bool:
-        granted = calls <= self.left
-        self.left -= calls * granted
+        granted = calls <= self.calls and self.tokens > 0
+        self.calls -= calls * granted
         return granted
+
+    def spend(self, tokens: int) -> None:
+        self.tokens -= tokens
 
 
 @dataclass
@@ -70,6 +76,8 @@ class AskServers:
         if self.budget is not None and rows and not ray.get(self.budget.take.remote(self._calls(lacking[1]))):
             return None
         found = _worker(self.settings.model_dump_json(), self.offers).rank(*lacking)
+        if self.budget is not None and found:  # waited for, so that this worker's next shard is not granted before
+            ray.get(self.budget.spend.remote(sum(one.prompt_tokens + one.output_tokens for one in found)))
         if answers:
             answers.put(*lacking, found)
         new = iter(found)

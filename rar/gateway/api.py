@@ -102,6 +102,10 @@ class RankResponse(BaseModel):
     scores: list[float] = Field(description="log-probability of each candidate; empty where the method has none")
     status: RankStatus
     response: str = Field(description="raw text of the model, where it writes any")
+    label_mass: float | None = Field(
+        description="how much of the whole vocabulary's probability the candidates' labels hold; null where none are read"
+    )
+    label_first: bool | None = Field(description="whether the likeliest first token is one of them")
     usage: Usage
 
 
@@ -208,6 +212,8 @@ def ranked(candidates: list[str], ranking: Ranking) -> RankResponse:
         scores=list(ranking.scores),
         status=ranking.status,
         response=ranking.response,
+        label_mass=ranking.label_mass,
+        label_first=ranking.label_first,
         usage=usage(ranking),
     )
 

@@ -7,8 +7,9 @@ text read by `prompt.parse`. More candidates than labels go by free text. A prob
 tokenizes, some fifty look-ups; it is not counted in any Ranking.
 
 A server that is away when it is first asked is Unavailable, and so are servers of which none listens any more after `attempts`
-tries: what was ranked is kept, and a resumed run goes on. An image whose request was refused, or failed as often otherwise,
-is a FALLBACK with the reason in brackets as its response and calls = 0; a reply that nobody can read has calls = 1.
+tries: what was ranked is kept, and a resumed run goes on. An image that cannot be sent, or whose request was refused or failed
+as often otherwise, is a FALLBACK with the reason in brackets as its response and calls = 0; a reply that nobody can read has
+calls = 1.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from rar.ranker.requests import Offers, Requests
 from rar.ranker.servers import Servers
 from rar.ranker.wire import Away, Fault, Refused, Reply, data_url, read_reply
 from rar.ranker.wording import LABELS, load_wording
-from rar.schema import Ranking, RankStatus, Unavailable, UserError
+from rar.schema import Ranking, RankStatus, Unavailable, UserError, first_line
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 MARKUP = str.maketrans("<>[]", "‹›()")
@@ -124,6 +125,10 @@ class EndpointRanker:
             return _unasked(len(names), away)
         except (Fault, Refused) as reason:
             return _unasked(len(names), reason)
+        except (UserError, Unavailable):
+            raise
+        except Exception as error:  # a picture that cannot be encoded costs its own row; the others' calls are paid for
+            return _unasked(len(names), f"{type(error).__name__}: {first_line(error)}")
 
     async def _letters(self, session: aiohttp.ClientSession, offers: Offers, picture: str, names: list[str]) -> Ranking:
         """All rotations; the first alone, so that the others find the picture, which all prompts begin with, in its cache."""
@@ -170,5 +175,5 @@ def _ranking(order: tuple[int, ...], status: RankStatus, reply: Reply) -> Rankin
     return Ranking(order, status, (), reply.text[:MAX_CHARS], 1, reply.prompt_tokens, reply.output_tokens)
 
 
-def _unasked(count: int, reason: Exception) -> Ranking:
+def _unasked(count: int, reason: Exception | str) -> Ranking:
     return Ranking(tuple(range(count)), RankStatus.FALLBACK, response=f"[{reason}]")

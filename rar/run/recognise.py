@@ -66,7 +66,7 @@ def run(
     prior = label_prior(session, settings, work, vocabulary, folder)
     calibration = calibrate(session, settings, vocabulary, folder, prior)
     if numbers:
-        ask = client.ask(session, settings.ranker, prior, exemplars(settings), settings.ranker.max_calls)
+        ask = client.ask(session, settings.ranker, prior, exemplars(settings), limited=True)
         waiters = client.waiters(session, settings.ranker)
         if proposed is not None:
             rows = proposed(numbers)
@@ -94,12 +94,14 @@ def remembered_looks(settings: Config, work: Work, vocabulary: Vocabulary) -> np
 
 
 def check_spent(settings: Config, folder: RunFolder, shards: int) -> None:
-    """Raises UserError where `ranker.max_calls` left shards undone."""
-    left = len(folder.pending(shards))
-    if left and settings.ranker.max_calls is not None:
+    """Raises UserError where `ranker.max_calls` or `ranker.token_budget` left shards undone."""
+    left, ranker = len(folder.pending(shards)), settings.ranker
+    limits = {"ranker.max_calls": ranker.max_calls, "ranker.token_budget": ranker.token_budget}
+    told = " or ".join(f"{name} {limit:,}" for name, limit in limits.items() if limit is not None)
+    if left and told:
         raise UserError(
-            f"ranker.max_calls {settings.ranker.max_calls:,} are spent: {shards - left:,} of {shards:,} shards are done and in "
-            f"{folder.path}; the same command goes on with the rest (a shard takes about run.shard_size calls)"
+            f"{told} are spent: {shards - left:,} of {shards:,} shards are done and in {folder.path}; the same command goes on "
+            "with the rest (a shard takes about run.shard_size calls)"
         )
 
 

@@ -42,6 +42,20 @@ def test_a_shard_is_ranked_in_one_session_and_comes_back_in_its_batches(tmp_path
         assert len(server.seen) == probes + 2
 
 
+def test_a_picture_that_cannot_be_sent_costs_its_own_row() -> None:
+    """JPEG, in which large pictures go, ends at 65,500 pixels; the others of the shard are ranked, once."""
+    with serving() as server:
+        server.answer = colour_model()
+        settings = Ranker(method="endpoint", model="colours", base_url=server.url)
+        ask = direct.AskServers(settings, direct.offers(settings.model_dump_json()))
+        probes = len(server.seen)
+        answers = ask([([png(picture("red")), png(np.zeros((5, 66_000, 3), np.uint8)), png(picture("blue"))], [NAMES] * 3)])
+        assert answers is not None
+        red, long, blue = answers[0]
+        assert (red.order[0], blue.order[0]) == (BEST["red"], BEST["blue"]) and len(server.seen) == probes + 2
+        assert (long.status, long.order, long.calls) == ("fallback", (0, 1, 2), 0) and "OSError" in long.response
+
+
 def test_calls_of_a_shard_are_counted_before_it_is_begun() -> None:
     settings = Ranker(method="endpoint", model="colours", base_url="http://host/v1", permutations=3)
     lists = [NAMES, NAMES[:2], NAMES[:1]]

@@ -54,7 +54,7 @@ class Backwards:
         if names[0] in trouble:
             raise trouble[names[0]]
         scores = tuple(float(place) for place in range(len(names)))
-        return Ranking(tuple(reversed(range(len(names)))), RankStatus.RANKED, scores, "", 1, 10, 1)
+        return Ranking(tuple(reversed(range(len(names)))), RankStatus.RANKED, scores, "", 1, 10, 1, 0.97, True)
 
     async def recognize(self, image: bytes, adapter: str) -> api.Recognised:
         decode(image)
@@ -173,6 +173,8 @@ def test_rank() -> None:
         "scores": [0.0, 1.0, 2.0],
         "status": "ranked",
         "response": "",
+        "label_mass": 0.97,
+        "label_first": True,
         "usage": {"calls": 1, "prompt_tokens": 10, "output_tokens": 1},
     }
 

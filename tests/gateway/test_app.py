@@ -216,6 +216,9 @@ def test_ranking_over_http_is_the_bare_rankers(service: Service) -> None:
     assert [status for status, _ in found] == [200] * 24
     assert all(load.agrees(answer, right) for (_, answer), right in zip(found, truth, strict=True))
     assert found[0][1]["usage"] == {"calls": 1, "prompt_tokens": truth[0].prompt_tokens, "output_tokens": 1}
+    masses = [(answer["label_mass"], right.label_mass) for (_, answer), right in zip(found, truth, strict=True)]
+    assert all(mass == pytest.approx(right, abs=load.NEAR) for mass, right in masses)
+    assert [answer["label_first"] for _, answer in found] == [right.label_first for right in truth]
 
 
 def test_photos_of_the_world_are_recognized(service: Service) -> None:
