@@ -11,7 +11,7 @@ from rar import config
 
 
 def serve(config_file: ConfigFile, out: Out = None, sets: Sets = None, dry_run: DryRun = False, fresh: Fresh = False) -> None:
-    """Answer POST /rank and /recognize, and show a page to try them. The folder keeps the calibration for the next start.
+    """Answer POST /rank, /recognize and /detect, and show a page to try them. The folder keeps the calibration.
 
     Example: rar serve birds.yaml --set serve.port=8080
     """
@@ -31,8 +31,7 @@ def run(config_file: Path, out: str | None, sets: list[str], dry_run: bool, fres
         return 0
     RunFolder.check(path, "serve", settings, fresh=fresh)
     app.check(settings)
-    needs_memory = "recognize" in settings.serve.endpoints
-    with session.opened(settings.memory if needs_memory else None) as opened:
+    with session.opened(settings.memory if settings.serve.recognizes else None) as opened:
         folder = RunFolder.open(path, "serve", settings, fresh=fresh, name=config_file.stem, group="serve")
         with app.serving(opened, settings, folder) as url:
             stop = _on_signal()

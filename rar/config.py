@@ -300,13 +300,17 @@ class Serve(Strict):
 
     host: str = Field("127.0.0.1", description="address to listen on; any but loopback needs RAR_API_TOKEN")
     port: int = Field(8000, ge=1, le=65535, description="to listen on")
-    endpoints: list[Literal["rank", "recognize"]] = Field(
-        ["rank", "recognize"], min_length=1, description="`rank` alone needs no memory"
+    endpoints: list[Literal["rank", "recognize", "detect"]] = Field(
+        ["rank", "recognize", "detect"], min_length=1, description="`rank` alone needs no memory"
     )
     url_prefixes: list[str] = Field([], description="images may be named by URLs that begin so; default: no URL is fetched")
     max_body_bytes: int = Field(16 << 20, ge=1024, description="of one request; larger ones are refused unread")
     max_pixels: int = Field(50_000_000, ge=1, description="of one picture")
     max_candidates: int = Field(100, ge=1, description="names in one request")
+    max_boxes: int = Field(100, ge=1, description="boxes in one request")
+    support_pictures: int = Field(
+        2, ge=0, le=8, description="pictures of the memory that the page shows beside a name; 0: none can be seen"
+    )
     adapters: dict[str, str] = Field({}, description="name a request may ask for -> folder of a LoRA adapter")
     loaded_adapters: int = Field(2, ge=1, description="adapters a replica keeps loaded, each with its model")
     batch_tokens: int = Field(16384, ge=1, description="tokens of one forward pass, padding included")
@@ -316,6 +320,10 @@ class Serve(Strict):
     max_gateways: int = Field(1, ge=1, description="HTTP gateways under load")
     upscale_delay_s: float = Field(10.0, ge=0, description="load must last this long before a replica is added")
     downscale_delay_s: float = Field(120.0, ge=0, description="quiet must last this long before a replica is taken away")
+
+    @property
+    def recognizes(self) -> bool:
+        return bool({"recognize", "detect"} & set(self.endpoints))
 
 
 class Run(Strict):

@@ -43,6 +43,7 @@ PAGE = Path(__file__).with_name("page.html")
 NAME_CHARS = 200  # of one name
 RETRY_AFTER_S = 1
 FETCH_TIMEOUT_S = 10.0
+Box = tuple[float, float, float, float]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -69,6 +70,10 @@ class Backend(Protocol):
 
     async def recognize(self, image: bytes, adapter: str) -> Recognised: ...
 
+    async def detect(self, image: bytes, boxes_xyxy: list[Box], adapter: str) -> list[Recognised]: ...
+
+    async def support(self, class_id: int, place: int) -> bytes | None: ...
+
     async def health(self) -> dict[str, Any]: ...
 
 
@@ -88,6 +93,12 @@ class RankRequest(Picture):
 
 class RecognizeRequest(Picture):
     """An image alone: the server's memory proposes the candidates."""
+
+
+class DetectRequest(Picture):
+    boxes_xyxy: list[Box] = Field(
+        description="x0, y0, x1, y1 of each thing, in pixels of the picture as it is seen (turned upright)", min_length=1
+    )
 
 
 class Usage(BaseModel):
@@ -126,6 +137,10 @@ class RecognizeResponse(BaseModel):
     usage: Usage
 
 
+class DetectResponse(BaseModel):
+    boxes: list[RecognizeResponse] = Field(description="what each of `boxes_xyxy` shows, in their order")
+
+
 class Mistake(BaseModel):
     error: str
 
@@ -154,20 +169,28 @@ def create_app(backend: Backend, online: config.Serve, token_digest: bytes | Non
         async def recognize(request: Request) -> RecognizeResponse:
             """Name what the image shows: the memory proposes candidates, the MLLM ranks them where that pays."""
             query = await body.read(request, RecognizeRequest)
-            found = await backend.recognize(await picture(query, online), query.adapter)
-            best = found.order[0]
-            return RecognizeResponse(
-                class_id=found.candidates[best].class_id,
-                class_name=found.candidates[best].class_name,
-                probability=found.probabilities[best],
-                candidates=[
-                    Proposed(class_id=c.class_id, class_name=c.class_name, score=c.score, probability=chance)
-                    for c, chance in zip(found.candidates, found.probabilities, strict=True)
-                ],
-                ranking=list(found.order),
-                status=found.ranking.status,
-                usage=usage(found.ranking),
-            )
+            return recognized(await backend.recognize(await picture(query, online), query.adapter))
+
+    if "detect" in online.endpoints:
+
+        @app.post("/detect", responses=wrong, dependencies=bearer, openapi_extra=_accepts(DetectRequest))
+        async def detect(request: Request) -> DetectResponse:
+            """Name what each box of an image shows, as /recognize does for a whole one."""
+            query = await body.read(request, DetectRequest)
+            if len(query.boxes_xyxy) > online.max_boxes:
+                raise HTTPException(422, f"boxes_xyxy: {len(query.boxes_xyxy):,}; this server takes at most {online.max_boxes}")
+            found = await backend.detect(await picture(query, online), query.boxes_xyxy, query.adapter)
+            return DetectResponse(boxes=[recognized(one) for one in found])
+
+    if online.recognizes and online.support_pictures:
+
+        @app.get("/support/{class_id}/{place}", responses={404: {"model": Mistake}, **wrong}, dependencies=bearer)
+        async def support(class_id: int, place: int) -> Response:
+            """A picture of a class in the memory, as a small JPEG."""
+            data = await backend.support(class_id, place) if 0 <= place < online.support_pictures else None
+            if data is None:
+                raise HTTPException(404, "the memory has no such picture")
+            return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
     @app.get("/health", responses={503: {"model": Mistake}})
     async def health() -> dict[str, Any]:
@@ -215,6 +238,22 @@ def ranked(candidates: list[str], ranking: Ranking) -> RankResponse:
         label_mass=ranking.label_mass,
         label_first=ranking.label_first,
         usage=usage(ranking),
+    )
+
+
+def recognized(found: Recognised) -> RecognizeResponse:
+    best = found.order[0]
+    return RecognizeResponse(
+        class_id=found.candidates[best].class_id,
+        class_name=found.candidates[best].class_name,
+        probability=found.probabilities[best],
+        candidates=[
+            Proposed(class_id=c.class_id, class_name=c.class_name, score=c.score, probability=chance)
+            for c, chance in zip(found.candidates, found.probabilities, strict=True)
+        ],
+        ranking=list(found.order),
+        status=found.ranking.status,
+        usage=usage(found.ranking),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import ipaddress
 import os
 import socket
@@ -26,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from fastapi import FastAPI
+from PIL import Image
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
@@ -36,10 +38,11 @@ from rar.config import Config
 from rar.engine import client, reading
 from rar.engine.actors import Pool
 from rar.engine.batching import WAIT_S, Batcher
+from rar.engine.replica import Exemplars, exemplar
 from rar.engine.session import Session
 from rar.gateway import api
 from rar.run import recognise
-from rar.run.calibrate import calibrate
+from rar.run.calibrate import calibrate, support_places
 from rar.run.vocabulary import Vocabulary, open_memory
 from rar.runfolder import RunFolder
 from rar.schema import Candidate, Ranking, RankStatus, RowError, Unavailable, UserError
@@ -47,15 +50,18 @@ from rar.schema import Candidate, Ranking, RankStatus, RowError, Unavailable, Us
 APP = "gateway"
 TOKEN = "RAR_API_TOKEN"
 READY_S = 60.0
+SUPPORT_SIDE = 192  # pixels, of a memory's picture on the page
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Known:
-    """What /recognize needs, found out once at the start."""
+    """What /recognize and /detect need, found out once at the start. support: where pictures of each class lie."""
 
     vocabulary: Vocabulary
     calibration: fusion.Calibration
     encoders: Pool
+    support: Exemplars
 
 
 class Cluster:
@@ -73,27 +79,52 @@ class Cluster:
             return await self._rank(image, names, adapter)
 
     async def recognize(self, image: bytes, adapter: str) -> api.Recognised:
-        assert self.known is not None
-        calibration = self.known.calibration
         async with self._patience():
-            candidates = await self.propose(image)
-            shown = fusion.n_shown(candidates, calibration)
-            ranking = Ranking(tuple(range(len(candidates))), RankStatus.SKIPPED)
-            if shown:
-                answer = await self._rank(image, [candidate.class_name for candidate in candidates[:shown]], adapter)
-                ranking = fusion.among(answer, len(candidates))
-            order, chances = fusion.fuse(candidates, ranking, calibration)
-            return api.Recognised(candidates, ranking, order, chances)
+            return await self._decided(image, await self.propose(image), adapter)
+
+    async def detect(self, image: bytes, boxes_xyxy: list[Box], adapter: str) -> list[api.Recognised]:
+        async with self._patience():
+            rows = await asyncio.get_running_loop().run_in_executor(None, self._cropped, image, boxes_xyxy)
+            proposed = await self._candidates(rows)
+            faults = [found for found in proposed if isinstance(found, Exception)]
+            if faults:
+                raise faults[0]
+            pictures = rows["bytes"].to_pylist()
+            asking = (self._decided(*one, adapter) for one in zip(pictures, proposed, strict=True))
+            return list(await asyncio.gather(*asking))
+
+    async def support(self, class_id: int, place: int) -> bytes | None:
+        if self.known is None:
+            return None
+        places = self.known.support.get(self.known.vocabulary.names.get(class_id, ""), [])
+        if place >= len(places):
+            return None
+        return await asyncio.get_running_loop().run_in_executor(None, thumbnail, *places[place])
 
     async def health(self) -> dict[str, Any]:
-        """The ranker's name and classes. Raises Unavailable where the ranker's application is not running."""
-        facts = {"ranker": self.settings.ranker.model, "method": self.settings.ranker.method}
+        """The ranker's name, classes and pictures of each. Raises Unavailable where the ranker's application is not running."""
+        facts: dict[str, Any] = {"ranker": self.settings.ranker.model, "method": self.settings.ranker.method}
         if self.app is not None:
             status = await asyncio.get_running_loop().run_in_executor(None, ray_serve.status)
             found = status.applications.get(self.app)
             if found is None or found.status != "RUNNING":
                 raise Unavailable(f"the ranker is {found.status.lower() if found else 'not deployed'}")
-        return facts | ({"classes": len(self.known.vocabulary.names)} if self.known else {})
+        if self.known is not None:
+            pictures = max(map(len, self.known.support.values()), default=0)
+            facts |= {"classes": len(self.known.vocabulary.names), "support_pictures": pictures}
+        return facts
+
+    async def _decided(self, image: bytes, candidates: list[Candidate], adapter: str) -> api.Recognised:
+        """Ask the ranker where that pays, and fuse."""
+        assert self.known is not None
+        calibration = self.known.calibration
+        shown = fusion.n_shown(candidates, calibration)
+        ranking = Ranking(tuple(range(len(candidates))), RankStatus.SKIPPED)
+        if shown:
+            answer = await self._rank(image, [candidate.class_name for candidate in candidates[:shown]], adapter)
+            ranking = fusion.among(answer, len(candidates))
+        order, chances = fusion.fuse(candidates, ranking, calibration)
+        return api.Recognised(candidates, ranking, order, chances)
 
     async def _rank(self, image: bytes, names: list[str], adapter: str) -> Ranking:
         if self.ask is None:
@@ -117,12 +148,25 @@ class Cluster:
         return len(images) <= self.settings.encoder.batch_size
 
     async def _propose(self, images: list[bytes]) -> list[list[Candidate] | Exception]:
-        """The pipeline's own stages on a table of the images that wait."""
+        return await self._candidates(arrived(images))
+
+    def _cropped(self, image: bytes, boxes_xyxy: list[Box]) -> pa.Table:
+        """One row a box, as the pipeline's crop stage makes it. Raises RowError for the first box that shows nothing."""
+        known = {"shard": 0, "row": 0, "uri": "", "image_id": "", "stage": None, "error": None, "width": None, "height": None}
+        picture = pa.Table.from_pylist([{**known, "bytes": image, "boxes_xyxy": boxes_xyxy}])
+        rows = reading.Crop(self.settings.detect.crop)(picture)
+        fault = next((error for error in rows["error"].to_pylist() if error), None)
+        if fault is not None:
+            raise RowError(fault)
+        return rows
+
+    async def _candidates(self, table: pa.Table) -> list[list[Candidate] | Exception]:
+        """The pipeline's own stages on a table of pictures."""
         assert self.known is not None
         loop, known = asyncio.get_running_loop(), self.known
         mode = self.settings.retriever.mode
         facts = known.vocabulary.facts
-        table = await loop.run_in_executor(self.worker, reading.Decode(facts.fit, facts.side), arrived(images))
+        table = await loop.run_in_executor(self.worker, reading.Decode(facts.fit, facts.side), table)
         if mode != "all":
             table = await known.encoders.answer(table)
         table = await loop.run_in_executor(self.worker, known.vocabulary.retrieve, table)
@@ -145,6 +189,17 @@ def arrived(images: list[bytes]) -> pa.Table:
     """Images as the pipeline's decode stage takes them."""
     none = pa.nulls(len(images), pa.string())
     return pa.table({"bytes": pa.array(images, pa.large_binary()), "stage": none, "error": none})
+
+
+def thumbnail(uri: str, offset: int | None, size: int | None) -> bytes | None:
+    """A picture of the memory as a small JPEG; None where it cannot be read any more."""
+    pixels = exemplar(uri, offset, size)
+    if pixels is None:
+        return None
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((SUPPORT_SIDE, SUPPORT_SIDE))
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 @contextmanager
@@ -175,7 +230,7 @@ def check(settings: Config) -> bytes | None:
     online, ranker = settings.serve, settings.ranker
     if ranker.debias == "prior" or ranker.exemplars:
         raise UserError("serving knows neither ranker.debias prior nor ranker.exemplars; use ranker.permutations instead")
-    if settings.encoder.model == "precomputed" and "recognize" in online.endpoints:
+    if settings.encoder.model == "precomputed" and online.recognizes:
         raise UserError("encoder.model precomputed cannot embed a new picture; set serve.endpoints: [rank]")
     for name, folder in online.adapters.items():
         if not (Path(folder) / "adapter_config.json").is_file():
@@ -221,7 +276,11 @@ def learn(session: Session, settings: Config, folder: RunFolder) -> Known:
     calibration = calibrate(session, settings, vocabulary, folder)
     if fitting:
         client.undeploy(settings.ranker)
-    return Known(vocabulary, calibration, session.encoder(settings.encoder))
+    support: Exemplars = {}
+    if settings.serve.support_pictures and settings.memory.support is not None:
+        with suppress(UserError, Unavailable):  # it served to build the memory, and may be gone since
+            support = support_places(settings, settings.serve.support_pictures)
+    return Known(vocabulary, calibration, session.encoder(settings.encoder), support)
 
 
 def run_gateway(session: Session, settings: Config, known: Known | None, app: str | None, digest: bytes | None) -> None:
@@ -261,7 +320,7 @@ def dry_run(settings: Config) -> str:
     """What would be started, from the config alone."""
     online, ranker = settings.serve, settings.ranker
     token = "asked for" if os.environ.get(TOKEN, "").strip() else f"none ({TOKEN} is not set)"
-    memory = f"memory {settings.memory.name!r} at {settings.memory.uri}" if "recognize" in online.endpoints else "no memory"
+    memory = f"memory {settings.memory.name!r} at {settings.memory.uri}" if online.recognizes else "no memory"
     paths, adapters = ", ".join("/" + name for name in online.endpoints), ", ".join(sorted(online.adapters))
     return "\n".join(
         [

@@ -26,8 +26,10 @@ FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 ASKED = {
     "image": "the picture's bytes in base64, or the file itself in a form",
     "candidates": 'a list of class names, ["cat", "dog"], or in a form one field a name',
+    "boxes_xyxy": "a list of boxes, [[x0, y0, x1, y1], ...], or in a form one field x0,y0,x1,y1 a box",
 }
 WAYS = "send JSON {image: base64, ...}, a form with the file `image`, or the picture's bytes with the rest in the query"
+LISTS = ("candidates", "boxes_xyxy")
 Query = TypeVar("Query", bound=BaseModel)
 
 
@@ -70,13 +72,15 @@ async def _form(request: Request) -> dict[str, Any]:
 
 
 def _fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Fields of a form or a query: `candidates` once a name, or once as a JSON list."""
+    """Fields of a form or a query: `candidates` once a name, `boxes_xyxy` once a box, or either once as a JSON list."""
     values: dict[str, Any] = {}
     for key, value in items:
-        if key != "candidates":
+        if key not in LISTS:
             values[key] = value
         elif isinstance(value, str) and value.lstrip().startswith("["):
             values.setdefault(key, []).extend(_json(value.encode(errors="replace")))
+        elif key == "boxes_xyxy" and isinstance(value, str):
+            values.setdefault(key, []).append(value.split(","))
         else:
             values.setdefault(key, []).append(value)
     return values

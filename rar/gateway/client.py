@@ -17,7 +17,7 @@ import aiohttp
 from pydantic import BaseModel
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from rar.gateway.api import Mistake, RankResponse, RecognizeResponse
+from rar.gateway.api import Box, DetectResponse, Mistake, RankResponse, RecognizeResponse
 from rar.ranker.wire import retry_after_s
 from rar.schema import Unavailable, UserError
 
@@ -57,6 +57,10 @@ class AsyncClient:
 
     async def recognize(self, picture: Picture, adapter: str = "") -> RecognizeResponse:
         return await self._send("recognize", picture, RecognizeResponse, {}, adapter)
+
+    async def detect(self, picture: Picture, boxes_xyxy: Sequence[Box], adapter: str = "") -> DetectResponse:
+        fields = {"boxes_xyxy": [",".join(map(str, box)) for box in boxes_xyxy]}
+        return await self._send("detect", picture, DetectResponse, fields, adapter)
 
     async def _send(self, path: str, picture: Picture, kind: type[Answer], fields: dict[str, Any], adapter: str) -> Answer:
         form = {name: [value] if isinstance(value, str) else value for name, value in fields.items()}
@@ -109,6 +113,9 @@ class Client:
 
     def recognize(self, picture: Picture, adapter: str = "") -> RecognizeResponse:
         return self._run(lambda: self.asker.recognize(picture, adapter))
+
+    def detect(self, picture: Picture, boxes_xyxy: Sequence[Box], adapter: str = "") -> DetectResponse:
+        return self._run(lambda: self.asker.detect(picture, boxes_xyxy, adapter))
 
     def _run(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
         async def run() -> Answer:

@@ -107,19 +107,21 @@ def _held_out_candidates(
 
 
 def exemplars(settings: Config, support: pa.Table | None = None) -> Exemplars | None:
-    """Where the pictures lie that are shown beside the names of candidates: the first support images of each class.
-
-    support: of the plan, where it is known.
-    """
+    """Where the pictures lie that the ranker is shown beside the names of candidates; None where it is shown none."""
     if not settings.ranker.exemplars:
         return None
     if settings.memory.support is None:
         raise UserError("ranker.exemplars shows support images: set memory.support")
+    return support_places(settings, settings.ranker.exemplars, support)
+
+
+def support_places(settings: Config, most: int, support: pa.Table | None = None) -> Exemplars:
+    """Where the first support images of each class lie, at most so many. support: of the plan, where it is known."""
     found: Exemplars = {}
     support = build.plan(settings).support if support is None else support
     for row in support.sort_by("row").to_pylist():
         places = found.setdefault(row["label"], [])
-        if len(places) < settings.ranker.exemplars:
+        if len(places) < most:
             places.append((row["uri"], row["offset"], row["size"]))
     return found
 

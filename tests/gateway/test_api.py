@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi import FastAPI
 from hypothesis import example, given, settings
@@ -26,9 +27,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rar import config
+from rar.boxes import check_boxes
 from rar.corpus.decode import decode
 from rar.gateway import api
-from rar.schema import Candidate, Ranking, RankStatus, Unavailable, UserError
+from rar.schema import Candidate, Ranking, RankStatus, RowError, Unavailable, UserError
 
 TOKEN = "not a secret"
 NAMES = ["red ring", "blue star", "green cross"]
@@ -61,8 +63,20 @@ class Backwards:
         candidates = [Candidate(7, "red ring", 0.9), Candidate(3, "blue star", 0.8)]
         return api.Recognised(candidates, Ranking((1, 0), RankStatus.RANKED), (1, 0), (0.25, 0.75))
 
+    async def detect(self, image: bytes, boxes_xyxy: list[api.Box], adapter: str) -> list[api.Recognised]:
+        """Wide boxes are stars, others rings."""
+        faults = check_boxes(np.array(boxes_xyxy), *decode(image).shape[1::-1])
+        if any(faults):
+            raise RowError(next(filter(None, faults)))
+        whole = await self.recognize(image, adapter)
+        ring = api.Recognised(whole.candidates, Ranking((0, 1), RankStatus.SKIPPED), (0, 1), (0.6, 0.4))
+        return [whole if x1 - x0 > y1 - y0 else ring for x0, y0, x1, y1 in boxes_xyxy]
+
+    async def support(self, class_id: int, place: int) -> bytes | None:
+        return png() if class_id in (3, 7) else None
+
     async def health(self) -> dict[str, Any]:
-        return {"ranker": "backwards", "method": "letters"}
+        return {"ranker": "backwards", "method": "letters", "support_pictures": 2}
 
 
 @dataclass
@@ -185,6 +199,50 @@ def test_recognize() -> None:
     assert (reply.json["class_id"], reply.json["class_name"], reply.json["probability"]) == (3, "blue star", 0.75)
     assert reply.json["ranking"] == [1, 0]
     assert reply.json["candidates"][0] == {"class_id": 7, "class_name": "red ring", "score": 0.9, "probability": 0.25}
+
+
+BOXES = [[0, 0, 8, 4], [1, 1, 3, 8]]
+
+
+def test_detect_names_each_box_in_order_however_they_are_sent() -> None:
+    image = text(png())
+    fields = [("boxes_xyxy", "0,0,8,4"), ("boxes_xyxy", " 1, 1, 3.0, 8")]
+    replies = [post("/detect", {"image": image, "boxes_xyxy": BOXES})]
+    for form in (fields, [("boxes_xyxy", json.dumps(BOXES))]):
+        data, headers = multipart(form, png())
+        replies.append(call(plain(), "POST", "/detect", [data], headers))
+    assert [reply.status for reply in replies] == [200] * 3
+    assert all(reply.json == replies[0].json for reply in replies)
+    assert [box["class_name"] for box in replies[0].json["boxes"]] == ["blue star", "red ring"]
+    assert replies[0].json["boxes"][0] == post("/recognize", {"image": image}).json
+
+
+@pytest.mark.parametrize(
+    ("boxes", "told"),
+    [
+        ([], "boxes_xyxy"),
+        ("0,0,4,4", "boxes_xyxy"),
+        ([[0, 0, 4]], "boxes_xyxy.0"),
+        ([[0, 0, 4, "wide"]], "boxes_xyxy.0.3"),
+        ([BOXES[0], [9, 9, 12, 12]], "outside the 8 x 8 image"),
+        ([[4, 4, 2, 2]], "ends before it begins"),
+        ([[0, 0, float("nan"), 4]], "finite"),
+        ([[0, 0, 4, 4]] * 101, "101; this server takes at most 100"),
+        (None, "a list of boxes"),
+    ],
+)
+def test_wrong_boxes_are_told_in_one_line(boxes: Any, told: str) -> None:
+    reply = post("/detect", {"image": text(png()), **({} if boxes is None else {"boxes_xyxy": boxes})})
+    assert reply.status == 422 and told in reply.error, reply.error
+
+
+def test_pictures_of_the_memory_are_shown_to_who_may_ask() -> None:
+    assert call(plain(), "GET", "/support/7/1", []).body == png()
+    for path in ("/support/8/0", "/support/7/2", "/support/7/-1"):
+        assert call(plain(), "GET", path, []).status == 404
+    assert call(plain(), "GET", "/support/x/0", []).error
+    assert call(app_of(TOKEN), "GET", "/support/7/0", []).status == 401
+    assert call(app_of(support_pictures=0), "GET", "/support/7/0", []).status == 404
 
 
 WRONG: dict[str, tuple[Any, int, str]] = {
@@ -344,7 +402,7 @@ def test_health_and_schema() -> None:
     health = call(app_of(TOKEN, adapters={"birds": "/x"}), "GET", "/health", []).json
     assert health["token"] is True and health["adapters"] == ["birds"] and health["ranker"] == "backwards"
     schema = call(app_of(TOKEN), "GET", "/openapi.json", []).json
-    assert set(schema["paths"]) == {"/rank", "/recognize", "/health"}
+    assert set(schema["paths"]) == {"/rank", "/recognize", "/detect", "/support/{class_id}/{place}", "/health"}
     assert set(schema["paths"]["/rank"]["post"]["responses"]) == {"200", "400", "401", "413", "422", "429", "503"}
     assert schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     assert "securitySchemes" not in call(plain(), "GET", "/openapi.json", []).json["components"]

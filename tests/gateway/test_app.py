@@ -28,7 +28,10 @@ from ray import serve as ray_serve
 
 from rar import config
 from rar.bench import load
-from rar.engine import client
+from rar.boxes import xywh_to_xyxy
+from rar.corpus.decode import decode
+from rar.crops import windows
+from rar.engine import client, reading
 from rar.engine.replica import SICK, Fits, One, RankerReplica
 from rar.engine.session import Session
 from rar.gateway import app
@@ -232,6 +235,36 @@ def test_photos_of_the_world_are_recognized(service: Service) -> None:
         assert abs(sum(candidate["probability"] for candidate in found["candidates"]) - 1) < 1e-6
         right += found["class_name"] == photo.parent.name
     assert right >= 0.7 * len(photos)
+
+
+def test_boxes_of_a_scene_are_named_as_their_crops_are(service: Service) -> None:
+    """What the crops of the batch jobs show, cut here and sent one by one as pictures of their own, is the oracle."""
+    truth = json.loads((service.world / "scenes.json").read_text())
+    scene = max(truth["images"], key=lambda one: sum(box["image_id"] == one["id"] for box in truth["annotations"]))
+    data = next((service.world / "scenes").glob(f"*{Path(scene['file_name']).name}")).read_bytes()
+    boxes = xywh_to_xyxy(np.array([one["bbox"] for one in truth["annotations"] if one["image_id"] == scene["id"]], np.float64))
+    status, found = service.post("/detect", {"image": encoded(data), "boxes_xyxy": boxes.tolist()})
+    assert status == 200 and len(found["boxes"]) == len(boxes) > 2, found
+    cut = windows.crops(decode(data), boxes, service.settings.detect.crop)
+    for pixels, box in zip(cut, found["boxes"], strict=True):
+        _, alone = service.post("/recognize", {"image": encoded(reading.ppm(pixels))})
+        assert (box["class_name"], box["ranking"]) == (alone["class_name"], alone["ranking"])
+        assert box["probability"] == pytest.approx(alone["probability"], abs=load.NEAR)
+    beyond = {"image": encoded(data), "boxes_xyxy": [[0, 0, 9, 9], [9999, 0, 10_009, 9]]}
+    assert service.post("/detect", beyond)[0] == 422 and "outside" in service.post("/detect", beyond)[1]["error"]
+
+
+def test_pictures_of_the_memory_are_small_jpegs(service: Service) -> None:
+    def get(path: str) -> bytes:
+        request = urllib.request.Request(service.url + path, headers={"Authorization": f"Bearer {TOKEN}"})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.read()
+
+    pictures = [Image.open(io.BytesIO(get(f"/support/0/{place}"))) for place in (0, 1)]
+    assert all(one.format == "JPEG" and max(one.size) <= app.SUPPORT_SIDE for one in pictures)
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        get("/support/120/0")
 
 
 def test_an_adapter_answers_under_its_name(service: Service) -> None:

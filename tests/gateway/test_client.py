@@ -50,6 +50,13 @@ class Backend:
         candidates = [Candidate(0, "cat", -0.1), Candidate(1, "dog", -2.0)]
         return api.Recognised(candidates, ranking, ranking.order, (0.25, 0.75))
 
+    async def detect(self, image: bytes, boxes_xyxy: list[api.Box], adapter: str) -> list[api.Recognised]:
+        self.boxes = boxes_xyxy
+        return [await self.recognize(image, adapter) for _ in boxes_xyxy]
+
+    async def support(self, class_id: int, place: int) -> bytes | None:
+        return None
+
     async def health(self) -> dict[str, Any]:
         return {}
 
@@ -91,6 +98,8 @@ def test_answers_are_typed_and_the_picture_arrives_as_it_is(served: tuple[str, B
     assert Client(url).rank(png(), ["one"]).best == "one"
     found = Client(url).recognize(png())
     assert (found.class_name, found.probability, found.status) == ("dog", 0.75, RankStatus.RANKED)
+    boxes = [(0.1, 1 / 3, 8, 4), (2, 2, 3, 9)]
+    assert Client(url).detect(file, boxes).boxes == [found, found] and backend.boxes == boxes
 
 
 def test_many_at_once_in_one_session(served: tuple[str, Backend]) -> None:
@@ -146,3 +155,7 @@ def test_the_command_for_a_person_and_for_a_program(served: tuple[str, Backend],
     assert json.loads(told.stdout)["best"] == "y"
     told = CliRunner().invoke(command, ["ask", str(tmp_path / "none.png"), "--url", url])
     assert told.exit_code == 2 and "cannot be read" in told.output
+    told = CliRunner().invoke(command, ["ask", str(file), "--url", url, "--box", "0,0,9,9", "--box", "1,1,4,4.5"])
+    assert told.stdout.splitlines()[1:] == ["    75.0%  dog in 0,0,9,9", "    75.0%  dog in 1,1,4,4.5"]
+    told = CliRunner().invoke(command, ["ask", str(file), "--url", url, "--box", "0,0,9"])
+    assert told.exit_code == 2 and "not four numbers" in told.output

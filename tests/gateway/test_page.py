@@ -124,6 +124,80 @@ def test_a_dropped_picture_is_shown(page: Any, photo: Path) -> None:
     assert page.is_enabled("#go")
 
 
+def test_several_pictures_are_asked_at_once_and_looked_through(page: Any, photo: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(photo.read_bytes()[:200])
+    other = tmp_path / "other.png"
+    Image.new("RGB", (40, 30), "blue").save(other)
+    page.set_input_files("#file", [photo, broken, other])
+    page.fill("#token", TOKEN)
+    page.click("#go")
+    page.wait_for_selector("#answers button >> nth=1")
+    assert page.locator("#answers button").all_inner_texts() == ["blue star"] * 2
+    assert page.inner_text("#error").startswith("broken.png: image: ") and page.is_visible("#result")
+    page.locator("#answers button").nth(1).press("Enter")
+    page.wait_for_function("document.getElementById('shown').naturalWidth === 40")
+    pressed = "all => all.map(button => button.getAttribute('aria-pressed'))"
+    assert page.eval_on_selector_all("#pictures button", pressed) == ["false", "false", "true"]
+    assert page.eval_on_selector_all("#answers button", pressed) == ["false", "true"]
+
+
+def test_boxes_are_drawn_or_written_and_named(page: Any, photo: Path) -> None:
+    """A wide box is a star to the backend, a high one a ring. The drawing is read as a line, which may be edited."""
+    page.set_input_files("#file", photo)
+    page.wait_for_function("document.getElementById('shown').naturalWidth === 192")
+    page.fill("#token", TOKEN)
+    area = page.locator("#shown").bounding_box()
+    page.mouse.move(area["x"] + area["width"] * 0.75, area["y"] + area["height"] * 0.5)
+    page.mouse.down()
+    page.mouse.move(area["x"] + area["width"] * 0.25, area["y"] + area["height"] * 0.25, steps=3)
+    page.mouse.up()
+    drawn = [int(value) for value in page.input_value("#boxes").split(",")]
+    assert drawn == pytest.approx([48, 48, 144, 96], abs=1)
+    page.fill("#boxes", page.input_value("#boxes") + "\n10 20 30 90\n")
+    assert page.locator("#overlay rect").count() == 2 and page.inner_text("#go") == "Name the boxes"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#answers button >> nth=1")
+    assert page.locator("#answers button").all_inner_texts() == ["1: blue star", "2: red ring"]
+    page.locator("#answers button").nth(1).click()
+    assert page.inner_text("#best") == "Box 2: red ring"
+    keep(page, "boxes")
+
+
+def test_pictures_of_the_memory_stand_beside_the_names(page: Any, photo: Path) -> None:
+    page.set_input_files("#file", photo)
+    page.fill("#token", TOKEN)
+    page.click("#go")
+    page.wait_for_selector("#rows img >> nth=3")
+    decoded = "images => Promise.all(images.map(image => image.decode().then(() => image.naturalWidth)))"
+    assert page.eval_on_selector_all("#rows img", decoded) == [8] * 4
+    assert page.get_attribute("#rows img", "alt") == "blue star in the memory"
+
+
+def test_a_pasted_picture_is_shown_and_pasted_text_is_not(page: Any, photo: Path) -> None:
+    paste = """bytes => {
+        const data = new DataTransfer();
+        if (bytes.length) data.items.add(new File([new Uint8Array(bytes)], "pasted.png", {type: "image/png"}));
+        else data.setData("text/plain", "red ring");
+        document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data}));
+    }"""
+    page.evaluate(paste, [])
+    assert page.is_hidden("#stage")
+    page.evaluate(paste, list(photo.read_bytes()))
+    page.wait_for_function("document.getElementById('shown').naturalWidth === 192")
+
+
+def keep(page: Any, name: str) -> None:
+    """Screenshots for a person to see, where RAR_SCREENSHOTS names a folder."""
+    if folder := os.environ.get("RAR_SCREENSHOTS"):
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            for width in (1200, 400):
+                page.set_viewport_size({"width": width, "height": 800})
+                page.screenshot(path=f"{folder}/{name}-{scheme}-{width}.png", full_page=True)
+
+
 @pytest.mark.parametrize(("names", "token", "told"), [(NAMES, "wrong", "token"), (["a", "a"], TOKEN, "candidates[1]")])
 def test_errors_are_shown(page: Any, photo: Path, names: list[str], token: str, told: str) -> None:
     ask(page, photo, names, token)
@@ -142,9 +216,4 @@ def test_nothing_is_wider_than_a_phone(page: Any, photo: Path) -> None:
     ask(page, photo, [*NAMES, "a-very-long-name-without-any-place-to-break-it-" * 3])
     rows(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    if folder := os.environ.get("RAR_SCREENSHOTS"):
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            for width in (1200, 400):
-                page.set_viewport_size({"width": width, "height": 800})
-                page.screenshot(path=f"{folder}/page-{scheme}-{width}.png", full_page=True)
+    keep(page, "page")
