@@ -53,6 +53,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler)
         self.answer: Answer = colour_model()
         self.tokenize: Answer = no_such_page
+        self.decide: Answer = no_such_page
+        self.decided: list[dict[str, Any]] = []
         self.seen: list[tuple[float, dict[str, str], dict[str, Any]]] = []
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
@@ -74,11 +76,14 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             if self.path == "/v1/chat/completions":
                 self.server.seen.append((time.monotonic(), dict(self.headers), body))
+            if self.path == "/v1/systemone":
+                self.server.decided.append(body)
             self.server.busy += 1
             self.server.most_busy = max(self.server.most_busy, self.server.busy)
         try:
             known = {
                 "/v1/chat/completions": self.server.answer,
+                "/v1/systemone": self.server.decide,
                 "/tokenize": self.server.tokenize,
                 "/detokenize": self.server.tokenize,
             }
@@ -127,12 +132,19 @@ def text_of(body: dict[str, Any]) -> str:
 
 
 def pixels_of(body: dict[str, Any]) -> np.ndarray:
-    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    return decoded(body["messages"][0]["content"][0]["image_url"]["url"])
+
+
+def decoded(url: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
 
 
 def colour_of(body: dict[str, Any]) -> str:
-    mean = pixels_of(body).mean(axis=(0, 1))
+    return nearest_colour(pixels_of(body))
+
+
+def nearest_colour(pixels: np.ndarray) -> str:
+    mean = pixels.mean(axis=(0, 1))
     return min(COLOURS, key=lambda name: float(np.abs(mean - COLOURS[name]).sum()))
 
 
@@ -205,6 +217,38 @@ def token_model(mass: float = 0.95, first: str = "<think>", ignores: frozenset[s
         called = {token: f"token_id:{token}" if by_id else said_by(token) for token in told}
         top = [(called[token], float(np.log(chance))) for token, chance in told.items()]
         return completion("A", [("token_id:7" if by_id else first, float(np.log(max(1 - mass, 1e-12)))), *top])
+
+    return answer
+
+
+def decision_model(mass: float = 0.9) -> Answer:
+    """The route /v1/systemone as vLLM 0.32 has it: one question, its options in order; the picture's colour is likelier."""
+
+    def answer(body: dict[str, Any]) -> Response:
+        (asked, question), (url,) = *body["questions"].items(), body["images"]
+        names = list(question["criteria"])
+        assert question["type"] == "choice" and 1 < len(names) <= 26 and isinstance(body["state"], str)
+        shares = np.array([3.0 if nearest_colour(decoded(url)) in name else 1.0 for name in names]) + np.arange(len(names)) / 10
+        shares /= shares.sum()
+        best = names[int(shares.argmax())]
+        answers = {
+            asked: {
+                "type": "choice",
+                "choice": best,
+                "probabilities": dict(zip(names, shares.tolist(), strict=True)),
+                "confidence": float(shares.max()) * mass,
+            }
+        }
+        found = {
+            "id": "decision-1",
+            "object": "structured_decision",
+            "created": 1,
+            "model": body["model"],
+            "answers": answers,
+            "usage": {"input_tokens": 30, "output_tokens": 1},
+            "diagnostics": {asked: {"label_mass": mass, "argmax_is_label": mass > 0.5}},
+        }
+        return Response(json.dumps(found).encode())
 
     return answer
 

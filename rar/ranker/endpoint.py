@@ -1,10 +1,11 @@
 """The ranker behind OpenAI-compatible servers (vLLM, SGLang, Ray Serve LLM, `transformers serve`, hosted models).
 
 Servers differ in what they offer, so they are asked first (see probe). Then each image is asked in the best way on offer:
-labelled candidates whose token ids' log-probabilities are told, up to 26 of them in one prefill; the same by the likeliest 20
-tokens; structured output (a JSON list of labels; labels, as a grammar of names would be compiled anew for every image); free
-text read by `prompt.parse`. More candidates than labels go by free text. A probe costs some five calls and, where the server
-tokenizes, some fifty look-ups; it is not counted in any Ranking.
+labelled candidates whose token ids' log-probabilities are told, up to 26 of them in one prefill; a decision (/v1/systemone: the
+server labels the candidates and reads its model itself); labels by the likeliest 20 tokens; structured output (a JSON list of
+labels; labels, as a grammar of names would be compiled anew for every image); free text read by `prompt.parse`. More candidates
+than labels go by free text. A probe costs some six calls and, where the server tokenizes, some fifty look-ups; it is not counted
+in any Ranking.
 
 A server that is away when it is first asked is Unavailable, and so are servers of which none listens any more after `attempts`
 tries: what was ranked is kept, and a resumed run goes on. An image that cannot be sent, or whose request was refused or failed
@@ -18,6 +19,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -26,13 +28,13 @@ import numpy as np
 from rar.config import Ranker
 from rar.ranker.answer import MAX_CHARS
 from rar.ranker.debias import log_softmax
-from rar.ranker.labels import judged
+from rar.ranker.labels import Read, judged
 from rar.ranker.probe import Probe
 from rar.ranker.prompt import generate_prompt
-from rar.ranker.readings import label_read, label_scores, sorted_labels
+from rar.ranker.readings import label_read, label_scores, read_decision, sorted_labels
 from rar.ranker.reply import parse
-from rar.ranker.requests import Offers, Requests
-from rar.ranker.servers import Servers
+from rar.ranker.requests import QUESTION, Offers, Requests
+from rar.ranker.servers import DECISIONS, Servers
 from rar.ranker.wire import Away, Fault, Refused, Reply, data_url, read_reply
 from rar.ranker.wording import LABELS, load_wording
 from rar.schema import Ranking, RankStatus, Unavailable, UserError, first_line
@@ -110,7 +112,9 @@ class EndpointRanker:
         offers, requests = self.offers, self.requests
         try:
             picture = await asyncio.to_thread(data_url, image)  # once, for all rotations; encoders let other threads run
-            if offers.logprobs and len(names) + self.settings.none_of_these <= offers.most_labels:
+            shown = [*names, *[self.wording.none_of_these] * self.settings.none_of_these]
+            differ = len(set(shown)) == len(shown) or not offers.decisions
+            if offers.logprobs and differ and len(shown) <= offers.most_labels:
                 return await self._letters(session, offers, picture, names)
             if offers.structured and len(names) <= len(LABELS):
                 reply = await self._reply(session, requests.sorting(picture, names, offers))
@@ -135,14 +139,15 @@ class EndpointRanker:
         count, extra = len(names), [self.wording.none_of_these] * self.settings.none_of_these
         turns = min(count, self.settings.permutations)
         shifts = [turn * count // turns for turn in range(turns)]
-        bodies = [self.requests.letters(picture, [*names[shift:], *names[:shift], *extra], offers) for shift in shifts]
-        replies = [await self._reply(session, bodies[0])]
-        replies += await asyncio.gather(*(self._reply(session, body) for body in bodies[1:]))
-        reads = [label_read(reply.top, count + len(extra), offers.labels) for reply in replies]
+        lists = [[*names[shift:], *names[:shift], *extra] for shift in shifts]
+        answers = [await self._labels(session, offers, picture, lists[0])]
+        answers += await asyncio.gather(*(self._labels(session, offers, picture, listed) for listed in lists[1:]))
+        reads, replies = zip(*answers, strict=True)
         total = sum(np.roll(log_softmax(read.logprobs[:count]), shift) for read, shift in zip(reads, shifts, strict=True))
         none = float(np.mean([np.exp(log_softmax(read.logprobs)[count:]).sum() for read in reads]))
         scores = log_softmax(np.asarray(total) / turns)
-        missing = any(None in label_scores(reply.top, count + len(extra), offers.labels) for reply in replies)
+        told = [label_scores(reply.top, count + len(extra), offers.labels) for reply in replies]
+        missing = not offers.decisions and any(None in scores for scores in told)
         usage = (turns, sum(reply.prompt_tokens for reply in replies), sum(reply.output_tokens for reply in replies))
         ranking = judged(
             Ranking(
@@ -156,6 +161,15 @@ class EndpointRanker:
         )
         silent = ranking.status == RankStatus.FALLBACK
         return replace(ranking, response=replies[0].text[:MAX_CHARS]) if silent else ranking
+
+    async def _labels(
+        self, session: aiohttp.ClientSession, offers: Offers, picture: str, names: list[str]
+    ) -> tuple[Read, Reply]:
+        if offers.decisions:
+            read = partial(read_decision, question=QUESTION, names=names)
+            return await self.servers.post(session, self.requests.decision(picture, names), read, DECISIONS)
+        reply = await self._reply(session, self.requests.letters(picture, names, offers))
+        return label_read(reply.top, len(names), offers.labels), reply
 
     async def _reply(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Reply:
         return await self.servers.post(session, body, read_reply)

@@ -2,8 +2,9 @@
 
 The same small questions whatever the corpus, so that every worker finds the same. First a plain question, maybe without some
 field (newer models of OpenAI's take no max_tokens); then, each on its own, the switch that turns thoughts off, the
-log-probabilities of the labels' tokens by id, those of the likeliest tokens, and structured output. Labels are on offer only
-where they hold some of the probability of the first token: a model that thinks first, switch or not, is asked in words.
+log-probabilities of the labels' tokens by id, decisions, the log-probabilities of the likeliest tokens, and structured output.
+Labels are on offer only where they hold some of the probability of the first token: a model that thinks first, switch or not,
+is asked in words.
 
 The labels' ids come from the server's own /tokenize, after the tail of a rendered prompt; where it has none, from the tokenizer
 of `ranker.tokenizer` (or of a model that is a local folder).
@@ -12,6 +13,7 @@ of `ranker.tokenizer` (or of a model that is a local folder).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -23,9 +25,9 @@ import numpy as np
 from rar.config import Ranker
 from rar.ranker.labels import LEAST_MASS, label_forms, label_texts
 from rar.ranker.prompt import generate_prompt
-from rar.ranker.readings import label_read, label_scores, sorted_labels
-from rar.ranker.requests import NO_THOUGHTS, Offers, Requests
-from rar.ranker.servers import Servers
+from rar.ranker.readings import label_read, label_scores, read_decision, sorted_labels
+from rar.ranker.requests import NO_THOUGHTS, QUESTION, Offers, Requests
+from rar.ranker.servers import DECISIONS, Servers
 from rar.ranker.wire import Fault, Refused, data_url, read_reply
 from rar.schema import Unavailable, UserError, first_line
 
@@ -58,6 +60,8 @@ class Probe:
         forms = await self._forms(offers)
         if len(forms) >= len(NAMES) and await self._tells_labels(offers._replace(labels=forms)):
             offers = offers._replace(logprobs=True, labels=forms)
+        elif await self._decides():
+            offers = offers._replace(logprobs=True, decisions=True)
         else:
             offers = offers._replace(logprobs=await self._tells_labels(offers))
         listed = await self._offered(self.requests.sorting(self.picture, NAMES, offers), read_reply)
@@ -90,6 +94,16 @@ class Probe:
         if offers.labels and None in told:
             return False
         return label_read(reply.top, len(NAMES), offers.labels).mass >= LEAST_MASS
+
+    async def _decides(self) -> bool:
+        """Whether the server reads labelled options itself, and puts some of the first token's probability on them."""
+
+        def mass(data: bytes) -> float:
+            with contextlib.suppress(Fault):  # some answer 200 on any path
+                return read_decision(data, QUESTION, NAMES)[0].mass
+            return 0.0
+
+        return (await self._offered(self.requests.decision(self.picture, NAMES), mass, DECISIONS) or 0.0) >= LEAST_MASS
 
     async def _forms(self, offers: Offers) -> tuple[tuple[int, ...], ...]:
         """Token ids of the labels; maybe none."""

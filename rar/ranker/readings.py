@@ -1,16 +1,19 @@
-"""What a reply to a ranking question says: its labels' log-probabilities, or the labels that a JSON list names."""
+"""What a reply to a ranking question says: its labels' log-probabilities, a decision, or the labels that a JSON list names."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from rar.ranker.labels import Read
+from rar.ranker.wire import LEAST_LOGPROB, Fault, Reply, at, is_number, token_count
 from rar.ranker.wording import LABELS
 
 QUOTED_LABEL = re.compile(r'"([A-Z])"')
+ROUNDING = 1e-3  # by which a sum of probabilities may be above 1
 AROUND_LABEL = " \t\n\"'(*▁Ġ"  # what tokenizers write before a label, and quotes
 Top = Sequence[tuple[str, float]]  # the first token's alternatives: what it is called, log-probability
 
@@ -39,6 +42,22 @@ def label_read(top: Top, count: int, forms: Sequence[Sequence[int]] = ()) -> Rea
     # a server that lists labels alone does not say what else there was: at worst one token with all the rest
     first = best >= max(others) if others else np.exp(best) >= 1 - mass
     return Read(np.array([floor if score is None else score for score in scores]), mass, bool(first))
+
+
+def read_decision(data: bytes, question: str, names: Sequence[str]) -> tuple[Read, Reply]:
+    """The body of a decision: its options as labels, and what it cost. Raises Fault for anything else, whatever it is."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Fault(f"the decision is no JSON: {data[:80]!r}") from None
+    shares = [at(body, "answers", question, "probabilities", name) for name in names]
+    mass, first = (at(body, "diagnostics", question, name) for name in ("label_mass", "argmax_is_label"))
+    if not all(is_number(value) and 0 <= value <= 1 + ROUNDING for value in [*shares, mass]):
+        raise Fault(f"the decision lacks probabilities or their mass: {data[:80]!r}")
+    with np.errstate(divide="ignore"):
+        logprobs = np.maximum(np.log(np.array(shares, np.float64) * mass), LEAST_LOGPROB)
+    spent = [token_count(at(body, "usage", name)) for name in ("input_tokens", "output_tokens")]
+    return Read(logprobs, min(float(mass), 1.0), first is True), Reply("", [], *spent)
 
 
 def sorted_labels(text: str, count: int) -> list[int]:

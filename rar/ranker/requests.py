@@ -10,6 +10,8 @@ from rar.ranker.wording import LABELS, Wording
 
 TOP_LOGPROBS = 20  # the most that OpenAI's interface allows
 SORTING = 'Sort these from most to least like {picture}.\n{candidates}\nAnswer with all letters: {{"ranking": [letters]}}'
+DECIDING = "Which of these is in {picture}?"
+QUESTION = "class"  # the id of a decision's one question
 NO_THOUGHTS = {"chat_template_kwargs": {"enable_thinking": False}}
 
 
@@ -17,6 +19,7 @@ class Offers(NamedTuple):
     """What a server does beyond a plain question. renounced: fields of a plain question that it does not take.
 
     labels: the token ids of A, B, ... where it tells the log-probabilities of tokens by id. switch: it takes NO_THOUGHTS.
+    decisions: it labels options, asks and reads by itself (/v1/systemone); logprobs is then true as well.
     """
 
     logprobs: bool
@@ -24,6 +27,7 @@ class Offers(NamedTuple):
     renounced: frozenset[str] = frozenset()
     labels: tuple[tuple[int, ...], ...] = ()
     switch: bool = False
+    decisions: bool = False
 
     @property
     def most_labels(self) -> int:
@@ -50,6 +54,12 @@ class Requests:
             return body | {"top_logprobs": TOP_LOGPROBS}
         ids = [token for forms in offers.labels[: len(names)] for token in forms]
         return body | {"logprob_token_ids": ids, "return_tokens_as_token_ids": True}
+
+    def decision(self, picture: str, names: list[str]) -> dict[str, Any]:
+        """For /v1/systemone. The options must differ; the server words their list and turns thoughts off."""
+        question = {"type": "choice", "criteria": dict.fromkeys(names)}
+        state = DECIDING.format(picture=self.wording.picture)
+        return {"model": self.settings.model, "state": state, "images": [picture], "questions": {QUESTION: question}}
 
     def sorting(self, picture: str, names: list[str], offers: Offers) -> dict[str, Any]:
         """Candidates are listed as for `letters`; the answer is a JSON list of all labels."""

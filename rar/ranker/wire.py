@@ -67,14 +67,14 @@ def read_reply(data: bytes) -> Reply:
         body = json.loads(data)
     except (ValueError, RecursionError):
         raise Fault(f"the reply is no JSON: {data[:80]!r}") from None
-    choice = _at(body, "choices", 0)
-    message = _at(choice, "message")
+    choice = at(body, "choices", 0)
+    message = at(choice, "message")
     if not isinstance(message, dict):
         raise Fault(f"the reply is no chat completion: {data[:80]!r}")
     content = message.get("content")
     parts = content if isinstance(content, list) else [content]
-    texts = [_at(part, "text") if isinstance(part, dict) else part for part in parts]
-    counts = [_count(_at(body, "usage", name)) for name in ("prompt_tokens", "completion_tokens")]
+    texts = [at(part, "text") if isinstance(part, dict) else part for part in parts]
+    counts = [token_count(at(body, "usage", name)) for name in ("prompt_tokens", "completion_tokens")]
     return Reply(encodable("".join(text for text in texts if isinstance(text, str))), _top(choice), *counts)
 
 
@@ -95,12 +95,12 @@ def encodable(text: str) -> str:
 
 
 def _top(choice: Any) -> list[tuple[str, float]]:
-    listed = _at(choice, "logprobs", "content", 0, "top_logprobs")
-    pairs = [(_at(each, "token"), _at(each, "logprob")) for each in listed] if isinstance(listed, list) else []
-    return [(token, _logprob(score)) for token, score in pairs if isinstance(token, str) and _is_number(score)]
+    listed = at(choice, "logprobs", "content", 0, "top_logprobs")
+    pairs = [(at(each, "token"), at(each, "logprob")) for each in listed] if isinstance(listed, list) else []
+    return [(token, _logprob(score)) for token, score in pairs if isinstance(token, str) and is_number(score)]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, float | int) and not (isinstance(value, float) and math.isnan(value))
 
 
@@ -108,11 +108,11 @@ def _logprob(score: float) -> float:
     return float(min(max(score, LEAST_LOGPROB), 0.0))
 
 
-def _count(value: Any) -> int:
+def token_count(value: Any) -> int:
     return value if type(value) is int and 0 <= value < 1 << 31 else 0
 
 
-def _at(value: Any, *path: str | int) -> Any:
+def at(value: Any, *path: str | int) -> Any:
     """value[path[0]][path[1]]..., or None where a step is not there."""
     for step in path:
         if isinstance(value, dict) and isinstance(step, str):

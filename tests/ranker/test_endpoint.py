@@ -31,7 +31,7 @@ from rar import miniature
 from rar.config import Ranker
 from rar.ranker import servers, wire
 from rar.ranker.endpoint import EndpointRanker
-from rar.ranker.readings import label_scores, sorted_labels
+from rar.ranker.readings import label_scores, read_decision, sorted_labels
 from rar.ranker.requests import Offers
 from rar.ranker.wire import Fault, data_url, read_reply, retry_after_s
 from rar.ranker.wording import LABELS
@@ -47,6 +47,7 @@ from tests.chat_server import (
     colour_model,
     colour_of,
     completion,
+    decision_model,
     picture,
     refusal,
     serving,
@@ -234,6 +235,60 @@ def test_a_model_that_thinks_first_is_asked_in_words(server: Server) -> None:
     (ranking,) = asker.rank([picture("red")], [NAMES])
     assert asker.offers == Offers(False, False, switch=True)
     assert (ranking.order, ranking.status, ranking.label_mass) == ((1, 0, 2), "ranked", None)
+
+
+@pytest.mark.parametrize(("mass", "status"), [(0.9, RankStatus.RANKED), (0.3, RankStatus.REPAIRED)])
+def test_a_server_that_decides_is_asked_to(server: Server, mass: float, status: RankStatus) -> None:
+    """Its shares, liking for the last option included, are averaged over rotations; no chat but the probe's plain questions."""
+    server.answer, server.decide = colour_model(set()), decision_model(mass)
+    asker = ranker(server, permutations=3)
+    asker.offers = asker.probe()
+    assert asker.offers == Offers(logprobs=True, structured=False, switch=True, decisions=True)
+    chats, decisions = len(server.seen), len(server.decided)
+    (found,) = asker.rank([picture("red")], [NAMES])
+    assert found.order[0] == BEST["red"] and found.status == status
+    assert (found.calls, found.prompt_tokens, found.output_tokens) == (3, 90, 3)
+    assert (found.label_mass, found.label_first) == (pytest.approx(mass), mass > 0.5)
+    logs = np.zeros(3)
+    for shift in range(3):
+        shares = np.array([3.0 if name == NAMES[1] else 1.0 for name in NAMES[shift:] + NAMES[:shift]]) + np.arange(3) / 10
+        logs += np.roll(np.log(shares / shares.sum()), shift) / 3
+    assert found.scores == pytest.approx(logs - np.log(np.exp(logs).sum()))
+    assert (len(server.seen), len(server.decided)) == (chats, decisions + 3)
+    assert list(server.decided[-3]["questions"]["class"]["criteria"]) == NAMES
+
+
+def test_names_that_a_decision_could_not_tell_apart_go_by_text(server: Server) -> None:
+    server.answer, server.decide = colour_model(set()), decision_model()
+    asker = ranker(server)
+    same = ["a red\ncup", "a red cup", "a blue cup"]  # one line each, when they are sent
+    (found,) = asker.rank([picture("blue")], [same])
+    assert found.order[0] == 2 and not found.scores
+    thirty = asker.rank([picture("blue")], [[f"{NAMES[place % 3]} {place}" for place in range(30)]])
+    assert not thirty[0].scores and len(server.decided) == 1  # the probe's
+
+
+@pytest.mark.parametrize("body", [b"{}", b"no JSON", b'{"answers": {"class": {"probabilities": {}}}}', b"[1]"])
+def test_what_is_no_decision_is_no_offer(server: Server, body: bytes) -> None:
+    server.answer, server.decide = colour_model(), lambda _: Response(body)
+    assert not ranker(server).probe().decisions and len(server.decided) == 1
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=2, max_size=26),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_a_decision_is_read_as_the_labels_that_it_was_made_of(weights: list[float], mass: float, first: bool) -> None:
+    total = sum(weights) or 1.0
+    names = [str(place) for place in range(len(weights))]
+    answers = {"class": {"probabilities": {name: weight / total for name, weight in zip(names, weights, strict=True)}}}
+    body = {"answers": answers, "diagnostics": {"class": {"label_mass": mass, "argmax_is_label": first}}, "usage": {}}
+    read, reply = read_decision(json.dumps(body).encode(), "class", names)
+    assert np.exp(read.logprobs) == pytest.approx([weight / total * mass for weight in weights])
+    assert (read.mass, read.first, reply.prompt_tokens) == (mass, first, 0)
+    with pytest.raises(Fault):
+        read_decision(json.dumps(body).encode(), "class", [*names, "another"])
 
 
 def test_a_switch_that_a_server_refuses_is_not_sent(server: Server) -> None:

@@ -5,6 +5,7 @@ Not covered: GPUs, other engines, models of any use.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from rar import miniature
 from rar.config import Ranker
 from rar.ranker.endpoint import EndpointRanker
 from rar.ranker.rank import MllmRanker
+from rar.ranker.readings import read_decision
+from rar.ranker.requests import QUESTION
 
 pytestmark = [
     pytest.mark.server,
@@ -122,6 +125,33 @@ def test_thirty_candidates_go_by_free_text(vllm: Vllm, world: Path) -> None:
     images, names = photos(world, 4, 30)
     rankings = endpoint(vllm).rank(images, names)
     assert all(sorted(one.order) == list(range(30)) and one.calls == 1 and not one.scores for one in rankings)
+
+
+DECISION_MODELS = """
+import json, sys
+from vllm.entrypoints.generate.structured_decisions.protocol import StructuredDecisionRequest
+from vllm.entrypoints.generate.structured_decisions.question_types import build_question
+request = StructuredDecisionRequest.model_validate_json(sys.stdin.read())
+((qid, asked),) = request.questions.items()
+question = build_question(qid, asked.type, asked.instructions, asked.criteria, 26)
+said = question.type.answer(question, [0.5, 0.3, 0.2], 0.8)
+print(json.dumps([request.state, question.type.prompt(question), qid, said, len(request.images), asked.model_extra or {}]))
+"""
+
+
+def test_a_decision_is_asked_and_read_as_vllm_means_it() -> None:
+    """By vLLM's own types in its environment: no model that it decides with is small enough to be served here."""
+    asker = endpoint(Vllm(Path()))
+    names = ["a red ring", "a blue star: odd", 'a "green" cross']
+    body = json.dumps(asker.requests.decision("data:image/png;base64,AA==", names))
+    program = [str(Path(os.environ["RAR_VLLM"]) / "bin" / "python"), "-c", DECISION_MODELS]
+    told = subprocess.run(program, input=body, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    state, prompt, qid, answer, images, unknown = json.loads(told)
+    assert (state, images, unknown) == ("Which of these is in the picture?", 1, {})
+    assert prompt.splitlines()[:3] == [f"{label}: {name}" for label, name in zip("ABC", names, strict=True)]
+    reply = {"answers": {qid: answer}, "diagnostics": {qid: {"label_mass": 0.8, "argmax_is_label": True}}, "usage": {}}
+    read, _ = read_decision(json.dumps(reply).encode(), QUESTION, names)
+    assert np.exp(read.logprobs) == pytest.approx([0.4, 0.24, 0.16]) and read.mass == 0.8 and read.first
 
 
 def test_an_engine_that_is_killed_and_started_again_is_found(vllm: Vllm, world: Path) -> None:
