@@ -85,13 +85,12 @@ class Cluster:
     async def detect(self, image: bytes, boxes_xyxy: list[Box], adapter: str) -> list[api.Recognised]:
         async with self._patience():
             rows = await asyncio.get_running_loop().run_in_executor(None, self._cropped, image, boxes_xyxy)
-            proposed = await self._candidates(rows)
-            faults = [found for found in proposed if isinstance(found, Exception)]
-            if faults:
-                raise faults[0]
-            pictures = rows["bytes"].to_pylist()
-            asking = (self._decided(*one, adapter) for one in zip(pictures, proposed, strict=True))
-            return list(await asyncio.gather(*asking))
+            asking = []
+            for picture, found in zip(rows["bytes"].to_pylist(), await self._candidates(rows), strict=True):
+                if isinstance(found, Exception):
+                    raise found
+                asking.append((picture, found, adapter))
+            return list(await asyncio.gather(*(self._decided(*one) for one in asking)))
 
     async def support(self, class_id: int, place: int) -> bytes | None:
         if self.known is None:
