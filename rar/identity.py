@@ -55,7 +55,7 @@ SPEED = (
     "serve",
 )
 METRICS = ("detect.score", "detect.style", "detect.classes_per_box", "run.max_failed_fraction")
-ANSWERING = ("ranker", "corpus/decode.py", "engine/direct.py", "engine/replica.py")
+ANSWERING = ("ranker", "corpus/decode.py", "engine/direct.py", "engine/exemplars.py", "engine/replica.py")
 CODE = (
     *ANSWERING,
     *("boxes.py", "columns.py", "fusion.py", "crops", "encoder", "memory", "retriever"),

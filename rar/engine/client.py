@@ -27,8 +27,9 @@ from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_
 
 from rar import config, identity
 from rar.engine import direct, waiting
+from rar.engine.exemplars import Exemplars
 from rar.engine.isolate import reason
-from rar.engine.replica import FAULTS, Batch, Exemplars, Prior, RankerReplica
+from rar.engine.replica import FAULTS, Batch, Prior, RankerReplica
 from rar.engine.session import Session
 from rar.ranker.cache import AnswerCache
 from rar.schema import Ranking, Unavailable, UserError
@@ -37,10 +38,11 @@ DRAIN_S = 30.0
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY, ApplicationStatus.DELETING)
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")  # the last one of a traceback
+Beside = tuple[Prior | None, Exemplars | None]  # the label prior and the classes' pictures of single requests
 GONE = (RayActorError, DeploymentUnavailableError)  # a replica died with the request, or is not there yet
 
 
-def app_name(settings: config.Ranker, online: config.Serve | None = None) -> str:
+def app_name(settings: config.Ranker, online: config.Serve | None = None, beside: Beside = (None, None)) -> str:
     """Equal answers, served equally, share an application: weights that are trained anew in their folder get one of their own.
 
     Jobs share one where `ranker.keep` leaves it to them. Called where the command runs, and handed on: another machine may know
@@ -50,7 +52,7 @@ def app_name(settings: config.Ranker, online: config.Serve | None = None) -> str
     served = settings.model_dump(mode="json", include={"min_replicas", "max_replicas", "num_gpus", "timeout_s", "attempts"})
     named = not settings.keep and ray.is_initialized()  # asking for the job would join any Ray that is about
     job = ray.get_runtime_context().get_job_id() if named else None
-    parts = [identity.of_answers(settings), served, online and online.model_dump(mode="json"), job]
+    parts = [identity.of_answers(settings, json.dumps(beside)), served, online and online.model_dump(mode="json"), job]
     return f"{kind}-{identity.fingerprint(parts)[:8]}"
 
 
@@ -72,10 +74,10 @@ def deploy(session: Session, settings: config.Ranker) -> None:
         scale |= {"min_replicas": 0, "initial_replicas": settings.min_replicas}
     elif session.joined:
         session.endings.callback(serve.delete, name)
-    _deploy(session, name, settings, None, {**limits, "autoscaling_config": scale})
+    _deploy(session, name, [settings, None], {**limits, "autoscaling_config": scale})
 
 
-def deploy_online(session: Session, settings: config.Ranker, online: config.Serve) -> None:
+def deploy_online(session: Session, settings: config.Ranker, online: config.Serve, beside: Beside = (None, None)) -> None:
     """The same for single requests; Serve must run already. A replica is sent two batches: one to work on, one to come."""
     batch = settings.batch_size
     limits = {"max_ongoing_requests": 2 * batch, "max_queued_requests": online.max_queued}
@@ -86,10 +88,13 @@ def deploy_online(session: Session, settings: config.Ranker, online: config.Serv
         "metrics_interval_s": 1.0,
         "look_back_period_s": online.upscale_delay_s + 2.0,
     }
-    _deploy(session, app_name(settings, online), settings, online, {**limits, "autoscaling_config": scale})
+    name = app_name(settings, online, beside)
+    _deploy(session, name, [settings, online], {**limits, "autoscaling_config": scale}, beside)
 
 
-def _deploy(session: Session, name: str, settings: config.Ranker, online: config.Serve | None, options: dict[str, Any]) -> None:
+def _deploy(session: Session, name: str, sections: list[Any], options: dict[str, Any], beside: Beside = (None, None)) -> None:
+    """sections: config.Ranker, and config.Serve or None."""
+    settings: config.Ranker = sections[0]
     if name not in serve.status().applications:
         replicas = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
         options["autoscaling_config"] = replicas | options["autoscaling_config"]
@@ -101,8 +106,8 @@ def _deploy(session: Session, name: str, settings: config.Ranker, online: config
             logging_config=QUIET,
             **options,
         )(RankerReplica)
-        parts = [part and part.model_dump(mode="json") for part in (settings, online)]
-        bound = deployment.bind(*parts, session.threads_of(settings.max_replicas))
+        parts = [part and part.model_dump(mode="json") for part in sections]
+        bound = deployment.bind(*parts, session.threads_of(settings.max_replicas), *beside)
         serve.run_many([serve.RunTarget(bound, name, None)], wait_for_applications_running=False)
     try:
         waiting.until(

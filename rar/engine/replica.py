@@ -22,7 +22,6 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,22 +29,19 @@ from ray import serve
 from ray.serve.metrics import Counter
 
 from rar import config, miniature
-from rar.corpus import listing
 from rar.corpus.decode import decode
 from rar.engine.batching import WAIT_S, Batcher
+from rar.engine.exemplars import Exemplars, Pictures, Place
 from rar.engine.isolate import Isolate, reason
 from rar.engine.models import free_gpu_memory
 from rar.schema import Ranking, RankStatus, RowError, Unavailable, UserError
 
 Batch = tuple[list[bytes], list[list[str]]]  # encoded images, candidates' names of each
 Prior = dict[str, list[float]]  # length of a list -> log-probability of each label on any picture
-Place = tuple[str, int | None, int | None]  # uri, offset, size of an image, as an index has it
-Exemplars = dict[str, list[Place]]  # class name -> pictures of it
 One = tuple[bytes, list[str]]  # an encoded image, its candidates' names
 CHARS_PER_TOKEN = 3.0  # of candidates' names; what a picture and the prompt cost is learned from the answers
 FIRST_GUESS = 512.0  # tokens of a picture and its prompt before the first answer
 SICK = 3  # batches in a row without any answer after which a replica asks to be replaced
-EXEMPLAR_SIDE = 336  # pixels, at least, that a larger exemplar keeps of its short side
 FAULTS = (RowError, UserError, Unavailable)  # of one request
 
 
@@ -67,8 +63,19 @@ class Asked(NamedTuple):
 class RankerReplica:
     """One loaded MLLM. Not a Serve class by itself, so that it can be called in a test."""
 
-    def __init__(self, settings: dict[str, Any], online: dict[str, Any] | None = None, threads: int | None = None) -> None:
-        """settings: config.Ranker, online: config.Serve, as dictionaries. threads: of the model; None: as many as Ray gives."""
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        online: dict[str, Any] | None = None,
+        threads: int | None = None,
+        prior: Prior | None = None,
+        exemplars: Exemplars | None = None,
+    ) -> None:
+        """settings: config.Ranker, online: config.Serve, as dictionaries. threads: of the model; None: as many as Ray gives.
+
+        prior, exemplars: of single requests; a batch brings its own.
+        """
+        self.known_prior, self.known_exemplars, self.pictures = prior, exemplars, Pictures()
         self.settings, self.online = config.Ranker(**settings), config.Serve(**(online or {}))
         self.worker, self.decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         self.threads = threads
@@ -118,7 +125,7 @@ class RankerReplica:
         """
         pictures = await self._decoded(images)
         good = [row for row, picture in enumerate(pictures) if not isinstance(picture, RowError)]
-        shown = [None if exemplars is None else [pictures_at(places) for places in exemplars[row]] for row in good]
+        shown = await self._shown(None if exemplars is None else [exemplars[row] for row in good], len(good))
         rows = [Asked(pictures[row], names[row], pair, prior) for row, pair in zip(good, shown, strict=True)]  # type: ignore[arg-type]
         answers: list[Any] = list(pictures)
         for row, answer in zip(good, await self._run(self.whole, rows), strict=True):
@@ -177,8 +184,12 @@ class RankerReplica:
         """A Ranking or its own fault for each."""
         answers: list[Any] = list(await self._decoded([image for image, _ in waiting]))
         good = [row for row, picture in enumerate(answers) if not isinstance(picture, RowError)]
+        names, known = [waiting[row][1] for row in good], self.known_exemplars
+        places = None if known is None else [[known.get(name, []) for name in listed] for listed in names]
+        shown = await self._shown(places, len(good))
+        rows = [Asked(answers[row], *one, self.known_prior) for row, *one in zip(good, names, shown, strict=True)]
         try:
-            found = await self._run(isolated, [Asked(answers[row], waiting[row][1]) for row in good])
+            found = await self._run(isolated, rows)
         except Unavailable as error:  # an endpoint that stayed away does so for all of them
             found = [error] * len(good)
         for row, answer in zip(good, found, strict=True):
@@ -188,6 +199,14 @@ class RankerReplica:
     async def _decoded(self, images: Sequence[bytes]) -> list[np.ndarray | RowError]:
         loop = asyncio.get_running_loop()
         return list(await asyncio.gather(*(loop.run_in_executor(self.decoders, try_decode, image) for image in images)))
+
+    async def _shown(self, places: list[list[list[Place]]] | None, count: int) -> list[list[list[np.ndarray]] | None]:
+        """The pictures of each row's candidates, read beside the event loop; None for each of `count` rows without any."""
+        if places is None:
+            return [None] * count
+        loop, at = asyncio.get_running_loop(), self.pictures.at
+        jobs = (loop.run_in_executor(self.decoders, lambda row=row: [at(each) for each in row]) for row in places)  # type: ignore[misc]
+        return list(await asyncio.gather(*jobs))
 
     async def _run(self, isolated: Isolate[Asked, Ranking], rows: list[Asked]) -> list[Ranking | Exception]:
         return await asyncio.get_running_loop().run_in_executor(self.worker, self._work, isolated, rows)
@@ -227,20 +246,6 @@ def load_ranker(settings: config.Ranker, threads: int | None) -> Ranks:
 
 def model_path(settings: config.Ranker) -> str:
     return str(miniature.MLLM) if settings.model == "miniature" else settings.model
-
-
-@lru_cache(maxsize=4096)
-def exemplar(uri: str, offset: int | None, size: int | None) -> np.ndarray | None:
-    """A picture of a class, kept decoded and small; None where it cannot be read."""
-    data = listing.read_many([uri], [offset], [size])[0]
-    try:
-        return None if isinstance(data, RowError) else decode(data, EXEMPLAR_SIDE)
-    except RowError:
-        return None
-
-
-def pictures_at(places: Sequence[Place]) -> list[np.ndarray]:
-    return [picture for place in places if (picture := exemplar(*place)) is not None]
 
 
 def try_decode(image: bytes) -> np.ndarray | RowError:

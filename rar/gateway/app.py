@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 from fastapi import FastAPI
@@ -38,30 +39,36 @@ from rar.config import Config
 from rar.engine import client, reading
 from rar.engine.actors import Pool
 from rar.engine.batching import WAIT_S, Batcher
-from rar.engine.replica import Exemplars, exemplar
+from rar.engine.exemplars import Exemplars, Pictures
+from rar.engine.replica import Prior
 from rar.engine.session import Session
 from rar.gateway import api
-from rar.run import recognise
-from rar.run.calibrate import calibrate, support_places
+from rar.run import build, recognise
+from rar.run.calibrate import PRIOR_IMAGES, calibrate, exemplars, label_prior, support_places
 from rar.run.vocabulary import Vocabulary, open_memory
+from rar.run.work import Work
 from rar.runfolder import RunFolder
-from rar.schema import Candidate, Ranking, RankStatus, RowError, Unavailable, UserError
+from rar.schema import ERRORS, Candidate, Ranking, RankStatus, RowError, Unavailable, UserError
 
 APP = "gateway"
 TOKEN = "RAR_API_TOKEN"
 READY_S = 60.0
+SUPPORT_BYTES = 64 << 20  # of the memory's pictures, that a gateway keeps
 SUPPORT_SIDE = 192  # pixels, of a memory's picture on the page
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Known:
-    """What /recognize and /detect need, found out once at the start. support: where pictures of each class lie."""
+    """What a memory gives, found out once at the start. support: where pictures of each class lie, for people to see; prior and
+    exemplars: for the ranker."""
 
     vocabulary: Vocabulary
     calibration: fusion.Calibration
     encoders: Pool
     support: Exemplars
+    prior: Prior | None
+    exemplars: Exemplars | None
 
 
 class Cluster:
@@ -72,6 +79,7 @@ class Cluster:
         self.settings, self.known, self.app = settings, known, ranker
         self.ask = client.AskOne(ranker) if ranker else None
         self.worker = ThreadPoolExecutor(1)
+        self.pictures = Pictures(SUPPORT_BYTES)
         self.propose = Batcher(self._propose, self._fits, WAIT_S)
 
     async def rank(self, image: bytes, names: list[str], adapter: str) -> Ranking:
@@ -98,7 +106,7 @@ class Cluster:
         places = self.known.support.get(self.known.vocabulary.names.get(class_id, ""), [])
         if place >= len(places):
             return None
-        return await asyncio.get_running_loop().run_in_executor(None, thumbnail, *places[place])
+        return await asyncio.get_running_loop().run_in_executor(None, lambda: thumbnail(self.pictures(places[place])))
 
     async def health(self) -> dict[str, Any]:
         """The ranker's name, classes and pictures of each. Raises Unavailable where the ranker's application is not running."""
@@ -190,9 +198,8 @@ def arrived(images: list[bytes]) -> pa.Table:
     return pa.table({"bytes": pa.array(images, pa.large_binary()), "stage": none, "error": none})
 
 
-def thumbnail(uri: str, offset: int | None, size: int | None) -> bytes | None:
-    """A picture of the memory as a small JPEG; None where it cannot be read any more."""
-    pixels = exemplar(uri, offset, size)
+def thumbnail(pixels: np.ndarray | None) -> bytes | None:
+    """A picture of the memory as a small JPEG; None where it could not be read any more."""
     if pixels is None:
         return None
     image, buffer = Image.fromarray(pixels), io.BytesIO()
@@ -212,10 +219,11 @@ def serving(session: Session, settings: Config, folder: RunFolder) -> Iterator[s
     digest = check(settings)
     start_proxy(settings)
     known = learn(session, settings, folder) if session.memory is not None else None
-    ranker = client.app_name(settings.ranker, online) if settings.ranker.method != "none" else None
+    beside = (known.prior, known.exemplars) if known is not None else (None, None)
+    ranker = client.app_name(settings.ranker, online, beside) if settings.ranker.method != "none" else None
     try:
         if ranker is not None:
-            client.deploy_online(session, settings.ranker, online)
+            client.deploy_online(session, settings.ranker, online, beside)
         run_gateway(session, settings, known, ranker, digest)
         yield f"http://{online.host}:{online.port}"
     finally:
@@ -227,8 +235,11 @@ def serving(session: Session, settings: Config, folder: RunFolder) -> Iterator[s
 def check(settings: Config) -> bytes | None:
     """The token's digest, None where none is set. Raises UserError for what cannot be served, or not so, or not there."""
     online, ranker = settings.serve, settings.ranker
-    if ranker.debias == "prior" or ranker.exemplars:
-        raise UserError("serving knows neither ranker.debias prior nor ranker.exemplars; use ranker.permutations instead")
+    if (ranker.debias == "prior" or ranker.exemplars) and not (online.recognizes and settings.memory.support):
+        raise UserError(
+            "ranker.debias prior and ranker.exemplars need the memory's pictures: set memory.support, and serve.endpoints with "
+            "recognize or detect"
+        )
     if settings.encoder.model == "precomputed" and online.recognizes:
         raise UserError("encoder.model precomputed cannot embed a new picture; set serve.endpoints: [rank]")
     for name, folder in online.adapters.items():
@@ -271,15 +282,22 @@ def learn(session: Session, settings: Config, folder: RunFolder) -> Known:
     """Open the memory and calibrate on it, with a batch ranker that goes again; not where the folder has it already."""
     fitting = settings.route.mode == "calibrated" and not (folder.path / "calibration.json").exists()
     fitting = fitting and settings.ranker.method != "none" and settings.memory.support is not None
+    fitting = fitting or (settings.ranker.debias == "prior" and not (folder.path / "prior.json").exists())
     vocabulary = recognise.prepare(session, settings) if fitting else open_memory(session, settings)
-    calibration = calibrate(session, settings, vocabulary, folder)
+    prior = None
+    if settings.ranker.debias == "prior":
+        support = build.plan(settings).support
+        drawn = np.random.default_rng([settings.run.seed, 6]).permutation(support.num_rows)[:PRIOR_IMAGES]
+        few = Work(support.take(np.sort(drawn)), False, ERRORS.empty_table())
+        prior = label_prior(session, settings, few, vocabulary, folder)
+    calibration = calibrate(session, settings, vocabulary, folder, prior)
     if fitting:
         client.undeploy(settings.ranker)
     support: Exemplars = {}
     if settings.serve.support_pictures and settings.memory.support is not None:
         with suppress(UserError, Unavailable):  # it served to build the memory, and may be gone since
             support = support_places(settings, settings.serve.support_pictures)
-    return Known(vocabulary, calibration, session.encoder(settings.encoder), support)
+    return Known(vocabulary, calibration, session.encoder(settings.encoder), support, prior, exemplars(settings))
 
 
 def run_gateway(session: Session, settings: Config, known: Known | None, app: str | None, digest: bytes | None) -> None:

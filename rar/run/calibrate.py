@@ -14,7 +14,8 @@ from rar import fusion
 from rar.columns import candidates_of, rankings_of
 from rar.config import Config
 from rar.engine import choosing, client, pipeline, reading
-from rar.engine.replica import Exemplars, Prior
+from rar.engine.exemplars import Exemplars
+from rar.engine.replica import Prior
 from rar.engine.session import Session
 from rar.run import build, fitting, steps
 from rar.run.vocabulary import PARTS, Vocabulary, collection
