@@ -187,7 +187,8 @@ class RankerReplica:
         names, known = [waiting[row][1] for row in good], self.known_exemplars
         places = None if known is None else [[known.get(name, []) for name in listed] for listed in names]
         shown = await self._shown(places, len(good))
-        rows = [Asked(answers[row], *one, self.known_prior) for row, *one in zip(good, names, shown, strict=True)]
+        prior, pairs = self.known_prior, zip(names, shown, strict=True)
+        rows = [Asked(answers[row], *pair, prior) for row, pair in zip(good, pairs, strict=True)]
         try:
             found = await self._run(isolated, rows)
         except Unavailable as error:  # an endpoint that stayed away does so for all of them

@@ -284,20 +284,22 @@ def learn(session: Session, settings: Config, folder: RunFolder) -> Known:
     fitting = fitting and settings.ranker.method != "none" and settings.memory.support is not None
     fitting = fitting or (settings.ranker.debias == "prior" and not (folder.path / "prior.json").exists())
     vocabulary = recognise.prepare(session, settings) if fitting else open_memory(session, settings)
-    prior = None
-    if settings.ranker.debias == "prior":
-        support = build.plan(settings).support
-        drawn = np.random.default_rng([settings.run.seed, 6]).permutation(support.num_rows)[:PRIOR_IMAGES]
-        few = Work(support.take(np.sort(drawn)), False, ERRORS.empty_table())
-        prior = label_prior(session, settings, few, vocabulary, folder)
+    prior = label_prior(session, settings, drawn(settings), vocabulary, folder) if settings.ranker.debias == "prior" else None
     calibration = calibrate(session, settings, vocabulary, folder, prior)
     if fitting:
         client.undeploy(settings.ranker)
-    support: Exemplars = {}
+    seen: Exemplars = {}
     if settings.serve.support_pictures and settings.memory.support is not None:
         with suppress(UserError, Unavailable):  # it served to build the memory, and may be gone since
-            support = support_places(settings, settings.serve.support_pictures)
-    return Known(vocabulary, calibration, session.encoder(settings.encoder), support, prior, exemplars(settings))
+            seen = support_places(settings, settings.serve.support_pictures)
+    return Known(vocabulary, calibration, session.encoder(settings.encoder), seen, prior, exemplars(settings))
+
+
+def drawn(settings: Config) -> Work:
+    """Some pictures of the memory, for the label prior: what will be asked is not known yet."""
+    support = build.plan(settings).support
+    rows = np.random.default_rng([settings.run.seed, 6]).permutation(support.num_rows)[:PRIOR_IMAGES]
+    return Work(support.take(np.sort(rows)), False, ERRORS.empty_table())
 
 
 def run_gateway(session: Session, settings: Config, known: Known | None, app: str | None, digest: bytes | None) -> None:

@@ -78,7 +78,7 @@ def test_a_picture_that_is_slow_to_read_keeps_no_health_check_waiting(tmp_path: 
         slow.write_bytes(data)
 
     async def run() -> bool:
-        shown = [[[(str(slow), None, None)], []]]
+        shown: list[list[list[exemplars.Place]]] = [[[(str(slow), None, None)], []]]
         ranking = asyncio.create_task(replica.rank([data], [["red ring", "blue star"]], exemplars=shown))
         await asyncio.sleep(0.2)
         replica.check_health()
