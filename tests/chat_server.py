@@ -54,6 +54,7 @@ class Server(ThreadingHTTPServer):
         self.answer: Answer = colour_model()
         self.tokenize: Answer = no_such_page
         self.decide: Answer = no_such_page
+        self.rerank: Answer = no_such_page
         self.decided: list[dict[str, Any]] = []
         self.seen: list[tuple[float, dict[str, str], dict[str, Any]]] = []
         self.busy = self.most_busy = 0
@@ -84,6 +85,7 @@ class Handler(BaseHTTPRequestHandler):
             known = {
                 "/v1/chat/completions": self.server.answer,
                 "/v1/systemone": self.server.decide,
+                "/v1/rerank": self.server.rerank,
                 "/tokenize": self.server.tokenize,
                 "/detokenize": self.server.tokenize,
             }
@@ -251,6 +253,17 @@ def decision_model(mass: float = 0.9) -> Answer:
         return Response(json.dumps(found).encode())
 
     return answer
+
+
+def reranking_model(body: dict[str, Any]) -> Response:
+    """The route /v1/rerank as vLLM 0.32 has it: best first; the picture's colour is likelier."""
+    (part,), names = body["query"]["content"], body["documents"]
+    colour = nearest_colour(decoded(part["image_url"]["url"]))
+    scores = [0.9 - place / 100 if colour in name else 0.1 + place / 100 for place, name in enumerate(names)]
+    listed = sorted(enumerate(scores), key=lambda pair: -pair[1])
+    results = [{"index": place, "document": {"text": names[place]}, "relevance_score": score} for place, score in listed]
+    usage = {"prompt_tokens": 20 * len(names), "total_tokens": 20 * len(names)}
+    return Response(json.dumps({"id": "score-1", "model": body["model"], "usage": usage, "results": results}).encode())
 
 
 @contextmanager

@@ -86,6 +86,8 @@ class AskServers:
 
     def _calls(self, names: Sequence[Sequence[str]]) -> int:
         """At most."""
+        if self.offers.reranks:
+            return sum(len(listed) for listed in names if len(listed) > 1)
         rotations = self.settings.permutations if self.offers.logprobs else 1
         return sum(min(len(listed), rotations) for listed in names if len(listed) > 1)
 

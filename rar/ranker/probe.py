@@ -6,6 +6,8 @@ log-probabilities of the labels' tokens by id, decisions, the log-probabilities 
 Labels are on offer only where they hold some of the probability of the first token: a model that thinks first, switch or not,
 is asked in words.
 
+A server that refuses plain questions altogether may serve a reranker, and is asked for a reranking.
+
 The labels' ids come from the server's own /tokenize, after the tail of a rendered prompt; where it has none, from the tokenizer
 of `ranker.tokenizer` (or of a model that is a local folder).
 """
@@ -25,9 +27,9 @@ import numpy as np
 from rar.config import Ranker
 from rar.ranker.labels import LEAST_MASS, label_forms, label_texts
 from rar.ranker.prompt import generate_prompt
-from rar.ranker.readings import label_read, label_scores, read_decision, sorted_labels
+from rar.ranker.readings import label_read, label_scores, read_decision, read_relevance, sorted_labels
 from rar.ranker.requests import NO_THOUGHTS, QUESTION, Offers, Requests
-from rar.ranker.servers import DECISIONS, Servers
+from rar.ranker.servers import DECISIONS, RERANK, Servers
 from rar.ranker.wire import Fault, Refused, data_url, read_reply
 from rar.schema import Unavailable, UserError, first_line
 
@@ -53,7 +55,12 @@ class Probe:
             raise Unavailable(f"the ranker's server {self.servers.name} gave no answer {tries}: {fault}") from None
 
     async def _offers(self) -> Offers:
-        offers = await self._plain()
+        try:
+            offers = await self._plain()
+        except UserError:
+            if await self._reranks():
+                return Offers(logprobs=True, structured=False, reranks=True)
+            raise
         switched = offers._replace(switch=True)
         if await self._offered(self._question(switched), read_reply):
             offers = switched
@@ -94,6 +101,16 @@ class Probe:
         if offers.labels and None in told:
             return False
         return label_read(reply.top, len(NAMES), offers.labels).mass >= LEAST_MASS
+
+    async def _reranks(self) -> bool:
+        """Whether a server that answers no questions scores names against a picture."""
+
+        def scored(data: bytes) -> bool:
+            with contextlib.suppress(Fault):
+                return len(read_relevance(data, len(NAMES))[0]) == len(NAMES)
+            return False
+
+        return bool(await self._offered(self.requests.reranking(self.picture, NAMES), scored, RERANK))
 
     async def _decides(self) -> bool:
         """Whether the server reads labelled options itself, and puts some of the first token's probability on them."""

@@ -13,6 +13,7 @@ from rar.ranker.wire import LEAST_LOGPROB, Fault, Reply, at, is_number, token_co
 from rar.ranker.wording import LABELS
 
 QUOTED_LABEL = re.compile(r'"([A-Z])"')
+SMALLEST = 1e-9  # probability of a document, as servers write 0 and 1 for what is nearly so
 ROUNDING = 1e-3  # by which a sum of probabilities may be above 1
 AROUND_LABEL = " \t\n\"'(*▁Ġ"  # what tokenizers write before a label, and quotes
 Top = Sequence[tuple[str, float]]  # the first token's alternatives: what it is called, log-probability
@@ -58,6 +59,24 @@ def read_decision(data: bytes, question: str, names: Sequence[str]) -> tuple[Rea
         logprobs = np.maximum(np.log(np.array(shares, np.float64) * mass), LEAST_LOGPROB)
     spent = [token_count(at(body, "usage", name)) for name in ("input_tokens", "output_tokens")]
     return Read(logprobs, min(float(mass), 1.0), first is True), Reply("", [], *spent)
+
+
+def read_relevance(data: bytes, places: int) -> tuple[np.ndarray, int]:
+    """The body of a reranking: (places,) log-odds that each document is relevant, from its probability, and prompt tokens.
+
+    Raises Fault for anything else, whatever it is: documents left out, named twice, or scored outside 0 to 1 (raw logits).
+    """
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Fault(f"the reranking is no JSON: {data[:80]!r}") from None
+    results = at(body, "results")
+    pairs = [(at(one, "index"), at(one, "relevance_score")) for one in results] if isinstance(results, list) else []
+    chances = {place: score for place, score in pairs if type(place) is int and is_number(score) and 0 <= score <= 1}
+    if sorted(chances) != list(range(places)) or len(pairs) != places:
+        raise Fault(f"the reranking has no probability for each of {places} documents: {data[:80]!r}")
+    chance = np.clip([chances[place] for place in range(places)], SMALLEST, 1 - SMALLEST)
+    return np.log(chance) - np.log1p(-chance), token_count(at(body, "usage", "prompt_tokens"))
 
 
 def sorted_labels(text: str, count: int) -> list[int]:

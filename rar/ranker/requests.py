@@ -11,6 +11,7 @@ from rar.ranker.wording import LABELS, Wording
 TOP_LOGPROBS = 20  # the most that OpenAI's interface allows
 SORTING = 'Sort these from most to least like {picture}.\n{candidates}\nAnswer with all letters: {{"ranking": [letters]}}'
 DECIDING = "Which of these is in {picture}?"
+RERANKING = "Find the name of what the picture shows."
 QUESTION = "class"  # the id of a decision's one question
 NO_THOUGHTS = {"chat_template_kwargs": {"enable_thinking": False}}
 
@@ -19,7 +20,8 @@ class Offers(NamedTuple):
     """What a server does beyond a plain question. renounced: fields of a plain question that it does not take.
 
     labels: the token ids of A, B, ... where it tells the log-probabilities of tokens by id. switch: it takes NO_THOUGHTS.
-    decisions: it labels options, asks and reads by itself (/v1/systemone); logprobs is then true as well.
+    decisions: it labels options, asks and reads by itself (/v1/systemone). reranks: it answers no question, but scores each
+    candidate against the picture (/v1/rerank). logprobs is then true as well.
     """
 
     logprobs: bool
@@ -28,6 +30,7 @@ class Offers(NamedTuple):
     labels: tuple[tuple[int, ...], ...] = ()
     switch: bool = False
     decisions: bool = False
+    reranks: bool = False
 
     @property
     def most_labels(self) -> int:
@@ -60,6 +63,11 @@ class Requests:
         question = {"type": "choice", "criteria": dict.fromkeys(names)}
         state = DECIDING.format(picture=self.wording.picture)
         return {"model": self.settings.model, "state": state, "images": [picture], "questions": {QUESTION: question}}
+
+    def reranking(self, picture: str, names: list[str]) -> dict[str, Any]:
+        """For /v1/rerank. How a pair is put to the model is the template's that the server was started with."""
+        query = {"content": [{"type": "image_url", "image_url": {"url": picture}}]}
+        return {"model": self.settings.model, "query": query, "documents": names, "instruction": RERANKING}
 
     def sorting(self, picture: str, names: list[str], offers: Offers) -> dict[str, Any]:
         """Candidates are listed as for `letters`; the answer is a JSON list of all labels."""

@@ -48,8 +48,10 @@ from tests.chat_server import (
     colour_of,
     completion,
     decision_model,
+    no_such_page,
     picture,
     refusal,
+    reranking_model,
     serving,
     text_of,
     token_model,
@@ -256,6 +258,35 @@ def test_a_server_that_decides_is_asked_to(server: Server, mass: float, status: 
     assert found.scores == pytest.approx(logs - np.log(np.exp(logs).sum()))
     assert (len(server.seen), len(server.decided)) == (chats, decisions + 3)
     assert list(server.decided[-3]["questions"]["class"]["criteria"]) == NAMES
+
+
+def test_a_server_of_a_reranker_scores_each_name(server: Server) -> None:
+    """It has no chat; thirty candidates are one request, a call each."""
+    server.answer, server.rerank = no_such_page, reranking_model
+    asker = ranker(server)
+    asker.offers = asker.probe()
+    assert asker.offers == Offers(logprobs=True, structured=False, reranks=True)
+    (found, many) = asker.rank([picture("green")] * 2, [NAMES, [f"{NAMES[place % 3]} {place}" for place in range(30)]])
+    assert found.order[0] == BEST["green"] and (found.status, found.calls, found.prompt_tokens) == ("ranked", 3, 60)
+    odds = np.array([0.1 / 0.9, 0.11 / 0.89, 0.88 / 0.12])
+    assert np.exp(found.scores) == pytest.approx(odds / odds.sum())
+    assert many.order[0] == 2 and sorted(many.order) == list(range(30)) and many.calls == 30
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [],
+        [{"index": 0, "relevance_score": 0.5}],
+        [{"index": 0, "relevance_score": 0.5}, {"index": 0, "relevance_score": 0.5}],
+        [{"index": 0, "relevance_score": 0.5}, {"index": 1, "relevance_score": 3.5}],
+        "all",
+    ],
+)
+def test_what_is_no_reranking_is_no_offer(server: Server, results: Any) -> None:
+    server.answer, server.rerank = no_such_page, lambda _: Response(json.dumps({"results": results}).encode())
+    with pytest.raises(UserError, match="answered 404"):
+        ranker(server).probe()
 
 
 def test_names_that_a_decision_could_not_tell_apart_go_by_text(server: Server) -> None:

@@ -22,7 +22,7 @@ from rar import miniature
 from rar.config import Ranker
 from rar.ranker.endpoint import EndpointRanker
 from rar.ranker.rank import MllmRanker
-from rar.ranker.readings import read_decision
+from rar.ranker.readings import read_decision, read_relevance
 from rar.ranker.requests import QUESTION
 
 pytestmark = [
@@ -129,29 +129,39 @@ def test_thirty_candidates_go_by_free_text(vllm: Vllm, world: Path) -> None:
 
 DECISION_MODELS = """
 import json, sys
+from vllm.entrypoints.pooling.scoring.protocol import RerankRequest, RerankResponse, RerankResult, RerankUsage
 from vllm.entrypoints.generate.structured_decisions.protocol import StructuredDecisionRequest
 from vllm.entrypoints.generate.structured_decisions.question_types import build_question
-request = StructuredDecisionRequest.model_validate_json(sys.stdin.read())
+decision, reranking = json.loads(sys.stdin.read())
+request = StructuredDecisionRequest.model_validate(decision)
 ((qid, asked),) = request.questions.items()
 question = build_question(qid, asked.type, asked.instructions, asked.criteria, 26)
 said = question.type.answer(question, [0.5, 0.3, 0.2], 0.8)
-print(json.dumps([request.state, question.type.prompt(question), qid, said, len(request.images), asked.model_extra or {}]))
+pairs = RerankRequest.model_validate(reranking)
+results = [RerankResult(index=place, document={"text": pairs.documents[place]}, relevance_score=0.9 - place / 10) for place in (0, 2, 1)]
+ranked = RerankResponse(id="1", model="m", usage=RerankUsage(prompt_tokens=7, total_tokens=7), results=results).model_dump()
+told = [request.state, question.type.prompt(question), qid, said, len(request.images), asked.model_extra or {}]
+print(json.dumps([*told, ranked, pairs.chat_template_kwargs, pairs.model_extra or {}]))
 """
 
 
-def test_a_decision_is_asked_and_read_as_vllm_means_it() -> None:
+def test_decisions_and_rerankings_are_asked_and_read_as_vllm_means_them() -> None:
     """By vLLM's own types in its environment: no model that it decides with is small enough to be served here."""
     asker = endpoint(Vllm(Path()))
     names = ["a red ring", "a blue star: odd", 'a "green" cross']
-    body = json.dumps(asker.requests.decision("data:image/png;base64,AA==", names))
+    picture = "data:image/png;base64,AA=="
+    body = json.dumps([asker.requests.decision(picture, names), asker.requests.reranking(picture, names)])
     program = [str(Path(os.environ["RAR_VLLM"]) / "bin" / "python"), "-c", DECISION_MODELS]
     told = subprocess.run(program, input=body, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    state, prompt, qid, answer, images, unknown = json.loads(told)
+    state, prompt, qid, answer, images, unknown, reranked, kwargs, more = json.loads(told)
     assert (state, images, unknown) == ("Which of these is in the picture?", 1, {})
     assert prompt.splitlines()[:3] == [f"{label}: {name}" for label, name in zip("ABC", names, strict=True)]
     reply = {"answers": {qid: answer}, "diagnostics": {qid: {"label_mass": 0.8, "argmax_is_label": True}}, "usage": {}}
     read, _ = read_decision(json.dumps(reply).encode(), QUESTION, names)
     assert np.exp(read.logprobs) == pytest.approx([0.4, 0.24, 0.16]) and read.mass == 0.8 and read.first
+    odds, tokens = read_relevance(json.dumps(reranked).encode(), len(names))
+    assert 1 / (1 + np.exp(-odds)) == pytest.approx([0.9, 0.8, 0.7]) and tokens == 7
+    assert list(kwargs) == ["instruction"] and not more
 
 
 def test_an_engine_that_is_killed_and_started_again_is_found(vllm: Vllm, world: Path) -> None:
