@@ -4,8 +4,8 @@ Servers differ in what they offer, so they are asked first (see probe). Then eac
 labelled candidates whose token ids' log-probabilities are told, up to 26 of them in one prefill; a decision (/v1/systemone: the
 server labels the candidates and reads its model itself); labels by the likeliest 20 tokens; structured output (a JSON list of
 labels; labels, as a grammar of names would be compiled anew for every image); free text read by `prompt.parse`. More candidates
-than labels go by free text. A server of a reranker (/v1/rerank), which answers no question, scores each candidate. A probe costs
-some six calls and, where the server tokenizes, some fifty look-ups; it is not counted in any Ranking.
+than labels go by free text. A server of a reranker (/v1/rerank), which answers no question, scores each candidate. A probe
+costs some six calls and, where the server tokenizes, some fifty look-ups; it is not counted in any Ranking.
 
 A server that is away when it is first asked is Unavailable, and so are servers of which none listens any more after `attempts`
 tries: what was ranked is kept, and a resumed run goes on. An image that cannot be sent, or whose request was refused or failed

@@ -138,7 +138,8 @@ request = StructuredDecisionRequest.model_validate(decision)
 question = build_question(qid, asked.type, asked.instructions, asked.criteria, 26)
 said = question.type.answer(question, [0.5, 0.3, 0.2], 0.8)
 pairs = RerankRequest.model_validate(reranking)
-results = [RerankResult(index=place, document={"text": pairs.documents[place]}, relevance_score=0.9 - place / 10) for place in (0, 2, 1)]
+documents = [{"text": name} for name in pairs.documents]
+results = [RerankResult(index=place, document=documents[place], relevance_score=0.9 - place / 10) for place in (0, 2, 1)]
 ranked = RerankResponse(id="1", model="m", usage=RerankUsage(prompt_tokens=7, total_tokens=7), results=results).model_dump()
 told = [request.state, question.type.prompt(question), qid, said, len(request.images), asked.model_extra or {}]
 print(json.dumps([*told, ranked, pairs.chat_template_kwargs, pairs.model_extra or {}]))
