@@ -227,7 +227,7 @@ def decision_model(mass: float = 0.9) -> Answer:
     """The route /v1/systemone as vLLM 0.32 has it: one question, its options in order; the picture's colour is likelier."""
 
     def answer(body: dict[str, Any]) -> Response:
-        (asked, question), (url,) = *body["questions"].items(), body["images"]
+        ((asked, question),), (url,) = body["questions"].items(), body["images"]
         names = list(question["criteria"])
         assert question["type"] == "choice" and 1 < len(names) <= 26 and isinstance(body["state"], str)
         shares = np.array([3.0 if nearest_colour(decoded(url)) in name else 1.0 for name in names]) + np.arange(len(names)) / 10
