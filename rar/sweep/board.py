@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -100,23 +100,31 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """A data set (or "average") at a number of shots. entries: arm -> entry, of the arms that are done there."""
+    """A data set (or "average") at a number of shots. entries: arm -> entry, of the arms that are done there.
+
+    published: method -> what the paper says for this data set and number of shots, a fraction; not measured here.
+    """
 
     dataset: str
     shots: int
     metric: str
     seeds: int
     entries: dict[str, Entry]
+    published: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Board:
-    """The table of arms. arms: in the grid's order, those with a result. claims: what holds and what does not, in sentences."""
+    """The table of arms. arms: in the grid's order, those with a result. claims: what holds and what does not, in sentences.
+
+    references: the paper's methods that have a number in some row. differs: what is other in their protocols.
+    """
 
     arms: list[str]
     rows: list[Row]
     claims: list[str]
     references: list[str]
+    differs: list[str]
 
 
 Pooled = dict[tuple[str, int], dict[str, list[Result]]]  # (data set, shots) -> arm -> its cells, one a seed
@@ -130,7 +138,9 @@ def board(grid: Grid, found: Sequence[Result]) -> Board:
             arms.append(name)
     rows = [_row(key, by_arm) for key, by_arm in pooled.items()]
     rows = _bold(rows + _averages(pooled), pooled)
-    return Board(arms, rows, _claims(grid, rows, pooled), _references(grid))
+    claims = _claims(grid, rows, pooled)
+    rows, differs = _with_references(grid, rows)
+    return Board(arms, rows, claims, list(dict.fromkeys(name for row in rows for name in row.published)), differs)
 
 
 def _arm(grid: Grid, cell: Cell) -> str:
@@ -141,14 +151,12 @@ def _arm(grid: Grid, cell: Cell) -> str:
 def _pooled(grid: Grid, found: Sequence[Result]) -> Pooled:
     """Arms without support pictures stand at every number of shots of their data set."""
     pooled: Pooled = {}
-    shots: dict[str, list[int]] = {}
+    shots: dict[str, set[int]] = {}
     for one in found:
-        known = shots.setdefault(one.cell.dataset, [])
-        if one.cell.shots not in known and (one.cell.shots or not grid.arms[one.cell.arm].per_shots):
-            known.append(one.cell.shots)
+        shots.setdefault(one.cell.dataset, set()).add(one.cell.shots)
     for dataset in grid.datasets:
-        counts = [count for count in shots.get(dataset, []) if count] or shots.get(dataset, [])
-        for count in sorted(counts):
+        there = shots.get(dataset, set())
+        for count in sorted(there - {0} or there):
             by_arm = pooled.setdefault((dataset, count), {})
             for one in found:
                 if one.cell.dataset == dataset and one.cell.shots in (count, 0):
@@ -210,11 +218,8 @@ def _bold(rows: Sequence[Row], pooled: Pooled) -> list[Row]:
     marked = []
     for number, row in enumerate(rows):
         arm = leaders.get(number)
-        entries = dict(row.entries)
-        if arm is not None and worst[number] < SIGNIFICANT:
-            one = entries[arm]
-            entries[arm] = Entry(one.value, one.low, one.high, one.asked, bold=True)
-        marked.append(Row(row.dataset, row.shots, row.metric, row.seeds, entries))
+        bold = {arm: replace(row.entries[arm], bold=True)} if arm is not None and worst[number] < SIGNIFICANT else {}
+        marked.append(replace(row, entries={**row.entries, **bold}))
     return marked
 
 
@@ -270,19 +275,26 @@ def _claims(grid: Grid, rows: Sequence[Row], pooled: Pooled) -> list[str]:
     return said
 
 
-def _references(grid: Grid) -> list[str]:
-    """The paper's numbers for the data sets of this grid, as sentences with what differs."""
-    names = {one.published for one in grid.datasets.values() if one.published} | ({"average"} if grid.datasets else set())
-    if names == {"average"}:
-        return []
-    lines: list[str] = []
-    told: set[str] = set()
-    for one in published():
-        if one.dataset in names:
-            shots = "" if one.shots is None else f", {one.shots} shots"
-            lines.append(f"Table {one.table}, {one.dataset}{shots}: {one.method} {one.metric} {one.value:g} (published)")
-            told.update(one.differs)
-    return lines + [f"Differs: {line}" for line in sorted(told)]
+PUBLISHED_AS = {"top1": "top1", "cluster_accuracy": "cacc", "ap": "ap"}
+
+
+def _with_references(grid: Grid, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows with the paper's numbers beside, and lines on what is other in its protocols.
+
+    A number over a whole training set stands only where no shots are counted: it has no like among 1 to 16 shots.
+    """
+    names = {name: one.published for name, one in grid.datasets.items()}
+    told: dict[str, None] = {}
+    found = []
+    for row in rows:
+        numbers = {}
+        for one in published():
+            like = one.shots == row.shots or (one.shots is None and (row.shots == 0 or one.metric != "top1"))
+            if one.dataset == names.get(row.dataset) and one.metric == PUBLISHED_AS.get(row.metric) and like:
+                numbers[f"{one.method}, table {one.table}"] = one.value / 100
+                told |= dict.fromkeys(one.differs)
+        found.append(replace(row, published=numbers))
+    return found, list(told)
 
 
 def cell_text(entry: Entry | None, bold: str = "**") -> str:
@@ -304,15 +316,17 @@ def as_markdown(grid: Grid, made: Board) -> str:
         "Intervals are 95 % over classes. Bold: better than every other arm of its row (p < .05, Holm).",
         "",
     ]
-    lines += ["| data set | shots | " + " | ".join(f"`{arm}`" for arm in made.arms) + " |", "|---" * (2 + len(made.arms)) + "|"]
+    heads = [f"`{arm}`" for arm in made.arms] + [f"{name} (published)" for name in made.references]
+    lines += ["| " + " | ".join(["data set", "shots", *heads]) + " |", "|---" * (2 + len(heads)) + "|"]
     for row in made.rows:
-        lines.append(
-            f"| {row.dataset} | {row.shots} | " + " | ".join(cell_text(row.entries.get(arm)) for arm in made.arms) + " |"
-        )
+        shown = [cell_text(row.entries.get(arm)) for arm in made.arms]
+        shown += [_dec(row.published[name]) if name in row.published else "–" for name in made.references]
+        lines.append(f"| {row.dataset} | {row.shots} | " + " | ".join(shown) + " |")
     if made.claims:
         lines += ["", *[f"- {one}" for one in made.claims]]
-    if made.references:
-        lines += ["", "Published by the paper, not measured here:", "", *[f"- {one}" for one in made.references]]
+    if made.differs:
+        lines += ["", "Published columns are the paper's (arXiv 2403.13805), not measured here. What differs there:", ""]
+        lines += [f"- {one}" for one in made.differs]
     return "\n".join(lines) + "\n"
 
 

@@ -191,9 +191,16 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Piece:
     return result
 
 
-def groups(chosen: Sequence[Cell]) -> Iterator[tuple[tuple[str, str, int, int], list[Cell]]]:
-    """Cells by the memory that they share: (data set, encoder, shots, seed) and its cells, in their order."""
-    found: dict[tuple[str, str, int, int], list[Cell]] = {}
+Group = tuple[str, str, int, int]  # data set, encoder, shots, seed: what shares a memory
+
+
+def group_of(cell: Cell) -> Group:
+    return cell.dataset, cell.encoder, cell.shots, cell.seed
+
+
+def groups(chosen: Sequence[Cell]) -> Iterator[list[Cell]]:
+    """The cells of each memory, in their order."""
+    found: dict[Group, list[Cell]] = {}
     for cell in chosen:
-        found.setdefault((cell.dataset, cell.encoder, cell.shots, cell.seed), []).append(cell)
-    yield from found.items()
+        found.setdefault(group_of(cell), []).append(cell)
+    yield from found.values()

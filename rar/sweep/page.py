@@ -41,6 +41,7 @@ def render(sweep: Sweep, every: Sequence[Cell], found: Sequence[Result], made: B
         rows=made.rows,
         claims=made.claims,
         references=made.references,
+        differs=made.differs,
         described=sweep.grid.arms,
         ours=sweep.grid.ours,
         figures=_over_shots(made) + _frontier(made),

@@ -32,7 +32,7 @@ from rar.run.work import Work, classify_work, detect_work
 from rar.runfolder import RunFolder
 from rar.schema import UserError, first_line
 from rar.sweep import replay
-from rar.sweep.grid import Cell, Grid, cells, groups, settings_of
+from rar.sweep.grid import Cell, Grid, Group, cells, group_of, groups, settings_of
 from rar.sweep.sources import Source, prepare
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ class Spent(Exception):
 
 
 REFRESH_S = 30.0  # the tables and the page are written again after so long
-
-Group = tuple[str, str, int, int]
 
 
 @dataclass
@@ -66,9 +64,9 @@ class Sweep:
     def folder(self, cell: Cell) -> Path:
         return self.out / "cells" / cell.name
 
-    def settings(self, cell: Cell, memory: str | None = None) -> Config:
-        """Raises UserError, also for a data set that is not there."""
-        settings = settings_of(self.grid, cell, self.sources[cell.dataset](cell.seed), memory)
+    def settings(self, cell: Cell) -> Config:
+        """Raises UserError."""
+        settings = settings_of(self.grid, cell, self.sources[cell.dataset](cell.seed), self.memory_uri(group_of(cell)))
         if settings.ranker.method != "none" and settings.ranker.cache is None:
             answers = str(self.out / "shared" / "answers")
             settings = settings.model_copy(update={"ranker": settings.ranker.model_copy(update={"cache": answers})})
@@ -108,9 +106,7 @@ def finished(sweep: Sweep, every: Sequence[Cell]) -> list[Cell]:
         if cell.name in sweep.failed or not folder.finished:
             continue
         try:
-            group = (cell.dataset, cell.encoder, cell.shots, cell.seed)
-            settings = sweep.settings(cell, sweep.memory_uri(group))
-            RunFolder.check(folder.path, sweep.grid.datasets[cell.dataset].verb, settings, fresh=False)
+            RunFolder.check(folder.path, sweep.grid.datasets[cell.dataset].verb, sweep.settings(cell), fresh=False)
             sweep.done[cell.name] = folder.read("run.json")["seconds"]
             found.append(cell)
         except UserError as error:
@@ -157,7 +153,7 @@ def run(
 
         with session.opened() as opened, ThreadPoolExecutor(sweep.grid.parallel) as pool:
             worker = Worker(sweep, opened, every, budget, told)
-            futures = [pool.submit(worker.group, group, members) for group, members in groups(rest)]
+            futures = [pool.submit(worker.group, members) for members in groups(rest)]
             try:
                 for future in futures:
                     future.result()
@@ -208,19 +204,19 @@ class Worker:
     listings: dict[str, str] = field(default_factory=dict)  # of support pictures: their digests
     embedding: dict[str, threading.Lock] = field(default_factory=dict)
 
-    def group(self, group: Group, members: Sequence[Cell]) -> None:
+    def group(self, members: Sequence[Cell]) -> None:
         """The cells of one memory."""
         from rar.engine import faults
 
-        sweep, uri = self.sweep, self.sweep.memory_uri(group)
+        sweep = self.sweep
         try:
             with faults.crossing():
-                settings = sweep.settings(members[0], uri)
+                settings = sweep.settings(members[0])
                 with open_store(settings.memory.uri, settings.memory.token) as address:
                     opened = replace(self.session, memory=address)
                     self._build(opened, members[0], settings)
                     for cell in members:
-                        _guarded(sweep, cell, self.told, partial(self._cell, opened, cell, uri))
+                        _guarded(sweep, cell, self.told, partial(self._cell, opened, cell))
         except Exception as error:  # of the memory: all its cells lack it
             reached = {*sweep.done, *sweep.failed, *sweep.left}
             for cell in members:
@@ -269,10 +265,10 @@ class Worker:
             self._count(f"support of {cell.dataset}", shared.embed_images(self.session, settings, work, kept), kept)
         return kept
 
-    def _cell(self, opened: Session, cell: Cell, uri: str) -> dict[str, float]:
+    def _cell(self, opened: Session, cell: Cell) -> dict[str, float]:
         from rar.run import recognise, shared
 
-        sweep, settings = self.sweep, self.sweep.settings(cell, uri)
+        sweep, settings = self.sweep, self.sweep.settings(cell)
         verb = sweep.grid.datasets[cell.dataset].verb
         work = self._work(verb, settings)
         self._spend(cell, settings, work)

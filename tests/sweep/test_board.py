@@ -39,7 +39,7 @@ def results(accuracy: dict[str, float], noise: int = 0) -> list[Result]:
             continue
         rng = np.random.default_rng([noise, shots, seed, *arm.encode(), *dataset.encode()])
         correct = rng.random(len(LABELS)) < accuracy[arm]
-        values = {"images": float(len(LABELS)), "ranked_fraction": float(arm == "rar"), "top5": None}
+        values: dict[str, float | None] = {"images": float(len(LABELS)), "ranked_fraction": float(arm == "rar"), "top5": None}
         cell = Cell(dataset, shots, seed, "", arm, 5)
         value, low, high = intervals.accuracy(correct, LABELS, 0)
         found.append(Result(cell, "top1", value, low, high, values, correct, LABELS, LABELS))
@@ -96,3 +96,28 @@ def test_sign_flips_agree_with_all_signs_tried(gains: list[int]) -> None:
     signs = list(itertools.product((-1, 1), repeat=len(real)))
     exact = np.mean([abs(np.dot(one, real)) >= abs(sum(real)) for one in signs]) if real else 1.0
     assert intervals.sign_flip(gains, seed=0) == pytest.approx(exact, abs=0.025)
+
+
+def test_recorded_cells_without_shots_have_a_row_and_published_numbers_stand_beside_what_is_like_them() -> None:
+    grid = config.validated(
+        Grid,
+        {
+            "datasets": {"cars": {"published": "stanford_cars"}, "pets": {"published": "oxford_pets"}},
+            "arms": {"rar": {}},
+            "shots": [0, 4],
+            "seeds": [0],
+        },
+    )
+    found = []
+    for dataset, shots in (("cars", 0), ("pets", 4), ("pets", 1)):
+        correct = np.arange(len(LABELS)) % 2 == 0
+        values: dict[str, float | None] = {"images": float(len(LABELS)), "ranked_fraction": 1.0}
+        found.append(Result(Cell(dataset, shots, 0, "", "rar", 5), "top1", 0.5, 0.4, 0.6, values, correct, LABELS, LABELS))
+    made = board.board(grid, found)
+    rows = {(row.dataset, row.shots): row for row in made.rows}
+    assert set(rows) == {("cars", 0), ("pets", 4), ("pets", 1)}
+    assert rows["pets", 4].published["RAR (LLaVA1.5), table 2"] == pytest.approx(0.609)
+    assert rows["pets", 1].published == {}  # the paper's 1-shot cells are not known, and a full training set is no like
+    assert rows["cars", 0].published["GPT-4V, table 10"] == pytest.approx(0.583)
+    text = board.as_markdown(grid, made)
+    assert "RAR (LLaVA1.5), table 2 (published)" in text and "not measured here" in text

@@ -97,25 +97,24 @@ def test_a_dry_run_counts_and_touches_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-pieces = st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=8)
+sections = st.dictionaries(st.sampled_from("abc"), st.dictionaries(st.sampled_from("xyz"), st.integers()))
 
 
-@given(st.dictionaries(st.sampled_from("abc"), pieces), st.dictionaries(st.sampled_from("abc"), pieces))
-def test_laying_one_piece_over_another_keeps_what_it_says(under: dict, over: dict) -> None:
-    def leaves(tree: dict, path: tuple = ()) -> dict:
-        found: dict = {}
-        for key, value in tree.items():
-            found |= leaves(value, (*path, key)) if isinstance(value, dict) and value else {(*path, key): value}
-        return found
+@given(sections, sections)
+def test_laying_one_piece_over_another_is_a_union_by_section_and_changes_neither(under: dict, over: dict) -> None:
+    before = repr((under, over))
+    made = grid.merged(under, over)
+    assert made == {name: {**under.get(name, {}), **over.get(name, {})} for name in [*under, *over]}
+    assert repr((under, over)) == before
 
-    made = leaves(grid.merged(under, over))
-    for path, value in leaves(over).items():
-        if value != {}:
-            assert made[path] == value
-    hidden = {path[: n + 1] for path, value in leaves(over).items() for n in range(len(path)) if value != {}}
-    for path, value in leaves(under).items():
-        if not any(path[: len(one)] == one or one[: len(path)] == path for one in hidden) and not any(
-            one == path[: len(one)] for one, empty in leaves(over).items() if empty == {}
-        ):
-            assert made[path] == value
-    assert grid.merged(made_copy := grid.merged(under, over), over) == made_copy
+
+@pytest.mark.parametrize(
+    ("under", "over", "wanted"),
+    [
+        ({"a": {"x": 1}}, {"a": None}, {"a": None}),
+        ({"a": 1}, {"a": {"x": 2}}, {"a": {"x": 2}}),
+        ({"a": {"x": {"y": 1, "z": 2}}}, {"a": {"x": {"y": 3}}}, {"a": {"x": {"y": 3, "z": 2}}}),
+    ],
+)
+def test_values_replace_and_only_mappings_are_joined(under: dict, over: dict, wanted: dict) -> None:
+    assert grid.merged(under, over) == wanted

@@ -59,3 +59,21 @@ def test_recorded_embeddings_are_split_by_class_and_seed(tmp_path: Path) -> None
         assert sorted(set(parts["test"]["label"].tolist())) == ["class 1", "class 2", "class 3", "class 4", "zero"]
         seen.append(ids[1])
     assert seen[0] != seen[1]
+
+
+def test_a_world_is_drawn_once_and_its_difficulty_changes_the_photos_alone(tmp_path: Path) -> None:
+    plain = grid.World(classes=3, support=2, tests=2)
+    piece = sources.draw(plain, tmp_path / "plain")
+    files = sorted((tmp_path / "plain").rglob("*.png"))
+    assert len(files) == 3 * (2 + 2)
+    rows = (tmp_path / "plain" / "test.csv").read_text().splitlines()[1:]
+    names = (tmp_path / "plain" / "classes.txt").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows[:3]] == names  # once round the classes
+    times = [file.stat().st_mtime_ns for file in files]
+    assert sources.draw(plain, tmp_path / "plain") == piece
+    assert [file.stat().st_mtime_ns for file in files] == times
+    sources.draw(plain.model_copy(update={"noise": 0.2}), tmp_path / "noisy")
+    assert (tmp_path / "noisy" / "classes.txt").read_text().splitlines() == names
+    assert (tmp_path / "noisy" / "test" / "000-000.png").read_bytes() != (
+        tmp_path / "plain" / "test" / "000-000.png"
+    ).read_bytes()

@@ -88,7 +88,8 @@ def test_a_cell_is_what_an_ordinary_run_gives(ray_session: Session, tmp_path: Pa
 
     sweep = swept(tmp_path / "sweep", None, datasets={"drawn": DATA["datasets"]["drawn"]}, shots=[2])
     for cell in grid.cells(sweep.grid):
-        settings = sweep.settings(cell, str(tmp_path / f"{cell.name}.milvus"))
+        uri = str(tmp_path / f"{cell.name}.milvus")
+        settings = grid.settings_of(sweep.grid, cell, sweep.sources[cell.dataset](cell.seed), uri)
         with open_store(settings.memory.uri) as address:
             opened = replace(ray_session, memory=address)
             build.build_memory(opened, settings, fresh=False)
