@@ -54,7 +54,7 @@ def run(
 ) -> int:
     quiet()
     from rar import storage
-    from rar.sweep import board, grid, plan
+    from rar.sweep import grid, plan, state, tables
     from rar.sweep import run as sweeping
 
     found = grid.load(name, sets)
@@ -67,21 +67,21 @@ def run(
     if fresh:
         storage.remove(path)
     path.mkdir(parents=True, exist_ok=True)
-    sweep, every = sweeping.open_sweep(found, path)
-    wanted = sweeping.chosen(every, only)
-    done = set(sweeping.finished(sweep, every))
+    sweep, every = state.open_sweep(found, path)
+    wanted = state.chosen(every, only)
+    done = set(state.finished(sweep, every))
     pending = [cell for cell in wanted if cell not in done and cell.name not in sweep.failed]
     now = pending[:limit]
     sweep.left = {cell.name: "limit" for cell in pending[limit:]} if limit else {}
     sweep.left |= {cell.name: "--only" for cell in every if cell not in set(wanted) and cell not in done}
     say(f"sweep: {len(every):,} cells, {len(done):,} done before, {len(now):,} to run -> {path}")
-    refresh = partial(board.write, sweep, every)
+    refresh = partial(tables.write, sweep, every)
     try:
         sweeping.run(sweep, every, now, max_calls, say, refresh)
     finally:
         sweep.write()
         refresh()
-    print(board.summary(sweep, every))
+    print(tables.summary(sweep, every))
     for cell, reason in sweep.failed.items():
         say(f"  failed: {cell}: {reason}")
     say(f"{path}: {len(sweep.done):,} done, {len(sweep.failed):,} failed, {len(sweep.left):,} left; {path / 'report.html'}")

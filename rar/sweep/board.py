@@ -1,15 +1,12 @@
-"""Leaderboards of a sweep: one row a cell (CSV), arms side by side (markdown, LaTeX), and what may be claimed of them.
+"""What a sweep came to: its results, arms side by side, and what may be claimed of them.
 
 Everything is read from the run folders, so that a table is the same however often the sweep was killed. An accuracy's interval
 is over classes (see evaluation.intervals), pooled over the seeds of a row. The best of a row is bold only where it beats every
-other arm there with all comparisons of the table in view: sign flips over classes, corrected after Holm. `mllm_calls` counts
-the pictures that an arm asks the MLLM about; what was answered from `shared/answers` was asked, too.
+other arm there with all comparisons of the table in view: sign flips over classes, corrected after Holm.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,18 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from rar import storage
 from rar.columns import positions
 from rar.evaluation import intervals, metrics
 from rar.evaluation.published import published
 from rar.runfolder import RunFolder, read_table
 from rar.sweep.grid import Cell, Grid
-from rar.sweep.run import Sweep
+from rar.sweep.state import Sweep
 
-COLUMNS = [
-    *("dataset", "shots", "seed", "encoder", "arm", "top_k", "metric", "top1", "ci_low", "ci_high", "top5"),
-    *("candidate_recall", "images", "ranked_fraction", "mllm_calls"),
-]
 SIGNIFICANT = 0.05
 
 
@@ -70,21 +62,6 @@ def _read(folder: Path, cell: Cell, metric: str) -> Result:
     correct = found.correct[found.labelled]
     predicted = np.asarray(predictions["class_name"].to_pylist(), object)[found.labelled]
     return Result(cell, metric, *intervals.accuracy(correct, labels, seed=0), values, correct, labels, predicted)
-
-
-def as_csv(found: Sequence[Result]) -> str:
-    """One row a cell."""
-    out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(COLUMNS)
-    for one in found:
-        values, cell = one.values, one.cell
-        images, share = values.get("images") or 0.0, values.get("ranked_fraction") or 0.0
-        numbers = [one.value, one.low, one.high, values.get("top5"), values.get("candidate_recall")]
-        shown = ["" if number is None or np.isnan(number) else f"{number:.4f}" for number in numbers]
-        place = [cell.dataset, cell.shots, cell.seed, cell.encoder, cell.arm, cell.top_k, one.metric]
-        rows.writerow([*place, *shown, round(images), f"{share:.4f}", round(images * share)])
-    return out.getvalue()
 
 
 @dataclass(frozen=True)
@@ -295,68 +272,3 @@ def _with_references(grid: Grid, rows: Sequence[Row]) -> tuple[list[Row], list[s
                 told |= dict.fromkeys(one.differs)
         found.append(replace(row, published=numbers))
     return found, list(told)
-
-
-def cell_text(entry: Entry | None, bold: str = "**") -> str:
-    if entry is None or np.isnan(entry.value):
-        return "–"
-    mark = bold if entry.bold else ""
-    span = "" if np.isnan(entry.low) else f" [{_dec(entry.low)}, {_dec(entry.high)}]"
-    return f"{mark}{_dec(entry.value)}{mark}{span}"
-
-
-def _dec(value: float) -> str:
-    return f"{value:.3f}".replace("0.", ".", 1)
-
-
-def as_markdown(grid: Grid, made: Board) -> str:
-    lines = [
-        f"# {grid.title}",
-        "",
-        "Intervals are 95 % over classes. Bold: better than every other arm of its row (p < .05, Holm).",
-        "",
-    ]
-    heads = [f"`{arm}`" for arm in made.arms] + [f"{name} (published)" for name in made.references]
-    lines += ["| " + " | ".join(["data set", "shots", *heads]) + " |", "|---" * (2 + len(heads)) + "|"]
-    for row in made.rows:
-        shown = [cell_text(row.entries.get(arm)) for arm in made.arms]
-        shown += [_dec(row.published[name]) if name in row.published else "–" for name in made.references]
-        lines.append(f"| {row.dataset} | {row.shots} | " + " | ".join(shown) + " |")
-    if made.claims:
-        lines += ["", *[f"- {one}" for one in made.claims]]
-    if made.differs:
-        lines += ["", "Published columns are the paper's (arXiv 2403.13805), not measured here. What differs there:", ""]
-        lines += [f"- {one}" for one in made.differs]
-    return "\n".join(lines) + "\n"
-
-
-def as_latex(grid: Grid, made: Board) -> str:
-    """A tabular that compiles by itself; percent, intervals left to the other tables."""
-    escape = str.maketrans({"_": r"\_", "&": r"\&", "%": r"\%", "#": r"\#", "$": r"\$"})
-    lines = [rf"\begin{{tabular}}{{lr{'r' * len(made.arms)}}}", r"\hline"]
-    lines.append(" & ".join(["data set", "shots", *(arm.translate(escape) for arm in made.arms)]) + r" \\ \hline")
-    for row in made.rows:
-        shown = []
-        for arm in made.arms:
-            one = row.entries.get(arm)
-            text = "--" if one is None or np.isnan(one.value) else f"{100 * one.value:.1f}"
-            shown.append(rf"\textbf{{{text}}}" if one is not None and one.bold else text)
-        lines.append(" & ".join([row.dataset.translate(escape), str(row.shots), *shown]) + r" \\")
-    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
-
-
-def write(sweep: Sweep, every: Sequence[Cell]) -> None:
-    """leaderboard.{csv,md,tex} and report.html, from what is done."""
-    from rar.sweep import page
-
-    found = results(sweep, every)
-    made = board(sweep.grid, found)
-    files = {"csv": as_csv(found), "md": as_markdown(sweep.grid, made), "tex": as_latex(sweep.grid, made)}
-    for suffix, text in files.items():
-        storage.write(sweep.out / f"leaderboard.{suffix}", text.encode())
-    storage.write(sweep.out / "report.html", page.render(sweep, every, found, made).encode())
-
-
-def summary(sweep: Sweep, every: Sequence[Cell]) -> str:
-    """The table for the terminal."""
-    return as_markdown(sweep.grid, board(sweep.grid, results(sweep, every)))

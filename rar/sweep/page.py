@@ -18,7 +18,7 @@ from rar.sweep.grid import Cell
 
 if TYPE_CHECKING:
     from rar.sweep.board import Board, Result, Row
-    from rar.sweep.run import Sweep
+    from rar.sweep.state import Sweep
 
 CONFUSIONS = 20
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rar.sweep.grid import Cell, Grid, cells, groups
-from rar.sweep.run import chosen
+from rar.sweep.state import chosen
 
 
 def dry_run(grid: Grid, out: Path, only: Sequence[str], limit: int | None) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rar import config
 from rar.evaluation import intervals
-from rar.sweep import board
+from rar.sweep import board, tables
 from rar.sweep.board import Result
 from rar.sweep.grid import Cell, Grid
 
@@ -78,15 +78,15 @@ def test_claims_say_where_ours_falls_short() -> None:
 
 def test_the_csv_has_a_row_a_cell_and_the_tables_the_same_numbers() -> None:
     found = results({"text": 0.3, "retriever": 0.4, "rar": 0.9})
-    rows = list(csv.DictReader(io.StringIO(board.as_csv(found))))
+    rows = list(csv.DictReader(io.StringIO(tables.as_csv(found))))
     assert len(rows) == len(found)
     needed = {"dataset", "shots", "seed", "arm", "top1", "ci_low", "ci_high", "ranked_fraction", "mllm_calls"}
     assert needed <= set(rows[0])
     assert {row["mllm_calls"] for row in rows if row["arm"] == "rar"} == {"120"}
     made = board.board(GRID, found)
     first = made.rows[0].entries["rar"]
-    assert board.cell_text(first) in board.as_markdown(GRID, made)
-    assert rf"\textbf{{{100 * first.value:.1f}}}" in board.as_latex(GRID, made)
+    assert tables.cell_text(first) in tables.as_markdown(GRID, made)
+    assert rf"\textbf{{{100 * first.value:.1f}}}" in tables.as_latex(GRID, made)
 
 
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
@@ -119,5 +119,5 @@ def test_recorded_cells_without_shots_have_a_row_and_published_numbers_stand_bes
     assert rows["pets", 4].published["RAR (LLaVA1.5), table 2"] == pytest.approx(0.609)
     assert rows["pets", 1].published == {}  # the paper's 1-shot cells are not known, and a full training set is no like
     assert rows["cars", 0].published["GPT-4V, table 10"] == pytest.approx(0.583)
-    text = board.as_markdown(grid, made)
+    text = tables.as_markdown(grid, made)
     assert "RAR (LLaVA1.5), table 2 (published)" in text and "not measured here" in text

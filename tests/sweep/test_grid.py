@@ -13,7 +13,7 @@ from rar import config
 from rar.schema import UserError
 from rar.sweep import grid
 from rar.sweep.plan import dry_run
-from rar.sweep.run import chosen
+from rar.sweep.state import chosen
 
 TINY = {
     "base": {"ranker": {"method": "none"}},

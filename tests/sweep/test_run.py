@@ -13,7 +13,7 @@ from rar import config
 from rar.engine.session import Session
 from rar.run.shared import Kept
 from rar.runfolder import RunFolder
-from rar.sweep import board, grid
+from rar.sweep import grid, state, tables
 from rar.sweep import run as sweeping
 
 DATA: dict[str, Any] = {
@@ -37,18 +37,18 @@ DATA: dict[str, Any] = {
 }
 
 
-def swept(out: Path, limit: int | None, tell: Callable[[str], None] = lambda line: None, **changes: Any) -> sweeping.Sweep:
+def swept(out: Path, limit: int | None, tell: Callable[[str], None] = lambda line: None, **changes: Any) -> state.Sweep:
     """What `rar sweep` does, in the tests' Ray."""
     made = config.validated(grid.Grid, {**DATA, **changes})
-    sweep, every = sweeping.open_sweep(made, out)
-    done = set(sweeping.finished(sweep, every))
+    sweep, every = state.open_sweep(made, out)
+    done = set(state.finished(sweep, every))
     pending = [cell for cell in every if cell not in done and cell.name not in sweep.failed]
-    sweeping.run(sweep, every, pending[:limit], None, tell, lambda: board.write(sweep, every))
-    board.write(sweep, every)
+    sweeping.run(sweep, every, pending[:limit], None, tell, lambda: tables.write(sweep, every))
+    tables.write(sweep, every)
     return sweep
 
 
-def tables(out: Path) -> list[str]:
+def written(out: Path) -> list[str]:
     return [(out / f"leaderboard.{suffix}").read_text() for suffix in ("csv", "md", "tex")]
 
 
@@ -64,12 +64,12 @@ def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(ray_session: Session,
     second = swept(tmp_path / "parts", None, said.append)
     assert len(second.done) == 5 and len([line for line in said if "FAILED" not in line]) == 3
     assert {file: file.stat().st_mtime_ns for file in kept} == kept  # nothing was computed again
-    assert tables(tmp_path / "whole") == tables(tmp_path / "parts")
+    assert written(tmp_path / "whole") == written(tmp_path / "parts")
     runs = list((tmp_path / "parts" / "shared" / "embeddings").glob("*/run.json"))
     embedded = {run.parent.name.split("-")[1]: json.loads(run.read_text())["stages"]["embed.rows"] for run in runs}
     assert embedded == {"test": 12, "support": 12, "names": 6}  # each picture and each name once, over all cells
-    state = json.loads((tmp_path / "parts" / "sweep.json").read_text())
-    assert (len(state["done"]), len(state["failed"]), state["left"]) == (5, 3, {})
+    told = json.loads((tmp_path / "parts" / "sweep.json").read_text())
+    assert (len(told["done"]), len(told["failed"]), told["left"]) == (5, 3, {})
     assert "drawn" in (tmp_path / "parts" / "report.html").read_text()
     again = swept(tmp_path / "parts", None, said.append, shots=[1, 2, 4], seeds=[0, 1])
     assert len(again.done) == 1 + 3 * 2 * 2
