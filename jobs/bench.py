@@ -67,6 +67,18 @@ def replies(data: Annotated[Path, typer.Option("--data", help="JSON list of {kin
     _run(work)
 
 
+@bench.command()
+def photos(data: Data = None, out: Out = None, seeds: Seeds = 3) -> None:
+    """Real weights on real photos: few-shot groceries by every mode, COCO boxes by what is shown of them."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import photos as module
+
+        return module.run(_existing(data or SHARED), out, seeds)
+
+    _run(work)
+
+
 @bench.command("vocabulary-free")
 def vocabulary_free(data: Data = None, encoder: str | None = None) -> None:
     """Names guessed by a language model instead of a vocabulary: cACC (and sACC by --encoder) with and without ranking."""
