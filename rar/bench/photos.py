@@ -6,7 +6,8 @@ Boxes: each photo's boxes are asked of a memory of the ground-truth boxes of all
 windows. `matched` memories are treated as the queries are, `plain` ones not at all; gains are over treatment `none`, paired by
 box, with intervals by the bootstrap over photos. Boxes whose class stands in one photo alone are left out.
 
-Vectors are kept in a folder (--out), so that a bench that was stopped goes on: some 8,000 forward passes, minutes on two cores.
+Vectors are kept in a folder (--out), so that a bench that was stopped goes on. Some 8,000 forward passes and 48 fits of lda take
+tens of minutes on two cores, and have not been run to the end for the boxes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from rar.memory.entries import Entries
 from rar.retriever import modes
 
 SHOTS: tuple[int | None, ...] = (4, 16, None)
-FOLDS = 8  # of photos with boxes: fewer fits than photos, and 7/8 of them in the memory
+FOLDS = 4  # of photos with boxes: a fit of lda on 1,280 dimensions takes many seconds
 TREATMENTS: dict[str, tuple[windows.Outside, windows.View]] = {
     "none": ("none", "adaptive"),
     "blur": ("blur", "adaptive"),
