@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shlex
 import shutil
 import sys
@@ -18,6 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from rar import identity
 from rar.config import Config
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 VERBS = ("memory", "classify", "detect", "embed")
 NAMING = {"uri", "images", "ids", "root", "classes", "class_embeddings", "descriptions", "model", "prompts", "adapter"}
 NAMING |= {"tokenizer", "cache", "proposals"}  # settings that name files
+STARTING_S = 60.0  # that a new head is given
 SENT_BYTES = 10 << 20  # of a file that goes along; larger ones belong where every node reaches them
 PACKAGES = Path(__file__).parents[2]
 CONFIG = "config.yaml"
@@ -39,10 +43,14 @@ def connect(address: str) -> JobSubmissionClient:
     """Raises UserError for what is no address of a dashboard, Unavailable where nobody answers."""
     if not address.startswith(("http://", "https://")):
         raise UserError(f"{SHORT_OF_HTTP}, not {address!r}")
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of each package and socket
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError:
+        raise UserError(f"the cluster at {address} wants a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN") from None
     except ConnectionError:
         raise Unavailable(f"no Ray dashboard answers at {address}; {SHORT_OF_HTTP}") from None
     except RuntimeError as error:
@@ -114,8 +122,14 @@ def submit(client: JobSubmissionClient, name: str, command: str, environment: di
         return False
     if known is not None:
         client.delete_job(name)
+    started = Retrying(  # a head that has just started has no agent yet
+        retry=retry_if_exception(lambda error: "No available agent" in str(error)),
+        stop=stop_after_delay(STARTING_S),
+        wait=wait_fixed(1),
+        reraise=True,
+    )
     try:
-        client.submit_job(entrypoint=command, submission_id=name, runtime_env=environment, metadata=told)
+        started(client.submit_job, entrypoint=command, submission_id=name, runtime_env=environment, metadata=told)
     except RuntimeError as error:
         raise Unavailable(f"the cluster refused the job: {' '.join(str(error).split())[:300]}") from None
     return True

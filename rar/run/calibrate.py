@@ -84,7 +84,7 @@ def judged(session: Session, settings: Config, vocabulary: Vocabulary) -> float:
             return fused
     parts = {"images": collection(settings, session.memory_address, "images")}
     ids = sorted({entry.rsplit("-", 1)[0] for entry in parts["images"].entry_ids()} if parts["images"].exists() else set())
-    proposed, truth = _held_out_candidates(session, settings, vocabulary, ids)
+    proposed, truth, _ = _held_out_candidates(session, settings, vocabulary, ids)
     return float(np.mean([row[0].class_id == truth[image_id] for image_id, row in proposed.items()]))
 
 

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import yaml
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
 from rar import config
-from rar.bench.server import free_port
+from rar.bench.server import free_port, is_taken
 from rar.engine import submission
+from rar.memory.collection import open_store
 from rar.schema import UserError
 from tests.conftest import ROOT
 from tests.jobs.test_jobs import one_line
@@ -121,21 +124,42 @@ def test_a_plan_says_what_would_be_sent(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def head() -> Iterator[str]:
-    """A Ray of this machine with the dashboard that takes jobs."""
-    port = free_port()
-    ray.init(num_cpus=4, include_dashboard=True, dashboard_port=port, log_to_driver=False)
-    yield f"http://127.0.0.1:{port}"
-    ray.shutdown()
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A head of this machine with the dashboard that takes jobs from who has its token.
+
+    Its folder must have a short name; a job finds its cluster by that folder.
+    """
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    port, folder = free_port(), tempfile.mkdtemp(prefix="rar")
+    ports = [f"--port={free_port()}", f"--dashboard-port={port}", f"--temp-dir={folder}"]
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4", *ports]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        address, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while not is_taken(port):
+            assert running.poll() is None and time.monotonic() < until
+            time.sleep(0.2)
+        yield address
+        running.terminate()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[str]:
+    """A store that the job reaches as it reaches a server."""
+    with open_store(str(tmp_path / "store")) as address:
+        yield address
 
 
 @pytest.mark.slow
-def test_a_job_is_sent_followed_stopped_and_resumed(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_sent_followed_stopped_and_resumed(
+    head: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name, count in (("support", 24), ("queries", 4_000)):
         vectors = np.random.default_rng(1).normal(size=(count, 16)).astype(np.float32)
         np.savez(tmp_path / f"{name}.npz", embeddings=vectors, label=[f"class {row % 4}" for row in range(count)])
-    memory = {"uri": str(tmp_path / "memory.milvus"), "support": {"uri": str(tmp_path / "support.npz")}}
+    memory = {"uri": store, "support": {"uri": str(tmp_path / "support.npz")}}
     file = written(
         tmp_path,
         corpus={"uri": str(tmp_path / "queries.npz")},
@@ -145,44 +169,35 @@ def test_a_job_is_sent_followed_stopped_and_resumed(head: str, tmp_path: Path, m
         run={"shard_size": 20},
     )
 
-    def sent(verb: str, *options: object) -> subprocess.Popen[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "jobs.cli",
-            "submit",
-            verb,
-            file,
-            "--address",
-            head,
-            "--out",
-            tmp_path / verb,
-            *options,
-        ]
-        return subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-        )
+    def ended(verb: str, *options: str) -> tuple[int, str, str]:
+        given = [verb, str(file), "--out", str(tmp_path / verb)] if verb in submission.VERBS else [verb]
+        command = [sys.executable, "-m", "jobs.cli", "submit", *given, *options, "--address", head]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        return done.returncode, done.stdout, done.stderr
 
-    told, _ = (wrong := sent("memory", "--set", "retriever.mode=tip")).communicate(timeout=300)
-    assert wrong.returncode == 2 and "retriever.mode tip needs class names" in told
-    told, _ = (built := sent("memory")).communicate(timeout=300)
-    assert built.returncode == 0 and "entries.images 24" in told
-    told, said = (again := sent("memory")).communicate(timeout=120)
-    assert again.returncode == 0 and "entries.images 24" in told and said.startswith("found rar-memory-")
+    with pytest.MonkeyPatch.context() as without:
+        without.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        code, told, said = ended("memory")
+        assert code == 2 and "wants a token" in said, told + said
+    code, told, said = ended("memory", "--set", "retriever.mode=tip")
+    assert code == 2 and "which needs class names and support images" in told, told + said
+    code, told, said = ended("memory")
+    assert code == 0 and "entries.images 24" in told, told + said
+    code, told, said = ended("memory")
+    assert code == 0 and "entries.images 24" in told and "found rar-memory-" in said, told + said
 
-    started, name = sent("classify", "--no-wait"), ""
-    name = started.communicate(timeout=120)[0].strip()
+    name = ended("classify", "--no-wait")[1].strip()
     until = time.monotonic() + 200
     while not list((tmp_path / "classify" / "done").glob("part-*")):
         assert time.monotonic() < until
         time.sleep(0.1)
-    stopped = typed("--stop", name, "--address", head)
-    assert stopped.exit_code == 0 and f"{name} stopped" in stopped.stdout
+    code, told, said = ended("--stop", name)
+    assert code == 0 and f"{name} stopped" in told, told + said
     done = len(list((tmp_path / "classify" / "done").glob("part-*")))
     assert 0 < done < 200
-    told, said = (resumed := sent("classify")).communicate(timeout=300)
-    assert resumed.returncode == 0 and said.startswith(f"sent {name}") and "4,000 ok, 0 failed" in told
-    assert typed("--status", name, "--address", head).exit_code == 0
+    code, told, said = ended("classify")
+    assert code == 0 and f"sent {name}" in said and "4,000 ok, 0 failed" in told, told + said
+    assert ended("--status", name)[0] == 0
     assert json.loads((tmp_path / "classify" / "run.json").read_text())["counts"]["ok"] == 4_000
     assert os.listdir(tmp_path / "classify" / "done")
 

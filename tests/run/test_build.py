@@ -23,7 +23,7 @@ from rar import config
 from rar.engine.session import Session
 from rar.memory import catalog
 from rar.memory.collection import open_store
-from rar.run import build, recognise
+from rar.run import build, calibrate, recognise
 from rar.run.fitting import entries_of
 from rar.run.vocabulary import class_names, collection, open_memory
 from rar.run.work import classify_work
@@ -85,6 +85,13 @@ def test_every_mode_classifies_embeddings_of_ones_own(mode: str, session: Sessio
         scores = [candidate["score"] for candidate in row["candidates"]]
         assert len(scores) == 3 and scores == sorted(scores, reverse=True) and np.exp(scores).sum() <= 1 + 1e-4
         assert row["uri"].startswith(queries + "#")
+
+
+def test_a_memory_is_judged_by_its_own_images(session: Session, tmp_path: Path) -> None:
+    given = settings("judged", write(tmp_path / "support.npz", CLASSES, 4, 1))
+    built = build.build_memory(session, given, fresh=False)
+    found = calibrate.judged(session, given, recognise.prepare(session, given))
+    assert found == pytest.approx(built.metrics["held_out.fused.top1"], abs=0.1) and found > 0.8
 
 
 def test_a_memory_grows_shrinks_and_keeps_its_ids(session: Session, tmp_path: Path) -> None:
