@@ -73,7 +73,7 @@ def run(
     pending = [cell for cell in wanted if cell not in done and cell.name not in sweep.failed]
     now = pending[:limit]
     sweep.left = {cell.name: "limit" for cell in pending[limit:]} if limit else {}
-    sweep.left |= {cell.name: "--only" for cell in every if cell not in set(wanted) and cell not in done}
+    state.set_aside(sweep, [cell for cell in every if cell not in set(wanted) and cell not in done])
     say(f"sweep: {len(every):,} cells, {len(done):,} done before, {len(now):,} to run -> {path}")
     refresh = partial(tables.write, sweep, every)
     try:

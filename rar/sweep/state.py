@@ -95,3 +95,8 @@ def chosen(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     if not found:
         raise UserError(f"--only {' '.join(only)} matches no cell; the first is {every[0].name}")
     return found
+
+
+def set_aside(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    """Cells that --only leaves out are left, not failed, even where their folder is of another run: nobody asked for them."""
+    sweep.left |= {cell.name: sweep.failed.pop(cell.name, "--only") for cell in cells}

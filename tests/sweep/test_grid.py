@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rar import config
 from rar.schema import UserError
-from rar.sweep import grid
+from rar.sweep import grid, state
 from rar.sweep.plan import dry_run
 from rar.sweep.state import chosen
 
@@ -89,6 +89,13 @@ def test_only_chooses_by_name_and_refuses_what_matches_nothing() -> None:
     assert {cell.arm for cell in chosen(every, ["*-knn-*"])} == {"knn"}
     with pytest.raises(UserError, match="matches no cell"):
         chosen(every, ["nothing"])
+
+
+def test_what_only_leaves_out_has_not_failed(tmp_path: Path) -> None:
+    first, second, third = grid.cells(tiny())[:3]
+    sweep = state.Sweep(tiny(), tmp_path, {}, failed={first.name: "of another code", third.name: "broken"})
+    state.set_aside(sweep, [first, second])
+    assert sweep.left == {first.name: "of another code", second.name: "--only"} and sweep.failed == {third.name: "broken"}
 
 
 def test_a_dry_run_counts_and_touches_nothing(tmp_path: Path) -> None:
