@@ -66,6 +66,8 @@ def _linked(unit: np.ndarray, least: float) -> np.ndarray:
     found = np.arange(len(unit))
     for start in range(0, len(unit), BLOCK):
         near, others = np.nonzero(unit[start : start + BLOCK] @ unit.T > least)
+        if (near + start == others).all():  # nobody is like another, as in most classes: no graph is made
+            continue
         edges = (np.concatenate([near + start, np.arange(len(unit))]), np.concatenate([others, found]))
         graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(len(unit), len(unit)))
         found = _first_of(connected_components(graph, directed=False)[1])
