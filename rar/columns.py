@@ -58,15 +58,25 @@ def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
+def codes(values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct texts (C,), sorted, and which of them each of the N values is (N,) int64. No value is null."""
+    encoded = values.combine_chunks().dictionary_encode()
+    names, order = np.unique(np.array(encoded.dictionary.to_pylist(), dtype=str), return_inverse=True)
+    return names, order[encoded.indices.to_numpy()].astype(np.int64)
+
+
 def positions(rows: pa.ChunkedArray, index: pa.Table) -> np.ndarray:
     """(N,) int64: where in an index each of N `row`s stands. Raises ValueError for one that the index lacks.
 
     The only way back from a prediction to its label: names and boxes may stand twice, a row of the index does not.
     """
-    found = pc.index_in(rows, value_set=index["row"].combine_chunks())
-    if found.null_count:
-        raise ValueError(f"{found.null_count} predictions are of rows that the index lacks")
-    return np.asarray(found.to_numpy(), dtype=np.int64)
+    own, wanted = index["row"].to_numpy(), rows.to_numpy()
+    order = np.argsort(own, kind="stable")  # no time where they are in order, as in a frozen index
+    found = np.append(order, len(own))[np.searchsorted(own, wanted, sorter=order)]
+    strange = np.append(own, -1)[found] != wanted
+    if strange.any():
+        raise ValueError(f"{strange.sum()} predictions are of rows that the index lacks")
+    return np.asarray(found, dtype=np.int64)
 
 
 def box_positions(predictions: pa.Table, index: pa.Table) -> np.ndarray:

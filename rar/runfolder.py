@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -167,10 +167,14 @@ class RunFolder:
         return pa.concat_tables([read_table(file) for file in sorted((self.path / "proposals").glob("part-*.parquet"))])
 
     def predictions(self) -> pa.Table:
-        return _read_parts(self.path / "predictions", PREDICTIONS)
+        return pa.concat_tables([PREDICTIONS.empty_table(), *self.parts_of_predictions()])
+
+    def parts_of_predictions(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Shard by shard, of all columns or of some: for what need not hold a run's rows at once."""
+        return _parts(self.path / "predictions", PREDICTIONS, columns)
 
     def errors(self) -> pa.Table:
-        return _read_parts(self.path / "errors", ERRORS)
+        return pa.concat_tables([ERRORS.empty_table(), *_parts(self.path / "errors", ERRORS)])
 
     def progress(self) -> tuple[int, int]:
         """(rows predicted, rows failed) so far, by the marks."""
@@ -250,9 +254,11 @@ def _git_commit() -> str | None:
         return None
 
 
-def _read_parts(folder: Path, schema: pa.Schema) -> pa.Table:
-    tables = [read_table(file) for file in sorted(folder.glob("*.parquet"))]
-    return pa.concat_tables([table.replace_schema_metadata(None).cast(schema) for table in tables] or [schema.empty_table()])
+def _parts(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    for file in sorted(folder.glob("*.parquet")):
+        with file.open("rb") as stream:
+            yield pq.read_table(stream, columns=wanted.names).replace_schema_metadata(None).cast(wanted)
 
 
 def read_table(file: Path) -> pa.Table:

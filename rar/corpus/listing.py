@@ -301,10 +301,7 @@ def _coco(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
 
 
 def _embeddings(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
-    entries = vectors.list_rows(corpus)
-    while batch := list(islice(entries, BATCH)):
-        uris, labels = zip(*batch, strict=True)
-        yield _rows(pa.array(list(map(_text, uris)), pa.string()), pa.chunked_array([pa.array(list(labels), pa.string())]))
+    yield _rows(*vectors.list_rows(corpus))
 
 
 def _rows(uris: pa.Array | pa.ChunkedArray, labels: pa.ChunkedArray | None) -> pa.Table:

@@ -15,13 +15,14 @@ Rules, each counted and told, none applied in silence:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rar.columns import codes
 from rar.config import Corpus, Memory
 from rar.corpus import listing
 from rar.corpus.datasets import named
@@ -74,7 +75,7 @@ def draw(labelled: pa.Table, shots: int | None, seed: int | None) -> pa.Table:
     """At most `shots` rows of each label, in the order of the table. labelled: no label is null. seed None: the first ones."""
     if shots is None or not labelled.num_rows:
         return labelled
-    names, numbers = np.unique(np.array(labelled["label"].to_pylist()), return_inverse=True)
+    names, numbers = codes(labelled["label"])
     rows_of = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers, minlength=len(names)))[:-1])
     if seed is not None:
         rows_of = [np.random.default_rng([seed, number]).permutation(rows) for number, rows in enumerate(rows_of)]
@@ -85,20 +86,21 @@ def draw(labelled: pa.Table, shots: int | None, seed: int | None) -> pa.Table:
 def strangers(labels: pa.ChunkedArray, classes: Collection[str]) -> str:
     """The labels that are no class, in words, with the most frequent as an example; "" where there are none."""
     labels = labels.drop_null()
-    strange = Counter(labels.filter(pc.invert(pc.is_in(labels, pa.array(list(classes), pa.string())))).to_pylist())
+    counts = pc.value_counts(labels.filter(pc.invert(pc.is_in(labels, pa.array(list(classes), pa.string())))))
+    strange = {one["values"]: one["counts"] for one in counts.to_pylist()}
     if not strange:
         return ""
     name, count = min(strange.items(), key=lambda item: (-item[1], item[0]))
     what = "1 label is no class" if len(strange) == 1 else f"{len(strange):,} labels are no class"
-    return f"{what} ({strange.total():,} rows), e.g. {name!r} ({count:,})"
+    return f"{what} ({sum(strange.values()):,} rows), e.g. {name!r} ({count:,})"
 
 
 def thin_classes(labels: pa.ChunkedArray, classes: Sequence[str]) -> list[str]:
     """Lines on the classes with no picture or with one, which leaving one out cannot judge; [] where there are none."""
-    counts = Counter(labels.to_pylist())
+    counts = {one["values"]: one["counts"] for one in pc.value_counts(labels).to_pylist()}
     lines = []
     for pictures, words in ((0, "no support image"), (1, "one support image, so leaving it out leaves none to judge by")):
-        thin = [name for name in classes if counts[name] == pictures]
+        thin = [name for name in classes if counts.get(name, 0) == pictures]
         if thin:
             what = "1 class has" if len(thin) == 1 else f"{len(thin):,} classes have"
             lines.append(f"{what} {words}, e.g. {thin[0]!r}")
@@ -151,9 +153,3 @@ def settle(image_ids: pa.Array | pa.ChunkedArray, labels: pa.Array | pa.ChunkedA
             examples.append(tuple(sorted(votes)))
         overruled += len(rows) - votes[label]
     return Settled(entry, copies, len(examples), overruled, min(examples, default=()))
-
-
-def leaks(image_ids: Iterable[str | None], remembered: Collection[str]) -> int:
-    """How many of these pictures (rows, by content id) are in the memory. remembered: the content ids of its images."""
-    known = set(remembered)
-    return sum(image_id in known for image_id in image_ids)

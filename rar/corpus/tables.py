@@ -24,6 +24,7 @@ from operator import itemgetter
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rar import storage
@@ -166,10 +167,15 @@ def _read_parquet(corpus: Corpus, file: str) -> Names:
     with storage.open_file(file) as stream, pq.ParquetFile(stream) as parquet:
         columns = parquet.schema_arrow.names
         uri = _column(columns, corpus.uri_column)
-        uris = (
-            None if uri is None else pa.chunked_array([pa.array(map(_name, parquet.read([uri])[0].to_pylist()), pa.string())])
-        )
+        uris = None if uri is None else _uris(parquet.read([uri])[0])
         return Names(uris, read_labels(corpus, parquet, file), columns)
+
+
+def _uris(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as names (string); null where there is none. Text, the usual case, never becomes Python objects."""
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return pc.if_else(pc.equal(values, ""), None, values).cast(pa.string())
+    return pa.chunked_array([pa.array(map(_name, values.to_pylist()), pa.string())])
 
 
 def _name(value: Any) -> str | None:

@@ -29,7 +29,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -49,16 +48,20 @@ NPZ_IDS = ("ids", "uri", "files")
 NPZ_LABELS = ("label", "labels", "class_name", "class_id")
 
 
-def list_rows(corpus: Corpus) -> Iterator[tuple[str, str | None]]:
-    """(id, label) of every vector, in the order of `row`. Raises UserError for other shapes and for ids that repeat."""
+def list_rows(corpus: Corpus) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Ids and labels (string, (N,)) of every vector, in the order of `row`; a label may be null.
+
+    Raises UserError for other shapes and for ids that repeat.
+    """
     layout = _layout(corpus)
-    names = _manifest_names(corpus, layout) if corpus.ids else _file_names(corpus, layout)
-    seen: set[str] = set()
-    for uri, label in names:
-        if uri in seen:
-            raise UserError(f"corpus: {uri!r} names two rows of {corpus.uri}; every vector needs an id of its own")
-        seen.add(uri)
-        yield uri, tables.label(label)
+    parts = list(_manifest_names(corpus, layout) if corpus.ids else _file_names(corpus, layout))
+    uris = pa.chunked_array([chunk for ids, _ in parts for chunk in ids.chunks], pa.string())
+    labels = [pa.chunked_array([pa.nulls(len(ids), pa.string())]) if own is None else own for ids, own in parts]
+    if pc.count_distinct(uris).as_py() < len(uris):
+        counted = pc.value_counts(uris)
+        uri = counted.filter(pc.greater(counted.field("counts"), 1))[0]["values"].as_py()
+        raise UserError(f"corpus: {uri!r} names two rows of {corpus.uri}; every vector needs an id of its own")
+    return uris, pa.chunked_array([chunk for own in labels for chunk in own.chunks], pa.string())
 
 
 def read_vectors(corpus: Corpus, rows: Sequence[int]) -> tuple[np.ndarray, list[RowError | None]]:
@@ -239,20 +242,28 @@ def _spans(layout: _Layout) -> Iterator[tuple[str, int, int]]:
     yield from zip(layout.files, layout.starts.tolist(), ends, strict=True)
 
 
-def _file_names(corpus: Corpus, layout: _Layout) -> Iterator[tuple[str, Any]]:
-    """What the files themselves say: (id, label)."""
+Part = tuple[pa.ChunkedArray, pa.ChunkedArray | None]  # ids and labels of the rows of a file
+
+
+def _numbered(file: str, start: int, end: int) -> pa.ChunkedArray:
+    """The ids of rows that have none."""
+    numbers = pa.array(np.arange(start, end)).cast(pa.string())
+    return pa.chunked_array([pc.binary_join_element_wise(_text(f"{file}#"), numbers, "")])
+
+
+def _file_names(corpus: Corpus, layout: _Layout) -> Iterator[Part]:
+    """What the files themselves say."""
     for file, start, end in _spans(layout):
-        ids: Sequence[Any] | None = None
-        labels: Sequence[Any] | None = None
+        ids: pa.ChunkedArray | None = None
+        labels: pa.ChunkedArray | None = None
         if storage.suffix(file) == ".npz":
             ids, labels = _npz_names(corpus, file, end - start)
         elif storage.suffix(file) == ".parquet":
             ids, labels = _table_names(corpus, file)
-        for row in range(end - start):
-            yield (f"{file}#{row}" if ids is None else str(ids[row])), (None if labels is None else labels[row])
+        yield _numbered(file, 0, end - start) if ids is None else ids, labels
 
 
-def _manifest_names(corpus: Corpus, layout: _Layout) -> Iterator[tuple[str, str | None]]:
+def _manifest_names(corpus: Corpus, layout: _Layout) -> Iterator[Part]:
     """What corpus.ids says: one table of all rows, or one a file of vectors. A table of labels alone leaves the rows their
     `FILE#ROW`. Raises UserError where the counts do not pair.
     """
@@ -263,7 +274,7 @@ def _manifest_names(corpus: Corpus, layout: _Layout) -> Iterator[tuple[str, str 
         raise UserError(
             f"corpus: {corpus.ids} is {len(files):,} tables for {len(spans):,} files of vectors; give one each, or one of all"
         )
-    places = ((file, row) for file, start, end in _spans(layout) for row in range(end - start))
+    places = pa.chunked_array([_numbered(file, 0, end - start).chunk(0) for file, start, end in _spans(layout)], pa.string())
     for file, (vectors, start, end) in zip(files, spans, strict=True):
         ids, labels = _table_names(corpus, file)
         if ids is None and labels is None:
@@ -271,37 +282,39 @@ def _manifest_names(corpus: Corpus, layout: _Layout) -> Iterator[tuple[str, str 
         count = len(ids if ids is not None else labels or ())
         if count != end - start:
             raise UserError(f"corpus: {file} names {count:,} rows, {vectors} has {end - start:,}; they must be the same rows")
-        for number, (place, row) in enumerate(islice(places, count)):
-            yield (f"{place}#{row}" if ids is None else str(ids[number])), (None if labels is None else labels[number])
+        yield places.slice(start, count) if ids is None else ids, labels
 
 
-def _table_names(corpus: Corpus, file: str) -> tuple[list[Any] | None, list[Any] | None]:
+def _table_names(corpus: Corpus, file: str) -> tuple[pa.ChunkedArray | None, pa.ChunkedArray | None]:
     """(ids, labels) of a CSV or parquet; None: no such column."""
     names = tables.read_names(corpus, file)
-    ids, labels = (None if column is None else column.to_pylist() for column in (names.uris, names.labels))
-    if ids is not None and None in ids:
+    if names.uris is not None and names.uris.null_count:
         raise UserError(f"corpus: {file}: column {corpus.uri_column!r} has rows without an id; every vector needs one")
-    return ids, labels
+    return names.uris, names.labels
 
 
-def _npz_names(corpus: Corpus, file: str, rows: int) -> tuple[list[Any] | None, list[Any] | None]:
+def _npz_names(corpus: Corpus, file: str, rows: int) -> tuple[pa.ChunkedArray | None, pa.ChunkedArray | None]:
     """(ids, labels) of an .npz; None: no such array."""
     asked = corpus.label_column != tables.DEFAULT_LABEL_COLUMN
     with storage.open_file(file) as stream, np.load(stream, allow_pickle=False) as arrays:
         if asked and corpus.label_column not in arrays.files:
             raise UserError(f"corpus: {file} has no array {corpus.label_column!r}; set corpus.label_column: {arrays.files}")
-        found = []
-        for choices in (NPZ_IDS, (corpus.label_column,) if asked else NPZ_LABELS):
+        found: list[pa.ChunkedArray | None] = []
+        for choices, clean in ((NPZ_IDS, _text), ((corpus.label_column,) if asked else NPZ_LABELS, tables.label)):
             name = next((name for name in choices if name in arrays.files), None)
             values = None if name is None else arrays[name]
             if values is not None and values.shape != (rows,):
                 raise UserError(f"corpus: {file}: array {name!r} has shape {values.shape}; one value a vector makes ({rows},)")
-            found.append(None if values is None else _texts(values))
+            if values is not None and values.dtype.kind == "S":
+                values = np.char.decode(values, "utf-8")
+            cleaned = None if values is None else pa.array(map(clean, values.tolist()), pa.string())  # type: ignore[operator]
+            found.append(None if cleaned is None else pa.chunked_array([cleaned]))
     return found[0], found[1]
 
 
-def _texts(values: np.ndarray) -> list[Any]:
-    return np.char.decode(values, "utf-8").tolist() if values.dtype.kind == "S" else values.tolist()
+def _text(name: object) -> str:
+    """Arrow text is UTF-8: a name that is not comes out escaped."""
+    return str(name).encode(errors="backslashreplace").decode()
 
 
 # Values

@@ -14,9 +14,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,9 @@ from ray.data.datasource import Datasink
 from rar import config
 from rar.engine import models, reading, stages
 from rar.engine.actors import Pool
+from rar.schema import Unavailable, UserError
+
+T = TypeVar("T")
 
 TASK_CPUS = 0.5  # tasks wait for models about as much as they work
 
@@ -100,6 +103,21 @@ def collect(dataset: Dataset) -> pa.Table:
     """
     blocks = ray.get(dataset.to_arrow_refs())
     return pa.concat_tables([block for block in blocks if block.num_rows] or [pa.table({})])
+
+
+def in_a_worker(work: Callable[..., T], *arguments: Any) -> T:
+    """What the driver has neither the memory nor the files for, as one task; here, where no Ray runs.
+
+    Raises the work's own UserError and Unavailable.
+    """
+    if not ray.is_initialized():
+        return work(*arguments)
+    try:
+        return ray.get(ray.remote(num_cpus=TASK_CPUS, max_retries=1)(work).remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, (UserError, Unavailable)):  # a line, not a traceback
+            raise error.cause from None
+        raise
 
 
 def write(table: pa.Table, sink: Datasink) -> None:

@@ -120,7 +120,7 @@ def harmonic_mean(base: float, novel: float) -> float:
 
 def _per_class(values: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
     """Sums of the values and counts, one a class."""
-    names, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
     if len(values) != len(group):
         raise ValueError(f"{len(values)} outcomes but {len(group)} groups")
     return np.bincount(group, weights=values, minlength=len(names)), np.bincount(group, minlength=len(names))

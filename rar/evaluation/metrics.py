@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rar.columns import codes
 from rar.evaluation.intervals import accuracy, mean_per_class, paired_difference, wilson
 from rar.schema import RankStatus
 
@@ -35,14 +36,55 @@ class Outcomes(NamedTuple):
     asked: np.ndarray  # the ranker was asked, whatever came of it
 
 
-def classification(
-    predictions: pa.Table, truth: Sequence[str | None], vocabulary: Collection[str] | None = None
-) -> dict[str, float]:
+Truth: TypeAlias = Sequence[str | None] | pa.ChunkedArray  # (N,) class names, None or null: unlabelled
+
+
+class Judged(NamedTuple):
+    """What the metrics need of N rows: some 20 bytes and its label each, whatever the rows carried."""
+
+    outcomes: Outcomes
+    labels: pa.ChunkedArray  # (N,) string
+    statuses: Counter[str]
+    label_mass: np.ndarray  # where labels were read
+    label_first: np.ndarray
+    candidates: int  # of all rows
+
+
+def judged(predictions: pa.Table, truth: Truth) -> Judged:
+    """Judge rows of schema.PREDICTIONS. Raises ValueError as `classification` does."""
+    counts = pc.value_counts(predictions["rank_status"]).to_pylist()
+    mass, first = (predictions[name].drop_null().to_numpy() for name in ("label_mass", "label_first"))
+    statuses = Counter({one["values"]: one["counts"] for one in counts})
+    shown = int(_lengths(predictions["candidates"]).sum())
+    return Judged(outcomes(predictions, truth), _as_labels(truth), statuses, mass, first, shown)
+
+
+def together(parts: Sequence[Judged]) -> Judged:
+    """Rows that were judged a part at a time. parts: at least one."""
+    return Judged(
+        Outcomes(*map(np.concatenate, zip(*(part.outcomes for part in parts), strict=True))),
+        pa.chunked_array([chunk for part in parts for chunk in part.labels.chunks], pa.string()),
+        sum((part.statuses for part in parts), Counter()),
+        np.concatenate([part.label_mass for part in parts]),
+        np.concatenate([part.label_first for part in parts]),
+        sum(part.candidates for part in parts),
+    )
+
+
+def classification(predictions: pa.Table, truth: Truth, vocabulary: Collection[str] | None = None) -> dict[str, float]:
+    """`summary` of rows judged at once. predictions: N rows of schema.PREDICTIONS, candidates in the retriever's order.
+
+    Raises ValueError where the lengths differ or a ranking does not fit its candidates.
+    """
+    return summary(judged(predictions, truth), vocabulary)
+
+
+def summary(rows: Judged, vocabulary: Collection[str] | None = None) -> dict[str, float]:
     """Flat dotted keys -> numbers. Accuracies are fractions of the labelled rows, with `.ci_low`/`.ci_high` (95 %, Wilson).
 
-    predictions: N rows of schema.PREDICTIONS, candidates in the retriever's order. truth: N class names, None = unlabelled
-    (counted in `images`, left out of every accuracy). vocabulary: the memory's class names; where given, labels outside it are
-    counted in `out_of_vocabulary` (they are wrong in every accuracy, as nothing could propose them).
+    Rows without a label are counted in `images` and left out of every accuracy. vocabulary: the memory's class names; where
+    given, labels outside it are counted in `out_of_vocabulary` (they are wrong in every accuracy, as nothing could propose
+    them).
 
     top1, top5, retriever_top1, candidate_recall: as named, see Outcomes. top1.class_ci_low, .class_ci_high, mean_per_class (the
     mean of each class's top1): intervals of a bootstrap over classes. conditional_rank_accuracy: top1 among the rows whose
@@ -50,46 +92,44 @@ def classification(
     retriever_top1, interval from `paired_difference` over classes. flips_won, flips_lost: rows that ranking set right, wrong.
     ranked_fraction: rows whose ranker was asked, of all rows. parse_failures, repaired: rows of status fallback, repaired.
     label_mass, label_first: mean, and share of the rows, where labels were read (schema.Ranking); NaN where none were.
-    Raises ValueError where the lengths differ or a ranking does not fit its candidates.
     """
-    found = outcomes(predictions, truth)
-    names = np.asarray(truth, dtype=object)[found.labelled].astype(str)
+    found, statuses = rows.outcomes, rows.statuses
+    names, groups = codes(rows.labels.drop_null())
     correct, retriever = found.correct[found.labelled], found.retriever_correct[found.labelled]
-    judged = found.proposed & found.asked
-    statuses = Counter(predictions["rank_status"].to_pylist())
-    _, class_low, class_high = accuracy(correct, names, seed=0)
+    contested = found.proposed & found.asked
+    _, class_low, class_high = accuracy(correct, groups, seed=0)
     values = {
         **_accuracy("top1", correct),
         "top1.class_ci_low": class_low,
         "top1.class_ci_high": class_high,
-        **_with_interval("mean_per_class", *mean_per_class(correct, names, seed=0)),
+        **_with_interval("mean_per_class", *mean_per_class(correct, groups, seed=0)),
         **_accuracy("top5", found.correct_at_5[found.labelled]),
         **_accuracy("retriever_top1", retriever),
         **_accuracy("candidate_recall", found.proposed[found.labelled]),
-        **_accuracy("conditional_rank_accuracy", found.correct[judged]),
-        **_with_interval("rank_gain", *paired_difference(correct, retriever, names, seed=0)),
+        **_accuracy("conditional_rank_accuracy", found.correct[contested]),
+        **_with_interval("rank_gain", *paired_difference(correct, retriever, groups, seed=0)),
         "flips_won": float(np.sum(correct & ~retriever)),
         "flips_lost": float(np.sum(~correct & retriever)),
         "ranked_fraction": _mean(found.asked),
         "parse_failures": float(statuses[RankStatus.FALLBACK]),
         "repaired": float(statuses[RankStatus.REPAIRED]),
-        "label_mass": _mean(predictions["label_mass"].drop_null().to_numpy()),
-        "label_first": _mean(predictions["label_first"].drop_null().to_numpy()),
-        "mean_candidates": _mean(_lengths(predictions["candidates"])),
-        "images": float(len(predictions)),
-        "labelled": float(len(names)),
+        "label_mass": _mean(rows.label_mass),
+        "label_first": _mean(rows.label_first),
+        "mean_candidates": rows.candidates / len(found.asked) if len(found.asked) else math.nan,
+        "images": float(len(found.asked)),
+        "labelled": float(len(groups)),
     }
     if vocabulary is not None:
-        known = set(vocabulary)
-        values["out_of_vocabulary"] = float(sum(name not in known for name in names))
+        strange = ~np.isin(names, np.array(list(vocabulary), dtype=str))
+        values["out_of_vocabulary"] = float(strange[groups].sum())
     return values
 
 
-def outcomes(predictions: pa.Table, truth: Sequence[str | None]) -> Outcomes:
+def outcomes(predictions: pa.Table, truth: Truth) -> Outcomes:
     """Judge every row (see Outcomes). The final order is the predicted class, then the ranking without it."""
     if len(truth) != len(predictions):
         raise ValueError(f"{len(predictions)} predictions but {len(truth)} labels")
-    labels = pa.array(truth, pa.string())
+    labels = _as_labels(truth).combine_chunks()
     predicted = predictions["class_name"].combine_chunks()
     correct = _true(pc.equal(predicted, labels))
     retrieved, ranked = _places(predictions, labels)
@@ -106,11 +146,10 @@ def outcomes(predictions: pa.Table, truth: Sequence[str | None]) -> Outcomes:
     )
 
 
-def per_class(predictions: pa.Table, truth: Sequence[str | None]) -> pa.Table:
+def per_class(predictions: pa.Table, truth: Truth) -> pa.Table:
     """One row a true class, sorted by name: class_name, images, top1, ci_low, ci_high (Wilson), candidate_recall."""
     found = outcomes(predictions, truth)
-    labels = np.asarray(truth, dtype=object)[found.labelled].astype(str)
-    names, group = np.unique(labels, return_inverse=True)
+    names, group = codes(_as_labels(truth).drop_null())
     images = np.bincount(group, minlength=len(names))
     correct = np.bincount(group, weights=found.correct[found.labelled], minlength=len(names))
     proposed = np.bincount(group, weights=found.proposed[found.labelled], minlength=len(names))
@@ -149,6 +188,10 @@ def asked_curve(predictions: pa.Table, truth: Sequence[str | None]) -> tuple[np.
     right = unasked + found.retriever_correct[asked].sum() + np.concatenate([[0], np.cumsum(gains)])
     total = max(1, int(found.labelled.sum()))
     return np.arange(len(asked) + 1) / total, right / total
+
+
+def _as_labels(truth: Truth) -> pa.ChunkedArray:
+    return truth if isinstance(truth, pa.ChunkedArray) else pa.chunked_array([pa.array(truth, pa.string())])
 
 
 def _accuracy(name: str, correct: np.ndarray) -> dict[str, float]:

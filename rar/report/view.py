@@ -83,7 +83,7 @@ class RunView:
     @cached_property
     def flipped(self) -> np.ndarray:
         """(N,) bool: the prediction is not the retriever's first candidate."""
-        return ~metrics.outcomes(self.predictions, self.predictions["class_name"].to_pylist()).retriever_correct
+        return ~metrics.outcomes(self.predictions, self.predictions["class_name"]).retriever_correct
 
 
 def read_run(path: Path) -> RunView:

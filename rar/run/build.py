@@ -15,6 +15,7 @@ fitted on up to SAMPLE vectors before the first is written.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -120,7 +121,9 @@ def build_memory(session: Session, settings: Config, *, fresh: bool, known: Know
 
 def _never_proposed(planned: Plan, base: dict[str, Collection]) -> list[str]:
     """A line on the classes of which a memory without names has no picture; [] where there are none."""
-    pictured = set(planned.support["label"].to_pylist()) | (set(base["images"].classes()) if "images" in base else set())
+    pictured = set(planned.support["label"].unique().to_pylist()) | (
+        set(base["images"].classes()) if "images" in base else set()
+    )
     bare = [name for name in planned.classes if name not in pictured]
     what = "1 class has no picture and is" if len(bare) == 1 else f"{len(bare):,} classes have no picture and are"
     return [f"{what} never proposed, as encoder.model embeds images alone, e.g. {bare[0]!r}"] if bare else []
@@ -129,8 +132,8 @@ def _never_proposed(planned: Plan, base: dict[str, Collection]) -> list[str]:
 def _identity(planned: Plan) -> str:
     """Of a plan: what a killed build must have in common with the one that takes it up."""
     digest = hashlib.sha256("\n".join(planned.classes).encode())
-    for name in ("uri", "label"):
-        digest.update("\n".join(map(str, planned.support[name].to_pylist())).encode())
+    for batch in planned.support.select(["uri", "label"]).combine_chunks().to_batches(65_536):
+        digest.update(json.dumps(batch.to_pydict()).encode())
     return digest.hexdigest()[:16]
 
 

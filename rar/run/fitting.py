@@ -7,22 +7,19 @@ notes the digest of the entries that it was fitted on. Cost: that worker holds a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 
 from rar import config
 from rar.config import Config
+from rar.engine import pipeline
 from rar.memory.collection import Collection, Entries
 from rar.retriever import modes
 from rar.retriever.bursts import groups_of
 from rar.retriever.exact import EXACT_CLASSES, Proposed, best_of
 from rar.retriever.softmax import log_sum_exp
-from rar.schema import Unavailable, UserError
-
-FIT_CPUS = 0.5
 
 Parts = Mapping[str, Collection]  # images and texts, those that there are
 
@@ -32,7 +29,7 @@ def fit(settings: Config, mode: modes.Mode, entries: Parts, head: Collection, me
 
     meta: kept with it; its `entries` is their digest. Raises UserError where they lack what the mode needs.
     """
-    _in_a_worker(_fit, settings, mode, entries, head, meta)
+    pipeline.in_a_worker(_fit, settings, mode, entries, head, meta)
 
 
 def held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tuple[list[str], list[int], list[int], Proposed]:
@@ -41,18 +38,7 @@ def held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tupl
 
     Scores are log shares as those of `choosing.Retrieve`.
     """
-    return _in_a_worker(_held_out, settings, entries, image_ids)
-
-
-def _in_a_worker(work: Callable[..., Any], *arguments: Any) -> Any:
-    if not ray.is_initialized():
-        return work(*arguments)
-    try:
-        return ray.get(ray.remote(num_cpus=FIT_CPUS, max_retries=1)(work).remote(*arguments))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (UserError, Unavailable)):  # a line, not a traceback
-            raise error.cause from None
-        raise
+    return pipeline.in_a_worker(_held_out, settings, entries, image_ids)
 
 
 def _fit(settings: Config, mode: modes.Mode, entries: Parts, head: Collection, meta: Mapping[str, Any]) -> None:

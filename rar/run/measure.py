@@ -11,7 +11,7 @@ candidates says little of a box that shows none of them, and AP compares boxes o
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,25 +26,33 @@ from rar.corpus.datasets import named
 from rar.evaluation import box_groups, clustering, metrics, scoring
 from rar.evaluation.ap import evaluate
 from rar.runfolder import RunFolder, read_table
-from rar.schema import Candidate, Ranking, RankStatus
+from rar.schema import PREDICTIONS, Candidate, Ranking, RankStatus
 
 if TYPE_CHECKING:
     from rar.engine.session import Session  # a finished run is measured again without Ray
 
+JUDGED = ("row", "class_name", "candidates", "ranking", "rank_status", "label_mass", "label_first")
 KEPT = ("leaked", "near_leaked", "cluster_accuracy", "semantic_similarity")
 
 
 def measured(settings: config.Config, folder: RunFolder, index: pa.Table, boxed: bool) -> dict[str, float]:
-    """All metrics that a run folder and the truth of its corpus give; of boxes, writes `detections.json`, too."""
-    predictions, names = folder.predictions(), folder.read("classes.json")
+    """All metrics that a run folder and the truth of its corpus give; of boxes, writes `detections.json`, too.
+
+    Whole images are judged shard by shard, so that of a large run no more than a shard's rows are held beside what was judged.
+    """
+    names = folder.read("classes.json")
     if boxed:
         calibration = fusion.Calibration.from_dict(folder.read("calibration.json"))
-        values = detection(settings, predictions, index, names, calibration, folder.path / "detections.json")
+        values = detection(settings, folder.predictions(), index, names, calibration, folder.path / "detections.json")
     else:
-        values = classification(predictions, index, names)
-    asked = pc.sum(pc.not_equal(predictions["rank_status"], RankStatus.SKIPPED.value)).as_py()
+        values = classification(folder.parts_of_predictions(JUDGED), index, names)
+    asked, ids = 0, []
+    for part in folder.parts_of_predictions(("rank_status", "image_id")):
+        asked += pc.sum(pc.not_equal(part["rank_status"], RankStatus.SKIPPED.value)).as_py() or 0
+        ids += part["image_id"].chunks
     values["mean_k"] = folder.stats()["mllm.candidates"] / asked if asked else math.nan  # shown, where the ranker was asked
-    values["duplicates"] = float(len(predictions) - pc.count_distinct(predictions["image_id"]).as_py())
+    content = pa.chunked_array(ids, pa.string())
+    values["duplicates"] = float(len(content) - pc.count_distinct(content).as_py())
     return values
 
 
@@ -62,10 +70,10 @@ def again(settings: config.Config, folder: RunFolder, boxed: bool) -> tuple[dict
     return values, True
 
 
-def classification(predictions: pa.Table, index: pa.Table, names: Collection[str]) -> dict[str, float]:
-    """Metrics of whole images. index: with `row` and `label`."""
-    labels = index["label"].take(pa.array(positions(predictions["row"], index)))
-    return metrics.classification(predictions, labels.to_pylist(), names)
+def classification(parts: Iterable[pa.Table], index: pa.Table, names: Collection[str]) -> dict[str, float]:
+    """Metrics of whole images, shards one after the other, with the columns JUDGED. index: with `row` and `label`."""
+    rows = [metrics.judged(part, index["label"].take(pa.array(positions(part["row"], index)))) for part in parts]
+    return metrics.summary(metrics.together(rows or [metrics.judged(PREDICTIONS.empty_table(), [])]), names)
 
 
 def vocabulary_free(session: Session, settings: config.Config, predictions: pa.Table, index: pa.Table) -> dict[str, float]:

@@ -17,16 +17,17 @@ from ray.data import Dataset
 
 from rar.columns import fitted, positions
 from rar.config import Config
-from rar.corpus import coco, looks, support
+from rar.corpus import coco, looks
 from rar.engine import choosing, client, pipeline, placement, reading
 from rar.engine.session import Session
 from rar.engine.sinks import ShardSink
+from rar.memory.collection import Collection
 from rar.run import build, measure, steps
 from rar.run.calibrate import calibrate, exemplars, label_prior
 from rar.run.vocabulary import Vocabulary, open_memory
 from rar.run.work import Work
 from rar.runfolder import RunFolder
-from rar.schema import ERRORS, Unavailable, UserError
+from rar.schema import ERRORS, Unavailable, UserError, entry_id
 
 
 def prepare(session: Session, settings: Config) -> Vocabulary:
@@ -88,9 +89,13 @@ def remembered_looks(settings: Config, work: Work, vocabulary: Vocabulary) -> np
     if not seen or settings.memory.support is None:
         return None
     try:
-        return looks.looks_of(build.plan(settings).support, vocabulary.facts.fit)
+        return pipeline.in_a_worker(_looks, settings, vocabulary.facts.fit)
     except (UserError, Unavailable):  # it served to build the memory, and may be gone since
         return None
+
+
+def _looks(settings: Config, fit: looks.Fit) -> np.ndarray:
+    return looks.looks_of(build.plan(settings).support, fit)
 
 
 def check_spent(settings: Config, folder: RunFolder, shards: int) -> None:
@@ -125,6 +130,16 @@ def propose(session: Session, settings: Config, work: Work, folder: RunFolder) -
     return Work(coco.with_proposals(good), True, fitted(bad, ERRORS))
 
 
+def leaked(folder: RunFolder, images: Collection, fingerprint: str) -> int:
+    """How many rows are of pictures that are in the memory, by content: each shard asks for its own."""
+    count = 0
+    for part in folder.parts_of_predictions(("image_id",)):
+        ids = [entry_id(image_id, fingerprint) for image_id in part["image_id"].to_pylist()]
+        held = images.labels_of(sorted(set(ids)))
+        count += sum(one in held for one in ids)
+    return count
+
+
 def _boxes_of_no_picture(work: Work, folder: RunFolder) -> int:
     """How many boxes are no row of their own: pictures of another size than their boxes are one row each, of errors."""
     if not work.boxed:
@@ -146,8 +161,7 @@ def finish(
         raise RuntimeError(f"{folder.path}: {total} rows went in, {predicted} + {failed} + {work.empty_images} came out")
     values = measure.measured(settings, folder, work.index, work.boxed)
     if not work.boxed and (images := vocabulary.retrieve.images).exists():
-        remembered = {entry.rsplit("-", 1)[0] for entry in images.entry_ids()}
-        values["leaked"] = float(support.leaks(folder.predictions()["image_id"].to_pylist(), remembered))
+        values["leaked"] = float(leaked(folder, images, vocabulary.facts.fingerprint))
     if (near := folder.stats().get("near_duplicates")) is not None:
         values["near_leaked"] = near
     if not work.boxed and settings.run.vocabulary_free:

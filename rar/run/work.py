@@ -82,7 +82,7 @@ def dry_run(settings: Config, work: Work, path: Path) -> str:
     size = settings.run.shard_size
     shards = len(work.bounds(size)) - 1
     done = shards - len(RunFolder(path).pending(shards))
-    local = [uri for uri in work.index["uri"].to_pylist()[:1000] if os.path.exists(uri)]
+    local = [uri for uri in work.index["uri"][:1000].to_pylist() if os.path.exists(uri)]
     sampled = sum(os.path.getsize(uri) for uri in local) / max(len(local), 1)
     asked = 0 if settings.ranker.method == "none" else rows
     detector = settings.detect.detector if work.boxed else None

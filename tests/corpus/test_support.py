@@ -82,10 +82,6 @@ def test_thin_classes_are_told() -> None:
     assert support.thin_classes(pa.chunked_array([["a", "a"]]), ["a"]) == []
 
 
-def test_leaks_are_counted_by_content() -> None:
-    assert support.leaks(["a", None, "b", "a"], ["a", "c"]) == 2
-
-
 def test_labels_and_classes_are_compared_stripped_and_composed(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text("uri,label\n1.jpg,cafe\u0301\n2.jpg,dog \n3.jpg, tea\n4.jpg,\n5.jpg,ox\n", encoding="utf-8")
     memory = Memory.model_validate(

@@ -198,7 +198,7 @@ def test_narrow_numbers_are_close(encoder: ClipEncoder, photos: np.ndarray, prec
     ):
         assert vectors.dtype == np.float32
         cosines = (vectors * expected).sum(axis=1)
-        assert (cosines > 0.99).all() and (cosines < 1 - 1e-8).any()
+        assert (cosines > 0.99).all() and np.abs(vectors - expected).max() > 1e-5  # close, and not the same computation
 
 
 # Prompts

@@ -50,7 +50,7 @@ def read(corpus: Corpus, folder: str) -> Listed:
 
 def _vocabulary(index: pa.Table, names: list[str] | None) -> Listed:
     """Classes are what the features name, in the order of their numbers; without, the distinct labels, sorted."""
-    return Listed(index, sorted(set(index["label"].drop_null().to_pylist())) if names is None else names, [])
+    return Listed(index, sorted(index["label"].drop_null().unique().to_pylist()) if names is None else names, [])
 
 
 def _is_of_split(name: str, split: str) -> bool:

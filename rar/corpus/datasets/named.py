@@ -39,7 +39,7 @@ def read(corpus: Corpus) -> Listed:
     """
     if corpus.dataset is None:
         index = listing.list_images(corpus)
-        return Listed(index, sorted(set(index["label"].drop_null().to_pylist())), [])
+        return Listed(index, sorted(index["label"].drop_null().unique().to_pylist()), [])
     if corpus.dataset.startswith(WEBDATASET):
         name = corpus.dataset.replace("/", "-")
         found = clip_benchmark.read(name, _below(corpus.root, name), corpus.split)
