@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -173,6 +174,14 @@ class RunFolder:
         """Shard by shard, of all columns or of some: for what need not hold a run's rows at once."""
         return _parts(self.path / "predictions", PREDICTIONS, columns)
 
+    def some_predictions(self, most: int) -> pa.Table:
+        """Those of shards that lie evenly over the run, about `most` rows in all; all of them, where there are no more."""
+        files, (rows, _) = sorted((self.path / "predictions").glob("*.parquet")), self.progress()
+        if rows > most:
+            places = np.linspace(0, len(files) - 1, max(1, len(files) * most // rows)).round().astype(int)
+            files = [files[place] for place in np.unique(places)]
+        return pa.concat_tables([PREDICTIONS.empty_table(), *(_part(file, PREDICTIONS) for file in files)])
+
     def errors(self) -> pa.Table:
         return pa.concat_tables([ERRORS.empty_table(), *_parts(self.path / "errors", ERRORS)])
 
@@ -256,9 +265,12 @@ def _git_commit() -> str | None:
 
 def _parts(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-    for file in sorted(folder.glob("*.parquet")):
-        with file.open("rb") as stream:
-            yield pq.read_table(stream, columns=wanted.names).replace_schema_metadata(None).cast(wanted)
+    return (_part(file, wanted) for file in sorted(folder.glob("*.parquet")))
+
+
+def _part(file: Path, wanted: pa.Schema) -> pa.Table:
+    with file.open("rb") as stream:
+        return pq.read_table(stream, columns=wanted.names).replace_schema_metadata(None).cast(wanted)
 
 
 def read_table(file: Path) -> pa.Table:

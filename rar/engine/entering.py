@@ -36,15 +36,20 @@ class Lacking:
 
 
 class AsEntries:
-    """image_id (or text) and label -> entry_id, class_id and class_name. class_of: class name -> id."""
+    """image_id and label -> entry_id, class_id, class_name and content. class_of: class name -> id.
+
+    content: the image_id's digits as 16 bytes, a third of what they weigh as text: they are told to the driver.
+    """
 
     def __init__(self, class_of: Mapping[str, int], fingerprint: str) -> None:
         self.class_of, self.fingerprint = dict(class_of), fingerprint
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        labels = table["label"].to_pylist()
-        ids = [None if one is None else entry_id(one, self.fingerprint) for one in table["image_id"].to_pylist()]
+        labels, image_ids = table["label"].to_pylist(), table["image_id"].to_pylist()
+        ids = [None if one is None else entry_id(one, self.fingerprint) for one in image_ids]
+        content = [None if one is None else bytes.fromhex(one) for one in image_ids]
         columns = {
+            "content": pa.array(content, pa.binary(16)),
             "entry_id": pa.array(ids, pa.string()),
             "class_id": pa.array([self.class_of[label] for label in labels], pa.int64()),
             "class_name": pa.array(labels, pa.string()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,22 +22,23 @@ from ray.data.datasource import Datasink, WriteResult
 
 from rar import storage
 from rar.columns import fitted, vectors_of
+from rar.engine.stages import with_seconds
 from rar.memory.collection import FIELDS, Collection
 from rar.runfolder import RunFolder
 from rar.schema import ERRORS, PREDICTIONS, UserError
 
 
-class MilvusSink(Datasink[tuple[int, pa.Table]]):
+class MilvusSink(Datasink[tuple[int, pa.Table, dict[str, float]]]):
     """Upserts the columns entry_id, class_id, class_name and vector of every block; rows with an `error` are passed over.
 
     The collection must exist (`Collection.create`) and is sealed by the caller, once, after the write. After a write, `written`
-    is the number of entries that were sent and `told` the columns `tell` of all rows, written or not (and `seconds_*`, which
-    come by the row): what the driver learns of a build, which is never a vector.
+    is the number of entries that were sent, `told` the columns `tell` of all rows, written or not, and `seconds` the sums of
+    `stage_seconds`: what the driver learns of a build, which is never a vector.
     """
 
     def __init__(self, collection: Collection, tell: Sequence[str] = ()) -> None:
         self.collection, self.tell = collection, tuple(tell)
-        self.written, self.told = 0, pa.table({})
+        self.written, self.told, self.seconds = 0, pa.table({}), Counter[str]()
 
     def on_write_start(self, schema: pa.Schema | None = None) -> None:
         """Raises UserError before the first task where there is no such memory, or a column is missing."""
@@ -45,17 +47,16 @@ class MilvusSink(Datasink[tuple[int, pa.Table]]):
         if missing:
             raise UserError(f"entries need the columns {', '.join(FIELDS)}; missing: {', '.join(missing)}")
 
-    def write(self, blocks: Iterable[Block], ctx: object) -> tuple[int, pa.Table]:
-        """Returns the number of entries written by this task, and what is told of its rows."""
-        written, told = 0, []
+    def write(self, blocks: Iterable[Block], ctx: object) -> tuple[int, pa.Table, dict[str, float]]:
+        """Returns the number of entries written by this task, what is told of its rows, and seconds."""
+        written, told, seconds = 0, [], Counter[str]()
         for block in map(BlockAccessor.for_block, blocks):
             if block.num_rows():
                 table, started = block.to_arrow(), time.perf_counter()
                 written += self._upsert(table)
-                each = (time.perf_counter() - started) / table.num_rows
-                table = table.append_column("seconds_write", pa.array([each] * table.num_rows))
-                told.append(table.select([name for name in table.column_names if name in self.tell or name[:8] == "seconds_"]))
-        return written, pa.concat_tables(told) if told else pa.table({})
+                seconds.update(stage_seconds(with_seconds(table, "write", started)))
+                told.append(table.select([name for name in self.tell if name in table.column_names]))
+        return written, pa.concat_tables(told) if told else pa.table({}), dict(seconds)
 
     def _upsert(self, table: pa.Table) -> int:
         if "error" in table.column_names:
@@ -69,10 +70,12 @@ class MilvusSink(Datasink[tuple[int, pa.Table]]):
             np.stack(list(BlockAccessor.for_block(table).to_numpy("vector"))),  # (N, D), from lists as well as from tensors
         )
 
-    def on_write_complete(self, write_result: WriteResult[tuple[int, pa.Table]]) -> None:
-        self.written = sum(count for count, _ in write_result.write_returns)
-        tables = [table for _, table in write_result.write_returns if table.num_rows]
+    def on_write_complete(self, write_result: WriteResult[tuple[int, pa.Table, dict[str, float]]]) -> None:
+        self.written = sum(count for count, _, _ in write_result.write_returns)
+        tables = [table for _, table, _ in write_result.write_returns if table.num_rows]
         self.told = pa.concat_tables(tables) if tables else pa.table({})
+        for _, _, seconds in write_result.write_returns:
+            self.seconds.update(seconds)
 
 
 PICTURES = ("bytes", "pixels", "views")

@@ -137,6 +137,7 @@ def page(client: MilvusClient, name: str, columns: list[str], condition: str, af
         consistency_level="Strong",
         iterator="True",  # sorted by primary key
         reduce_stop_for_best="True",  # the first rows of all segments, not of some
+        strict_float32=True,  # vectors as arrays: as lists they take five times as long to read
     )
     return [{column: row[column] for column in columns} for row in rows]
 
@@ -162,4 +163,4 @@ def is_handed_over(client: MilvusClient, name: str) -> bool:
 
 def named(client: MilvusClient, name: str, entry_ids: list[str], columns: list[str]) -> list[dict[str, Any]]:
     """Columns of the entries with these ids that are there, in any order."""
-    return client.query(name, ids=entry_ids, output_fields=columns, consistency_level="Strong")
+    return client.query(name, ids=entry_ids, output_fields=columns, consistency_level="Strong", strict_float32=True)

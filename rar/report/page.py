@@ -2,9 +2,9 @@
 
 The page holds everything (pictures as small data URIs, plots as inline SVG, no script) and forbids itself the network, so that
 it can be mailed, archived and opened anywhere. Names, paths and model answers are foreign text: the template escapes them.
-Numbers come from `metrics.json`; predictions are read again only for plots and pictures, which takes memory in proportion to
-their number. Which runs get pictures: those that asked the ranker, else the best of their group. Whole scenes
-are shown of one run a group, the one whose pictures are unfolded.
+Numbers come from `metrics.json`; predictions are read again only for plots and pictures, of a large run some shards alone (see
+view.SHOWN), so that its page takes no more memory than that of a small one. Which runs get pictures: those that asked the
+ranker, else the best of their group. Whole scenes are shown of one run a group, the one whose pictures are unfolded.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def _group(name: str, folders: Sequence[RunView]) -> dict[str, Any]:
         "by_group": _by_group(runs),
         "figures": _figures(name, runs, opened),
         "note": opened.boxes.note if opened.boxes else None,
+        "drawn": [(run.name, len(run.truth), run.info["counts"]["ok"]) for run in runs],
         "names": [] if opened.found.labelled.any() else _frequent_names(opened),
         "opened": opened.name,
         "scenes": cards.scenes(opened),

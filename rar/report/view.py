@@ -29,6 +29,7 @@ from rar.evaluation import metrics
 from rar.runfolder import RunFolder, read_table
 from rar.schema import INDEX, SCHEMA_VERSION, UserError
 
+SHOWN = 20_000  # predictions that plots and pictures are drawn from
 BOX_OVERLAP = 0.5  # least IoU at which a proposal takes the label of an object
 GIVEN = "Boxes are the given ones, with their labels."
 JUDGED = (
@@ -50,7 +51,10 @@ class BoxView:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run. `truth`, `found`, `places` and the arrays of `boxes` are aligned with the rows of `predictions`."""
+    """One run. `truth`, `found`, `places` and the arrays of `boxes` are aligned with the rows of `predictions`.
+
+    Of a large run, `predictions` are those of shards that lie evenly over it, about SHOWN rows.
+    """
 
     name: str
     group: str
@@ -101,7 +105,7 @@ def read_run(path: Path) -> RunView:
     if info["verb"] not in ("classify", "detect", "memory"):
         raise UserError(f"{path} is a folder of `rar {info['verb']}`; reports are of classify, detect and memory")
     folder = RunFolder(path)
-    predictions, index = folder.predictions(), INDEX.empty_table()
+    predictions, index = folder.some_predictions(SHOWN), INDEX.empty_table()
     if info["verb"] != "memory":
         index = read_table(path / "index.parquet")
     places = positions(predictions["row"], index)

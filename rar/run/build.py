@@ -32,7 +32,7 @@ from rar.encoder import templates
 from rar.engine import entering, models, pipeline, reading
 from rar.engine.entering import HELD, RESUMED
 from rar.engine.session import Session
-from rar.engine.sinks import MilvusSink, stage_seconds
+from rar.engine.sinks import MilvusSink
 from rar.engine.stages import Stage
 from rar.memory import catalog
 from rar.memory.collection import Collection
@@ -44,7 +44,7 @@ from rar.run.vocabulary import PARTS, check_index, check_kind, check_mode, class
 from rar.schema import ERRORS, UserError, content_id, entry_id
 
 SAMPLE = 4096  # support images, at most, that the projection of REDUCED is fitted on
-TOLD = ("row", "image_id", "label", "stage", "error")  # of a row, to the driver
+TOLD = ("row", "content", "label", "stage", "error")  # of a row, to the driver
 
 
 def plan(settings: Config) -> Plan:
@@ -98,7 +98,7 @@ def build_memory(session: Session, settings: Config, *, fresh: bool, known: Know
     check_index(settings, len(class_of))
     check_mode(settings, bool(planned.support.num_rows or "images" in base), named or "texts" in base)
     texts, names = _write_texts(session, settings, planned, facts, draft, class_of, known)
-    images = _write_images(session, settings, planned, facts, draft, class_of, known)
+    images, seconds = _write_images(session, settings, planned, facts, draft, class_of, known)
     changes = _settle(images, class_of, facts.fingerprint)
     if draft.base is None or texts or changes.new or changes.labels or not generation.same_index(settings, draft.base):
         _complete(settings, draft, texts, changes)
@@ -116,7 +116,7 @@ def build_memory(session: Session, settings: Config, *, fresh: bool, known: Know
         metrics["undescribed"] = planned.undescribed
     metrics |= _held_out(settings, address, found.generation)
     rows = planned.support.num_rows + (len(planned.classes) if named else 0)
-    return Built(rows, failed, metrics, stage_seconds(images), changes.remarks)
+    return Built(rows, failed, metrics, seconds, changes.remarks)
 
 
 def _never_proposed(planned: Plan, base: dict[str, Collection]) -> list[str]:
@@ -132,7 +132,7 @@ def _never_proposed(planned: Plan, base: dict[str, Collection]) -> list[str]:
 def _identity(planned: Plan) -> str:
     """Of a plan: what a killed build must have in common with the one that takes it up."""
     digest = hashlib.sha256("\n".join(planned.classes).encode())
-    for batch in planned.support.select(["uri", "label"]).combine_chunks().to_batches(65_536):
+    for batch in planned.support.select(["uri", "label"]).combine_chunks().to_batches(4096):
         digest.update(json.dumps(batch.to_pydict()).encode())
     return digest.hexdigest()[:16]
 
@@ -184,10 +184,10 @@ def _write_images(
     draft: Draft,
     class_of: dict[str, int],
     known: Known | None,
-) -> pa.Table:
-    """Embed and write the support images that are nowhere yet; returns the columns TOLD (and seconds) of all of them."""
+) -> tuple[pa.Table, dict[str, float]]:
+    """Embed and write the support images that are nowhere yet; returns the columns TOLD of all of them, and stage seconds."""
     if not planned.support.num_rows:
-        return pa.table({})
+        return pa.table({}), {}
     base = draft.base_part("images")
     size = planned.support.num_rows + (base.count() if base else 0)
     sample = None
@@ -200,7 +200,7 @@ def _write_images(
     rows = _embedded(session, settings, planned.support, facts, places, class_of, known)
     with pipeline.progress(sink.collection, planned.support.num_rows, f"memory {settings.memory.name}"):
         rows.write_datasink(sink)
-    return sink.told
+    return sink.told, dict(sink.seconds)
 
 
 def _embedded(
@@ -261,14 +261,17 @@ def _settle(told: pa.Table, class_of: dict[str, int], fingerprint: str) -> Chang
     if not told.num_rows:
         return Changes(0, 0, {}, 0, 0, [])
     rows = told.filter(pc.invert(_is_fault(told)))
-    settled = support.settle(rows["image_id"], rows["label"])
-    wanted = rows["label"].take(pa.array(settled.entry))
-    has = pc.coalesce(rows["error"], rows["label"])  # the class of an entry that was there is told as its error
-    other = rows.append_column("wanted", wanted).filter(pc.not_equal(has, wanted))
-    pairs = zip(other["image_id"].to_pylist(), other["wanted"].to_pylist(), strict=True)
-    changed = {entry_id(image_id, fingerprint): (class_of[name], name) for image_id, name in pairs}
+    settled = support.settle(rows["content"], rows["label"])
+    unsure = np.flatnonzero((settled.entry != np.arange(len(settled.entry))) | rows["error"].is_valid().to_numpy())
+    unsure = np.union1d(unsure, settled.entry[unsure])  # all others are written as they are wanted
+    wanted = rows["label"].take(pa.array(settled.entry[unsure]))
+    some = rows.take(pa.array(unsure)).append_column("wanted", wanted)
+    has = pc.coalesce(some["error"], some["label"])  # the class of an entry that was there is told as its error
+    other = some.filter(pc.not_equal(has, some["wanted"]))
+    pairs = zip(other["content"].to_pylist(), other["wanted"].to_pylist(), strict=True)
+    changed = {entry_id(content.hex(), fingerprint): (class_of[name], name) for content, name in pairs}
     elsewhere = rows.filter(pc.fill_null(pc.not_equal(rows["stage"], HELD), True))
-    new = pc.count_distinct(elsewhere["image_id"]).as_py()
+    new = pc.count_distinct(elsewhere["content"]).as_py()
     return Changes(rows["stage"].null_count, new, changed, settled.copies, settled.conflicts, settled.remarks())
 
 
@@ -288,7 +291,7 @@ def _complete(settings: Config, draft: Draft, texts: int, changes: Changes) -> N
 def _commit(settings: Config, draft: Draft, counts: dict[str, int]) -> None:
     parts = {kind: draft.part(kind) for kind, count in counts.items() if count}
     for kind, one in parts.items():
-        one.seal(counts[kind])
+        pipeline.in_a_worker(Collection.seal, one, counts[kind])  # it reads all ids
     mode: modes.Mode = "fused" if settings.retriever.mode == "all" else settings.retriever.mode
     meta = {**draft.meta, "entries": catalog.entries_digest(parts)}
     fitting.fit(settings, mode, parts, draft.part(f"head_{mode}"), meta)

@@ -120,6 +120,28 @@ def test_numbers_shown_equal_metrics_json(runs: list[Path], page: Path) -> None:
         assert not {"top1", "candidate_recall"} & shown and "small</th>" not in table  # -1 is no number
 
 
+def test_a_large_run_is_drawn_from_some_shards_and_says_so(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many small shards as it takes: their predictions are taken from one run and written over the marks of another."""
+    whole = RunFolder(runs[1]).predictions()
+    large = shutil.copytree(runs[1], tmp_path / "large")
+    for part in ("predictions", "done"):
+        shutil.rmtree(large / part)
+        (large / part).mkdir()
+    folder = RunFolder(large)
+    for shard in range(8):
+        folder.write_shard(shard, whole.slice(10 * shard, 10), schema.ERRORS.empty_table(), {})
+    monkeypatch.setattr("rar.report.view.SHOWN", 30)
+    view = read_run(large)
+    assert view.predictions.num_rows == len(view.truth) == 30
+    assert view.predictions["row"].to_pylist() == [*range(10), *range(40, 50), *range(70, 80)]
+    write_report([large], tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "are of 30 of its 80 predictions" in text
+    check_cells(text, json.loads((large / "metrics.json").read_text()))  # numbers are of all rows
+
+
 def check_cells(row: str, values: dict[str, float | None]) -> set[str]:
     """Hold the table cells of some HTML against a metrics.json; the keys that were shown."""
     cells = re.findall(r'<td data-key="(\w+)">(.*?)</td>', row, flags=re.DOTALL)
