@@ -195,13 +195,8 @@ def create_app(backend: Backend, online: config.Serve, token_digest: bytes | Non
     @app.get("/health", responses={503: {"model": Mistake}})
     async def health() -> dict[str, Any]:
         """What this server does, and whether its models are up (else 503)."""
-        facts = {
-            "version": __version__,
-            "endpoints": online.endpoints,
-            "token": token_digest is not None,
-            "adapters": sorted(online.adapters),
-        }
-        return facts | await backend.health()
+        open_to = {"endpoints": online.endpoints, "token": token_digest is not None, "adapters": sorted(online.adapters)}
+        return {"version": __version__, **open_to, **await backend.health()}
 
     _show_page(app)
     _tell_mistakes(app)
