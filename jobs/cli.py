@@ -18,6 +18,7 @@ from jobs.report import report
 from jobs.serve import serve
 from jobs.submit import submit
 from jobs.sweep import sweep
+from jobs.tune import tune
 
 app = typer.Typer(
     help="Retrieve-and-rank visual recognition: CLIP and Milvus propose classes, an MLLM on Ray Serve ranks them.",
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, memory, classify, detect, embed, sweep, evaluate, serve, ask, report, submit, config):
+for verb in (demo, memory, classify, detect, embed, tune, sweep, evaluate, serve, ask, report, submit, config):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")

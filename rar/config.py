@@ -326,6 +326,58 @@ class Serve(Strict):
         return bool({"recognize", "detect"} & set(self.endpoints))
 
 
+class Tune(Strict):
+    """`rar tune`: fine-tuning the ranker on lists that the retriever confuses, judged before and after."""
+
+    preset: Literal["rar", "paper-code", "paper-text"] = Field(
+        "rar", description="how lists are made; paper-*: windows of five over 20 neighbors, for ranker.method generate"
+    )
+    corpus: Corpus | None = Field(None, description="labelled pictures to learn from; default: memory.support")
+    others: dict[str, str] = Field({}, description="more data sets to judge by: name -> their config (corpus and memory)")
+    novel_classes: float = Field(
+        0.2, ge=0, lt=1, description="share of the classes kept out of training, to judge by as `novel`"
+    )
+    held_out: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="share of the other classes' pictures kept out: half to stop by, half to judge by as `seen`",
+    )
+    judged: int = Field(400, ge=1, description="pictures of a set that are judged, at most")
+    lengths: list[int] = Field([], description="further lengths of lists to judge at; default: retriever.top_k alone")
+    max_list: int | None = Field(None, ge=2, description="longest list trained on; default: retriever.top_k")
+    easy: float = Field(
+        0.3, ge=0, le=1, description="share of pictures of which the retriever is right anyway, as far as there are others"
+    )
+    rejections: float = Field(
+        0.15, ge=0, lt=0.5, description="letters: share of lists without the truth, whose answer is `none of these`"
+    )
+    shuffle: bool = Field(True, description="whether candidates stand in random order; else in the retriever's")
+    loss: Literal["labels", "text"] = Field(
+        "labels", description="letters: of the label tokens that ranking reads, or of the reply as text; generate: always text"
+    )
+    mass: float = Field(0.2, ge=0, description="of labels: weight of the loss that draws the reply's first token to some label")
+    listwise: float = Field(
+        0.0, ge=0, description="of labels: weight of RankNet over all pairs, the truth first, then the retriever's order"
+    )
+    weights: Literal["lora", "full"] = Field("lora", description="what is trained; full writes a model instead of an adapter")
+    vision: bool = Field(False, description="train the vision tower, too")
+    lora_rank: int = Field(32, ge=1, description="rank of the adapter")
+    lora_alpha: int = Field(64, ge=1, description="its scale; updates are multiplied by lora_alpha / lora_rank")
+    learning_rate: float = Field(1e-4, gt=0, description="highest; warmed up, then falling as a cosine")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps until it is reached")
+    epochs: int = Field(1, ge=1, description="times that each picture is shown, about; every time with another list")
+    max_steps: int | None = Field(None, ge=1, description="train for so many steps instead, however many epochs that is")
+    batch_size: int = Field(32, ge=1, description="lists per step, over all workers")
+    accumulate: int = Field(1, ge=1, description="forward passes that a worker's part of a step is cut into")
+    check_every: int = Field(50, ge=1, description="steps between checkpoints, each judged on pictures kept out")
+    patience: int = Field(5, ge=1, description="checkpoints without a better one after which training stops")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    workers: int = Field(1, ge=1, description="processes that train together")
+    num_gpus: float | None = Field(None, ge=0, description="GPUs of each worker; default: one, where there are any")
+    merged: bool = Field(False, description="also write the model with the adapter merged, for servers that load no adapters")
+
+
 class Run(Strict):
     """How a run is cut into pieces, drawn and judged."""
 
@@ -349,6 +401,7 @@ class Config(Strict):
     route: Route = Route()
     detect: Detect = Detect()
     serve: Serve = Serve()
+    tune: Tune = Tune()
     run: Run = Run()
 
     @model_validator(mode="after")

@@ -53,7 +53,9 @@ SPEED = (
     "memory.token",
     "run.patience_s",
     "serve",
+    "tune",
 )
+TUNE_SPEED = ("tune.workers", "tune.num_gpus", "tune.accumulate", "tune.gradient_checkpointing", "tune.merged", "tune.others")
 METRICS = ("detect.score", "detect.style", "detect.classes_per_box", "run.max_failed_fraction")
 ANSWERING = ("ranker", "corpus/decode.py", "engine/direct.py", "engine/exemplars.py", "engine/replica.py")
 CODE = (
@@ -82,6 +84,19 @@ def of_run(settings: Config) -> Identity:
         "weights": weights | _ranker_weights(ranker),
         "code": _code(CODE),
     }
+
+
+def of_tuning(settings: Config) -> Identity:
+    """That of a run with what decides an adapter: how it is trained and judged. Raises UserError for an unreadable config."""
+    whole, given = of_run(settings), dict(_flat(settings.model_dump(mode="json", include={"tune"})))
+    own = {key: value for key, value in given.items() if not key.startswith(TUNE_SPEED)}
+    others = {f"tune.others.{name}": fingerprint(config.read(path)) for name, path in settings.tune.others.items()}
+    return {**whole, "settings": {**whole["settings"], **own, **others}, "code": _code((*CODE, "tune"))}
+
+
+def of_verb(verb: str, settings: Config) -> Identity:
+    """What a folder of a verb is of."""
+    return of_tuning(settings) if verb == "tune" else of_run(settings)
 
 
 def of_answers(settings: config.Ranker, *extras: str) -> Identity:

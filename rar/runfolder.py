@@ -55,7 +55,7 @@ class RunFolder:
         for part in ("predictions", "errors", "done"):
             (folder.path / part).mkdir(parents=True, exist_ok=True)
         if (folder.path / "run.json").exists():
-            folder._pin(identity.of_run(settings))
+            folder._pin(identity.of_verb(verb, settings))
         else:
             folder.write("run.json", _beginning(verb, settings, name, group))
         return folder
@@ -78,7 +78,7 @@ class RunFolder:
             folder._refuse(["it was written by another version of rar"])
         if known["verb"] != verb:
             folder._refuse([f"it is of `rar {known['verb']}`"])
-        folder._refuse(identity.differences(known["identity"], identity.of_run(settings)))
+        folder._refuse(identity.differences(known["identity"], identity.of_verb(verb, settings)))
 
     def pin_memory(self, digest: str) -> None:
         """Keep the memory's state when the run began. Raises UserError where it has changed since."""
@@ -241,7 +241,7 @@ def _beginning(verb: str, settings: Config, name: str, group: str) -> dict[str, 
         "name": name,
         "group": group,
         "config": _without_secrets(settings),
-        "identity": identity.of_run(settings),
+        "identity": identity.of_verb(verb, settings),
         "seed": settings.run.seed,
         "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
         "git_commit": _git_commit(),

@@ -73,7 +73,12 @@ def test_every_key_is_known_and_none_else() -> None:
         return {prefix + key for key in data}.union(*below)
 
     full = Config.model_validate(
-        {"corpus": {"uri": "a"}, "memory": {"support": {"uri": "a"}}, "detect": {"detector": {"model": "a"}}}
+        {
+            "corpus": {"uri": "a"},
+            "memory": {"support": {"uri": "a"}},
+            "detect": {"detector": {"model": "a"}},
+            "tune": {"corpus": {"uri": "a"}},
+        }
     ).model_dump(mode="json")
     assert set(known) == leaves(full)
 

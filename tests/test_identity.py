@@ -20,6 +20,20 @@ from rar import config, identity
 from rar.config import Config, Ranker
 from rar.engine import client
 
+TUNE = {  # decides an adapter, which has an identity of its own
+    "preset": st.sampled_from(["rar", "paper-code"]),
+    "corpus": st.none() | st.builds(lambda uri: {"uri": uri}, st.sampled_from(["photos", "drawings"])),
+    "others": st.sampled_from([{}, {"birds": "birds.yaml"}]),
+    "lengths": st.lists(st.integers(2, 9), max_size=2),
+    "loss": st.sampled_from(["labels", "text"]),
+    "weights": st.sampled_from(["lora", "full"]),
+    **{key: st.booleans() for key in ("shuffle", "vision", "gradient_checkpointing", "merged")},
+    **{key: st.floats(0.1, 0.4) for key in ("novel_classes", "held_out", "easy", "rejections", "mass", "listwise", "warmup")},
+    **{key: st.integers(2, 9) for key in ("judged", "max_list", "lora_rank", "lora_alpha", "epochs", "max_steps")},
+    **{key: st.integers(1, 9) for key in ("batch_size", "accumulate", "check_every", "patience", "workers")},
+    "learning_rate": st.floats(1e-6, 1.0),
+    "num_gpus": st.none() | st.floats(0, 8),
+}
 SPEED = {
     "ranker.timeout_s": st.sampled_from([5.0, 60.0]),
     "ranker.attempts": st.integers(1, 9),
@@ -47,6 +61,7 @@ SPEED = {
     },
     **{f"serve.{key}": st.integers(1, 9) for key in ("loaded_adapters", "batch_tokens", "min_gateways", "max_gateways")},
     **{f"serve.{key}": st.floats(0.1, 9) for key in ("timeout_s", "upscale_delay_s", "downscale_delay_s")},
+    **{f"tune.{key}": values for key, values in TUNE.items()},
 }
 RESULT = {
     "corpus": st.none() | st.builds(lambda uri: {"uri": uri}, st.sampled_from(["photos", "drawings"])),
@@ -113,6 +128,7 @@ def test_every_other_key_changes_the_identity() -> None:
             "corpus": {"uri": "a"},
             "memory": {"support": {"uri": "a"}, "classes": ["a"]},
             "detect": {"detector": {"model": "a"}},
+            "tune": {"corpus": {"uri": "a"}},
         }
     )
     kept: set[str] = set()
@@ -123,9 +139,28 @@ def test_every_other_key_changes_the_identity() -> None:
         if not isinstance(value, config.Strict) and key != "ranker.prompts":  # of that, what the file says counts
             changed = full.model_copy(update=_changed(full, key.split(".")))
             kept |= {key} if fingerprint(changed) == fingerprint(full) else set()
-    left_out = {key for key in config._known_keys(Config) if key in identity.SPEED or key.startswith("serve.")} - {"serve"}
+    left_out = {key for key in config._known_keys(Config) if key in identity.SPEED or key.startswith(("serve.", "tune."))}
+    left_out -= {"serve", "tune", "tune.corpus"}
     assert kept == left_out | set(identity.METRICS)
-    assert {*SPEED, "detect.detector.workers", "detect.detector.num_gpus"} >= left_out  # the table above names them all
+    named = {*SPEED, "detect.detector.workers", "detect.detector.num_gpus"}  # the table above names them all
+    assert named >= {key for key in left_out if not key.startswith("tune.corpus.")}
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_what_decides_an_adapter_is_in_the_identity_of_a_tuning(tmp_path: Path) -> None:
+    plain = Config()
+    kept = set()
+    for key in set(config.Tune.model_fields) - {"others"}:
+        changed = plain.model_copy(update=_changed(plain, ["tune", key]))
+        kept |= {key} if identity.of_tuning(changed) == identity.of_tuning(plain) else set()
+    assert kept == {"workers", "num_gpus", "accumulate", "gradient_checkpointing", "merged"}
+    file = tmp_path / "other.yaml"
+    file.write_text("run: {seed: 1}")
+    first = identity.of_tuning(with_values({"tune.others": {"other": str(file)}}))
+    file.write_text("run: {seed: 2}")
+    (line,) = identity.differences(first, identity.of_tuning(with_values({"tune.others": {"other": str(file)}})))
+    assert line.startswith("tune.others.other was")
+    assert identity.of_verb("classify", plain) == identity.of_run(plain)
 
 
 def test_metrics_have_an_identity_of_their_own() -> None:

@@ -58,7 +58,7 @@ def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prio
     read = read.materialize()
     ids = pipeline.collect(pipeline.plainly(read, lambda table: table.select(["image_id"])))
     image_ids = sorted(set(ids["image_id"].drop_null().to_pylist()))
-    proposed, truth, groups = _held_out_candidates(session, settings, vocabulary, image_ids)
+    proposed, truth, groups = held_out_candidates(session, settings, vocabulary, image_ids)
     if len(proposed) < FEW_IMAGES:
         print(f"  calibrated on {len(proposed)} images alone; {FEW_IMAGES} and more are wanted", file=sys.stderr, flush=True)
     rows = pipeline.through(read, "recall", choosing.Recall(proposed))
@@ -84,11 +84,11 @@ def judged(session: Session, settings: Config, vocabulary: Vocabulary) -> float:
             return fused
     parts = {"images": collection(settings, session.memory_address, "images")}
     ids = sorted({entry.rsplit("-", 1)[0] for entry in parts["images"].entry_ids()} if parts["images"].exists() else set())
-    proposed, truth, _ = _held_out_candidates(session, settings, vocabulary, ids)
+    proposed, truth, _ = held_out_candidates(session, settings, vocabulary, ids)
     return float(np.mean([row[0].class_id == truth[image_id] for image_id, row in proposed.items()]))
 
 
-def _held_out_candidates(
+def held_out_candidates(
     session: Session, settings: Config, vocabulary: Vocabulary, image_ids: Sequence[str]
 ) -> tuple[dict[str, list[Candidate]], dict[str, int], dict[str, int]]:
     """image_id -> candidates by heads fitted without that image's near duplicates, its class, and the number of their group; of

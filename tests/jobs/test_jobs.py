@@ -71,6 +71,9 @@ def one_line(result: Result | subprocess.CompletedProcess[str]) -> str:
         ("classify", {}, "rar memory"),  # no memory was built
         ("memory", {"memory": {"support": None}}, "memory needs"),
         ("detect", {}, "JSON"),
+        ("tune", {}, "rar memory"),  # no memory was built
+        ("tune", {"ranker": {"method": "likelihood"}}, "letters or generate"),
+        ("tune", {"memory": {"support": None, "classes": ["a"]}}, "rar memory"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(

@@ -1,0 +1,23 @@
+"""What of a ranker's settings training keeps, and what cannot be trained."""
+
+from __future__ import annotations
+
+from rar.config import Ranker, Tune
+from rar.schema import UserError
+
+
+def bare(ranker: Ranker, tune: Tune) -> Ranker:
+    """The ranker that is trained: asked once a list. Raises UserError for what cannot be trained."""
+    if ranker.method not in ("letters", "generate"):
+        raise UserError(f"rar tune trains ranker.method letters or generate, not {ranker.method}")
+    if ranker.adapter is not None:
+        raise UserError("rar tune begins with the model itself: leave ranker.adapter out, or name a merged model")
+    if ranker.quantization != "none" or ranker.exemplars:
+        raise UserError("rar tune trains models that are not quantised, without exemplars: leave both out of ranker")
+    if ranker.precision == "fp16":
+        raise UserError("ranker.precision fp16 overflows in training: use bf16, or fp32")
+    if tune.preset != "rar" and ranker.method != "generate":
+        raise UserError(f"tune.preset {tune.preset} trains the sorted list as text: set ranker.method: generate")
+    precision = "fp32" if tune.weights == "full" else ranker.precision  # bf16 then comes by autocast
+    plain = {"permutations": 1, "debias": "none", "cache": None, "none_of_these": False, "precision": precision}
+    return ranker.model_copy(update=plain)
