@@ -31,6 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rar import storage
+from rar.columns import repeats
 from rar.config import Corpus
 from rar.corpus import decode, tables, tars, truth, vectors
 from rar.corpus.jsonstream import items
@@ -86,7 +87,7 @@ def list_images(corpus: Corpus) -> pa.Table:
 def with_remarks(index: pa.Table, told: Remarks) -> pa.Table:
     """An index with what there is to tell of it, a line each, and one more where pictures stand twice."""
     told = [str(_text(" ".join(line.split()))) for line in told]  # names of files may hold anything
-    again = index.num_rows - pc.count_distinct(index["uri"], mode="all").as_py()
+    again = len(repeats(index["uri"]))
     if again:
         told.append(f"{again:,} rows name a picture that an earlier row names too; each keeps its own label")
     return index.replace_schema_metadata({REMARKS: json.dumps(told)})

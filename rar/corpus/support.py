@@ -55,17 +55,17 @@ def plan(memory: Memory, seed: int, corpus: Corpus | None = None) -> Plan:
         raise UserError("memory needs `classes` (names), `support` (labelled images), or both")
     found = named.read(memory.support) if memory.support else None
     listed = found.index if found else INDEX.empty_table()
-    labelled = listed.filter(pc.is_valid(listed["label"]))
-    if memory.support and not labelled.num_rows:
+    if memory.support and listed["label"].null_count == listed.num_rows:
         where = memory.support.uri or memory.support.dataset
         raise UserError(f"memory.support {where} has no labels; use one sub-folder a class, or a label column")
     if memory.classes is None and found is None:
         assert corpus is not None
         found = named.read(corpus)
     classes = listing.class_names(memory.classes if memory.classes is not None else found.classes if found else [])
-    known = labelled.filter(pc.is_in(labelled["label"], pa.array(classes, pa.string())))
+    known = listed.filter(pc.is_in(listed["label"], pa.array(classes, pa.string())))
     if memory.support and not known.num_rows:
-        raise UserError(f"no label of memory.support is among the {len(classes)} classes; first label: {labelled['label'][0]}")
+        first = listed["label"].drop_null()[0]
+        raise UserError(f"no label of memory.support is among the {len(classes)} classes; first label: {first}")
     chosen = draw(known, memory.shots, None if memory.draw == "first" else seed)
     remarks = [*listing.remarks(listed), *thin_classes(chosen["label"], classes)] if memory.support else []
     return Plan(classes, chosen, listed.num_rows - known.num_rows, strangers(listed["label"], classes), tuple(remarks))

@@ -38,6 +38,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from rar import storage
+from rar.columns import repeats
 from rar.config import Corpus
 from rar.corpus import tables
 from rar.schema import RowError, UserError, content_id
@@ -57,10 +58,8 @@ def list_rows(corpus: Corpus) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
     parts = list(_manifest_names(corpus, layout) if corpus.ids else _file_names(corpus, layout))
     uris = pa.chunked_array([chunk for ids, _ in parts for chunk in ids.chunks], pa.string())
     labels = [pa.chunked_array([pa.nulls(len(ids), pa.string())]) if own is None else own for ids, own in parts]
-    if pc.count_distinct(uris).as_py() < len(uris):
-        counted = pc.value_counts(uris)
-        uri = counted.filter(pc.greater(counted.field("counts"), 1))[0]["values"].as_py()
-        raise UserError(f"corpus: {uri!r} names two rows of {corpus.uri}; every vector needs an id of its own")
+    if len(again := repeats(uris)):
+        raise UserError(f"corpus: {again[0].as_py()!r} names two rows of {corpus.uri}; every vector needs an id of its own")
     return uris, pa.chunked_array([chunk for own in labels for chunk in own.chunks], pa.string())
 
 

@@ -99,7 +99,7 @@ def build_memory(session: Session, settings: Config, *, fresh: bool, known: Know
     check_mode(settings, bool(planned.support.num_rows or "images" in base), named or "texts" in base)
     texts, names = _write_texts(session, settings, planned, facts, draft, class_of, known)
     images, seconds = _write_images(session, settings, planned, facts, draft, class_of, known)
-    changes = _settle(images, class_of, facts.fingerprint)
+    changes = pipeline.in_a_worker(_settle, images, class_of, facts.fingerprint)  # it numbers all ids
     if draft.base is None or texts or changes.new or changes.labels or not generation.same_index(settings, draft.base):
         _complete(settings, draft, texts, changes)
     else:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rar import boxes, config, fusion, identity
-from rar.columns import box_positions, candidates_of, positions, rankings_of, vectors_of
+from rar.columns import box_positions, candidates_of, positions, rankings_of, repeats, vectors_of
 from rar.corpus import coco
 from rar.corpus.datasets import named
 from rar.evaluation import box_groups, clustering, metrics, scoring
@@ -51,8 +51,7 @@ def measured(settings: config.Config, folder: RunFolder, index: pa.Table, boxed:
         asked += pc.sum(pc.not_equal(part["rank_status"], RankStatus.SKIPPED.value)).as_py() or 0
         ids += part["image_id"].chunks
     values["mean_k"] = folder.stats()["mllm.candidates"] / asked if asked else math.nan  # shown, where the ranker was asked
-    content = pa.chunked_array(ids, pa.string())
-    values["duplicates"] = float(len(content) - pc.count_distinct(content).as_py())
+    values["duplicates"] = float(len(repeats(pa.chunked_array(ids, pa.string()))))
     return values
 
 
