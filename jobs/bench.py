@@ -127,13 +127,26 @@ def scale(
     rows: Annotated[list[int] | None, typer.Option("--rows", help="A size; repeatable. Default: 10,000 to 100,000.")] = None,
     server: bool = False,
     mode: str = "fused",
+    pictures: Annotated[bool, typer.Option("--pictures", help="Drawn pictures, embedded, not brought vectors.")] = False,
 ) -> None:
     """How seconds and memory of `rar memory` and `rar classify` grow with rows; writes against raw pymilvus."""
 
     def work() -> dict[str, Any]:
         from rar.bench import scale as module
 
-        return module.run(sorted(rows or module.SIZES), server=server, mode=mode)
+        return module.run(sorted(rows or module.SIZES), server=server, mode=mode, pictures=pictures)
+
+    _run(work)
+
+
+@bench.command()
+def kills(rows: int = 20_000, kills: int = 3, seed: int = 0, server: bool = False) -> None:
+    """`rar memory` killed at random moments and repeated, against one left alone: digests, counts, rows embedded again."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import kills as module
+
+        return module.run(rows, kills, seed, server=server)
 
     _run(work)
 
