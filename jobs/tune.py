@@ -58,6 +58,9 @@ def run(
         raise UserError("--out of rar tune must be a folder of this machine, or one that is mounted: trainers write to it")
     if not dry_run:
         RunFolder.check(path, "tune", settings, fresh=fresh)
+    if RunFolder(path).finished and not (dry_run or fresh or export):
+        say(f"tune: {path} holds this run, finished before; --fresh would repeat it")
+        return told(RunFolder(path), settings)
     from rar.tune import run as tuning
 
     tuning.check(settings)
@@ -73,9 +76,18 @@ def run(
             say(f"  exported: {tuning.exported(settings, rows, folder, export.value)}")
         if data_only:
             return Exit.DONE
-        values = tuning.run(opened, settings, folder, rows, say)
-    say(tuning.told(values))
-    say(f"report: {path / 'report.html'}   use it: --set ranker.adapter={path / 'adapter'}")
+        tuning.run(opened, settings, folder, rows, say)
+    return told(folder, settings)
+
+
+def told(folder: RunFolder, settings: config.Config) -> int:
+    """Say what a tuning came to; its exit code."""
+    from rar.tune import judge
+
+    lora = settings.tune.weights == "lora"
+    say(judge.told(folder.read("metrics.json")))
+    key, name = ("ranker.adapter", "adapter") if lora else ("ranker.model", "model")
+    say(f"report: {folder.path / 'report.html'}   use it: --set {key}={folder.path / name}")
     return verdict(folder, settings)
 
 

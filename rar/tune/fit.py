@@ -16,10 +16,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rar import storage
 from rar.config import Config
 from rar.device import pick_device
+from rar.engine import pipeline
 from rar.engine.replica import model_path
 from rar.engine.session import Session
+from rar.runfolder import read_table
 from rar.schema import Unavailable, UserError, first_line
-from rar.tune.train import STATE, Job, clear_partial, last_checkpoint, work
+from rar.tune.train import STATE, STEP, Job, clear_partial, course, last_checkpoint, work
 
 CURVES = ("step", "loss", "grad_norm", "learning_rate", "rank_accuracy", "label_mass")
 
@@ -46,13 +48,25 @@ def fit(session: Session, settings: Config, rows: Path, folder: Path, adapter: P
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         run_config=RunConfig(name="ray", storage_path=str(folder.resolve())),
     )
+    _, steps = course(settings, read_table(rows))
     try:
-        trainer.fit()
+        with pipeline.progress(Steps(folder), steps, "tune"):
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from None
     told = json.loads((folder / "told.json").read_text())
     write_curves(folder, folder.parent / "curves.csv")
     return told
+
+
+class Steps:
+    """How far a training is, by what its first worker notes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.note = folder / STEP
+
+    def progress(self) -> tuple[int]:
+        return (int(self.note.read_text() or 0) if self.note.exists() else 0,)
 
 
 def _work(given: dict[str, Any]) -> None:

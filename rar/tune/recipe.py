@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from rar.config import Ranker, Tune
+from rar.config import LETTERS, Config, Ranker
 from rar.schema import UserError
 
 
-def bare(ranker: Ranker, tune: Tune) -> Ranker:
+def bare(settings: Config) -> Ranker:
     """The ranker that is trained: asked once a list. Raises UserError for what cannot be trained."""
+    ranker, tune, top_k = settings.ranker, settings.tune, settings.retriever.top_k
     if ranker.method not in ("letters", "generate"):
         raise UserError(f"rar tune trains ranker.method letters or generate, not {ranker.method}")
     if ranker.adapter is not None:
@@ -18,6 +19,12 @@ def bare(ranker: Ranker, tune: Tune) -> Ranker:
         raise UserError("ranker.precision fp16 overflows in training: use bf16, or fp32")
     if tune.preset != "rar" and ranker.method != "generate":
         raise UserError(f"tune.preset {tune.preset} trains the sorted list as text: set ranker.method: generate")
+    longest = max([tune.max_list or top_k, *tune.lengths]) + 1  # and "none of these"
+    if ranker.method == "letters" and longest > LETTERS:
+        raise UserError(
+            f"rar tune labels up to {LETTERS - 1} candidates and `none of these`: lower retriever.top_k, tune.max_list and "
+            "tune.lengths, or set ranker.method: generate"
+        )
     precision = "fp32" if tune.weights == "full" else ranker.precision  # bf16 then comes by autocast
     plain = {"permutations": 1, "debias": "none", "cache": None, "none_of_these": False, "precision": precision}
     return ranker.model_copy(update=plain)

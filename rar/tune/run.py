@@ -14,14 +14,13 @@ from rar.config import Config
 from rar.engine.session import Session
 from rar.runfolder import RunFolder, read_table
 from rar.tune import card, data, export, judge, page, paper, recipe
-from rar.tune.judge import told
 
 ROWS = Path("data") / "rows.parquet"
 
 
 def check(settings: Config) -> None:
     """Raises UserError for settings that cannot be trained, before anything is opened."""
-    recipe.bare(settings.ranker, settings.tune)
+    recipe.bare(settings)
 
 
 def dry_run(settings: Config, path: Path) -> str:
@@ -99,6 +98,3 @@ def _write(table: pa.Table, path: Path) -> None:
 def exported(settings: Config, rows: pa.Table, folder: RunFolder, kind: str) -> Path:
     """The first epoch's lists for another trainer; see export."""
     return export.write(settings, rows, folder.path / "export", kind)
-
-
-__all__ = ["check", "dry_run", "exported", "make_data", "run", "told", "tuned"]

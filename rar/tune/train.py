@@ -37,6 +37,7 @@ from rar.tune.pictures import Pictures
 VAL = 256  # pictures that a checkpoint is judged by, at most
 METRIC = "rank_accuracy"
 STATE = "trainer_state.json"
+STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def work(job: Job) -> dict[str, Any]:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     settings = Config.model_validate_json(job.settings)
-    ranker = MllmRanker(recipe.bare(settings.ranker, settings.tune), job.model_path)
+    ranker = MllmRanker(recipe.bare(settings), job.model_path)
     set_seed(settings.run.seed)
     ranker.mllm.model = trainable(ranker, settings.tune)
     trained = sum(weight.numel() for weight in ranker.mllm.model.parameters() if weight.requires_grad)
@@ -178,7 +179,7 @@ def _trainer(settings: Config, ranker: MllmRanker, rows: pa.Table, folder: Path)
         train_dataset=lists,
         eval_dataset=val,
         data_collator=teacher,
-        callbacks=[EarlyStoppingCallback(tune.patience), Finite()],
+        callbacks=[EarlyStoppingCallback(tune.patience), Finite(), Note()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -256,6 +257,14 @@ class RankTrainer(Trainer):
                 f"no checkpoint could be written to {folder}: {first_line(error)}; make room, and the same "
                 f"command goes on{kept}"
             ) from None
+
+
+class Note(TrainerCallback):
+    """Notes the step for whoever waits."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / STEP).write_text(str(state.global_step))
 
 
 class Finite(TrainerCallback):

@@ -176,6 +176,8 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(job: Callable[...
         ({"precision": "fp16"}, {}, "use bf16"),
         ({"exemplars": 1}, {}, "without exemplars"),
         ({}, {"preset": "paper-code"}, "set ranker.method: generate"),
+        ({}, {"max_list": 26}, "labels up to 25 candidates"),
+        ({}, {"lengths": [30]}, "labels up to 25 candidates"),
         ({}, {"accumulate": 3}, "choose a multiple"),
     ],
 )
