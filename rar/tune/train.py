@@ -260,7 +260,10 @@ class RankTrainer(Trainer):
 
 
 class Note(TrainerCallback):
-    """Notes the step for whoever waits."""
+    """Notes the step for whoever waits; the last step is judged, too, whatever `check_every` is."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        control.should_evaluate |= state.global_step == state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.is_world_process_zero:

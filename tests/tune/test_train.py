@@ -95,6 +95,13 @@ def test_an_adapter_is_trained_and_serves(job: Callable[..., Job], llava: str, t
     assert len(lines) == 7 and lines[0].startswith("step,loss") and lines[3].count(",") == 5 and lines[6].split(",")[4]
 
 
+def test_the_last_step_is_judged_too(job: Callable[..., Job]) -> None:
+    given = job(max_steps=4)
+    train.work(given)
+    judged = [record["step"] for record in history(Path(given.folder)) if "rank_accuracy" in record]
+    assert judged == [3, 4] and train.last_checkpoint(Path(given.folder)) == Path(given.folder) / "checkpoint-4"
+
+
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(job: Callable[..., Job]) -> None:
     whole, parts = job("whole"), job("parts")
     for one in (whole, parts):
