@@ -11,22 +11,30 @@ folders.
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from rar.schema import Unavailable, UserError
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}  # what is sent there is whole or not there
+PATIENCE_S = 300.0  # with storage that does not answer, beyond the few seconds that its client has by itself
+OF_A_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+REFUSED = (errno.EINVAL, errno.EPERM, errno.ENOSYS)  # what a store says of a request that it will never like
+CLIENTS = ("aiohttp", "botocore", "urllib3", "gcsfs", "google", "azure")  # whose errors are no OSError
+T = TypeVar("T")
 NUMBER = re.compile(r"([0-9]+)")
 NUMBER_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -126,6 +134,36 @@ def open_file(file: str) -> Any:
     return fs.open(path, "rb")
 
 
+def is_away(fs: fsspec.AbstractFileSystem, error: BaseException) -> bool:
+    """Whether it is storage that fails, and may come back, and not this one file.
+
+    A local disk does not come back by itself; of the web, a host that is gone is a file that is gone.
+    """
+    names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if isinstance(fs, LocalFileSystem) or names & {"http", "https"} or isinstance(error, OF_A_FILE):
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in REFUSED
+    return isinstance(error, asyncio.TimeoutError) or type(error).__module__.split(".")[0] in CLIENTS
+
+
+def patiently(fs: fsspec.AbstractFileSystem, name: str, action: Callable[[], T]) -> T:
+    """Repeat what changes nothing when it is done twice while storage is away. Raises Unavailable after PATIENCE_S."""
+    again = Retrying(
+        retry=retry_if_exception(lambda error: is_away(fs, error)),
+        stop=stop_after_delay(PATIENCE_S),
+        wait=wait_random_exponential(0.5, max=10),
+        reraise=True,
+    )
+    try:
+        return again(action)
+    except Exception as error:
+        if not is_away(fs, error):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise Unavailable(f"{name} did not answer for {PATIENCE_S:g} s: {said[:200]}") from None
+
+
 def place(name: str | Path) -> Path:
     """A file or folder on any file system, with the methods of pathlib; a local one is absolute, `~` is the user's home.
 
@@ -161,10 +199,10 @@ def writing(file: Path) -> Iterator[IO[bytes]]:
         yield cast(IO[bytes], local)
         local.flush()
         if OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
-            fs.put_file(local.name, str(scratch))
+            patiently(fs, str(file), lambda: fs.put_file(local.name, str(scratch)))
             fs.mv(str(scratch), path)
         else:
-            fs.put_file(local.name, path)
+            patiently(fs, str(file), lambda: fs.put_file(local.name, path))
 
 
 def write(file: Path, data: bytes | pa.Buffer) -> None:

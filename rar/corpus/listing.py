@@ -22,6 +22,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -35,7 +36,7 @@ from rar.columns import repeats
 from rar.config import Corpus
 from rar.corpus import decode, tables, tars, truth, vectors
 from rar.corpus.jsonstream import items
-from rar.schema import INDEX, RowError, UserError
+from rar.schema import INDEX, RowError, Unavailable, UserError
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 FORMAT_OF_SUFFIX = {
@@ -110,7 +111,9 @@ def format_of(corpus: Corpus) -> str:
 
 
 def read_many(uris: Sequence[str], offsets: Sequence[int | None], sizes: Sequence[int | None]) -> list[bytes | RowError]:
-    """Read the encoded bytes of many index rows; one that cannot be read is a RowError at its position, and none is raised.
+    """Read the encoded bytes of many index rows; one that cannot be read is a RowError at its position.
+
+    Only storage that stays away is raised, as Unavailable: it says nothing of the picture.
 
     Whole files and byte ranges go to their file system in one call (concurrent on object stores); parquet rows are grouped by
     file and row group.
@@ -133,7 +136,9 @@ def read_many(uris: Sequence[str], offsets: Sequence[int | None], sizes: Sequenc
         for (position, _), blob in zip(places, _read_ranges(fs, places, offsets, sizes), strict=True):
             results[position] = blob
     for (file, column), positions in rows.items():
-        for row, blob in _read_parquet(file, column, sorted(positions)).items():
+        fs, _ = storage.locate(file)
+        found_rows = storage.patiently(fs, file, partial(_read_parquet, fs, file, column, sorted(positions)))
+        for row, blob in found_rows.items():
             for position in positions[row]:
                 results[position] = blob
     return results
@@ -336,14 +341,30 @@ def _read_ranges(
     offsets: Sequence[int | None],
     sizes: Sequence[int | None],
 ) -> Iterator[bytes | RowError]:
-    """One result a place (position in offsets and sizes, path). Without an offset, the whole file."""
+    """One result a place (position in offsets and sizes, path). Without an offset, the whole file.
+
+    Raises Unavailable where storage stays away.
+    """
     starts = [offsets[position] for position, _ in places]
     lengths = [None if start is None else sizes[position] for start, (position, _) in zip(starts, places, strict=True)]
     ends = [None if start is None or length is None else start + length for start, length in zip(starts, lengths, strict=True)]
-    try:
-        blobs = fs.cat_ranges([path for _, path in places], starts, ends, on_error="return")
-    except Exception as error:  # the whole call failed: no credentials, no such bucket, no network
-        blobs = [error] * len(places)
+    blobs: list[Any] = [None] * len(places)
+    lacking = list(range(len(places)))
+
+    def ask() -> None:
+        """For what is lacking; raises what kept storage from answering for any of them."""
+        parts = [[values[one] for one in lacking] for values in ([path for _, path in places], starts, ends)]
+        try:
+            found = fs.cat_ranges(*parts, on_error="return")
+        except Exception as error:  # the whole call failed: no credentials, no such bucket, no network
+            found = [error] * len(lacking)
+        for one, blob in zip(lacking, found, strict=True):
+            blobs[one] = blob
+        lacking[:] = [one for one in lacking if isinstance(blobs[one], BaseException) and storage.is_away(fs, blobs[one])]
+        if lacking:
+            raise blobs[lacking[0]]
+
+    storage.patiently(fs, storage.full_name(fs, places[0][1]), ask)
     for blob, length in zip(blobs, lengths, strict=True):
         if isinstance(blob, BaseException):
             yield _row_error(blob)
@@ -353,8 +374,8 @@ def _read_ranges(
             yield blob
 
 
-def _read_parquet(file: str, column: str, rows: Sequence[int]) -> dict[int, bytes | RowError]:
-    """One result a row number (ascending); a broken row group does not take the others along."""
+def _read_parquet(fs: fsspec.AbstractFileSystem, file: str, column: str, rows: Sequence[int]) -> dict[int, bytes | RowError]:
+    """One result a row number (ascending); a broken row group does not take the others along. Raises what `is_away` knows."""
     results: dict[int, bytes | RowError] = dict.fromkeys(rows, RowError("no such row: the file changed after it was indexed"))
     try:
         with storage.open_file(file) as stream, pq.ParquetFile(stream) as parquet:
@@ -365,9 +386,13 @@ def _read_parquet(file: str, column: str, rows: Sequence[int]) -> dict[int, byte
                 try:
                     results.update(_read_row_group(parquet, group, column, start, wanted, file.rpartition("/")[0]))
                 except Exception as error:
+                    if storage.is_away(fs, error):
+                        raise
                     results.update(dict.fromkeys(wanted, _row_error(error)))
                 start = end
     except Exception as error:  # the file is gone or no parquet any more
+        if storage.is_away(fs, error):
+            raise
         return dict.fromkeys(rows, _row_error(error))
     return results
 
@@ -393,7 +418,9 @@ def _image_bytes(value: Any, folder: str) -> bytes | RowError:
         return RowError("null instead of image bytes") if data is None else data
     try:
         fs, place = storage.locate(truth.joined(folder, path))
-        return fs.cat_file(place)
+        return storage.patiently(fs, path, partial(fs.cat_file, place))
+    except Unavailable:
+        raise
     except Exception as error:  # as any file that cannot be read
         return _row_error(error)
 

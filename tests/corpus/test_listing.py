@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -17,7 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tenacity import wait_none
 
+from rar import storage
 from rar.config import Corpus
 from rar.corpus.decode import decode
 from rar.corpus.listing import class_names, list_images, read_many, remarks
@@ -568,11 +571,38 @@ def away() -> str:
     return "away://bucket"
 
 
-def test_storage_that_stays_away(away: str) -> None:
+def test_storage_that_stays_away(away: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Unavailable, match="away://bucket"):
         index(f"{away}/s.tar")
-    (error,) = read_many([f"{away}/1.png"], [None], [None])
-    assert isinstance(error, RowError)
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.01)
+    with pytest.raises(Unavailable, match=r"away://bucket/1\.png did not answer for 0\.01 s: timed out"):
+        read_many([f"{away}/1.png"], [None], [None])
+
+
+class _ThrottlingFileSystem(fsspec.AbstractFileSystem):
+    """A store that answers one request in three; it lacks one file, and refuses to read another beyond its end."""
+
+    protocol = "throttling"
+    asked = 0
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: object) -> bytes:
+        _ThrottlingFileSystem.asked += 1
+        if _ThrottlingFileSystem.asked % 3:
+            raise OSError(errno.EBUSY, "reduce your request rate")
+        if "gone" in path:
+            raise FileNotFoundError(path)
+        if "short" in path:
+            raise OSError(errno.EINVAL, "the requested range is not satisfiable")
+        return path.encode()
+
+
+def test_storage_that_throttles_loses_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("throttling", _ThrottlingFileSystem, clobber=True)
+    monkeypatch.setattr(storage, "wait_random_exponential", lambda *bounds, **more: wait_none())
+    names = ["a", "gone", "b", "short", "c"]
+    found = read_many([f"throttling://{name}" for name in names], [None] * 5, [None] * 5)
+    assert [one for one in found if isinstance(one, bytes)] == [b"a", b"b", b"c"]
+    assert str(found[1]) == "file not found" and "not satisfiable" in str(found[3])
 
 
 # Reading
