@@ -89,7 +89,22 @@ class Corpus(Strict):
         return self
 
 
-class Encoder(Strict):
+class Placed(Strict):
+    """Where a model's processes run."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or mps")
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs (or a fraction of one) each; default: one, where there are any"
+    )
+    num_cpus: float | None = Field(
+        None, ge=0, description="CPUs each, on a cluster; default: one, and none beside a GPU, so that none is waited for"
+    )
+    resources: dict[str, float] = Field(
+        {}, description='Ray\'s custom resources each, e.g. {"accelerator_type:A100": 0.001} for a kind of GPU'
+    )
+
+
+class Encoder(Placed):
     """The CLIP that embeds images and class names."""
 
     model: str = Field(
@@ -99,7 +114,6 @@ class Encoder(Strict):
     )
     source: str = Field("", description="for precomputed embeddings: a name of what made them, part of the fingerprint")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the weights on a GPU; fp32 is exact")
-    device: str = Field("auto", description="auto, cpu, cuda or mps")
     batch_size: int = Field(64, ge=1, description="images per forward pass")
     templates: str | list[str] = Field(
         ["a photo of a {}."], min_length=1, description="averaged into one prototype a class; or a data set's name, e.g. pets"
@@ -109,10 +123,8 @@ class Encoder(Strict):
         "one", description="of a query image, averaged: crops are five and their flips"
     )
     compile: bool = Field(False, description="torch.compile: slow to start, faster on long runs")
-    workers: int = Field(1, ge=1, description="processes that embed at the same time")
-    num_gpus: float | None = Field(
-        None, ge=0, description="GPUs (or a fraction of one) each; default: one, where there are any"
-    )
+    workers: int = Field(1, ge=1, description="processes that embed at the same time, at least")
+    max_workers: int | None = Field(None, ge=1, description="at most, while pictures wait for them; default: `workers`")
 
 
 class Index(Strict):
@@ -168,7 +180,7 @@ class Retriever(Strict):
     )
 
 
-class Ranker(Strict):
+class Ranker(Placed):
     """The MLLM that ranks candidates. `none` keeps the retriever's order; `endpoint` asks an OpenAI-compatible server."""
 
     model: str = Field(
@@ -188,7 +200,6 @@ class Ranker(Strict):
     adapter: str | None = Field(None, description="folder of a LoRA adapter (peft)")
     quantization: Literal["none", "int8", "int4"] = Field("none", description="of the weights, by bitsandbytes")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the weights on a GPU")
-    device: str = Field("auto", description="auto, cpu, cuda or mps")
     batch_size: int = Field(32, ge=1, description="images per forward pass, and per request to a replica")
     max_new_tokens: int = Field(256, ge=1, description="generate, endpoint: longest reply")
     trust_remote_code: bool = Field(False, description="run code that a model's folder brings along")
@@ -215,7 +226,9 @@ class Ranker(Strict):
     cache: str | None = Field(None, description="folder of answers by content, shared by runs; deterministic requests only")
     min_replicas: int = Field(1, ge=1, description="replicas of the ranker that stay up")
     max_replicas: int = Field(1, ge=1, description="replicas of the ranker under load")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs (or a fraction of one) per replica")
+    num_gpus: float | None = Field(
+        0.0, ge=0, description="GPUs (or a fraction of one) per replica; null: one, where there are any"
+    )
     keep: bool = Field(
         False, description="on a cluster: the application outlives the job, for others, without replicas while nobody asks"
     )
@@ -260,7 +273,7 @@ class Crop(Strict):
     sigma: float = Field(0.06, gt=0, description="Gaussian sigma of the blur, as a fraction of the crop's side")
 
 
-class Detector(Strict):
+class Detector(Placed):
     """A class-agnostic proposal stage of our own: an open detector of transformers."""
 
     model: str = Field(description="hub name or local folder of a Grounding DINO, MM-Grounding DINO or OWLv2 model")
@@ -269,11 +282,8 @@ class Detector(Strict):
     nms_iou: float = Field(0.7, gt=0, le=1, description="of two boxes that overlap more, the better one stays")
     batch_size: int = Field(8, ge=1, description="images per forward pass")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the weights on a GPU")
-    device: str = Field("auto", description="auto, cpu, cuda or mps")
-    workers: int = Field(1, ge=1, description="processes that detect at the same time")
-    num_gpus: float | None = Field(
-        None, ge=0, description="GPUs (or a fraction of one) each; default: one, where there are any"
-    )
+    workers: int = Field(1, ge=1, description="processes that detect at the same time, at least")
+    max_workers: int | None = Field(None, ge=1, description="at most, while pictures wait for them; default: `workers`")
 
 
 class Detect(Strict):
@@ -522,7 +532,11 @@ def reference() -> str:
 
 
 def _lines(model: type[BaseModel], indent: str) -> Iterator[str]:
-    for name, field in model.model_fields.items():
+    inherited = [name for name in model.model_fields if name not in model.__annotations__]
+    for name in [*model.__annotations__, *inherited]:
+        field = model.model_fields.get(name)
+        if field is None:
+            continue
         kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
         section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Strict)), None)
         if section is None:

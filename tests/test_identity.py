@@ -39,6 +39,9 @@ SPEED = {
     "ranker.attempts": st.integers(1, 9),
     "ranker.cache": st.none() | st.just("answers"),
     "encoder.workers": st.integers(1, 64),
+    "encoder.max_workers": st.none() | st.integers(1, 64),
+    **{f"{model}.num_cpus": st.none() | st.floats(0, 8) for model in ("encoder", "ranker")},
+    **{f"{model}.resources": st.sampled_from([{}, {"large": 0.5}]) for model in ("encoder", "ranker")},
     "encoder.num_gpus": st.none() | st.floats(0, 8),
     "ranker.keep": st.booleans(),
     "run.patience_s": st.floats(1, 900),
@@ -142,7 +145,8 @@ def test_every_other_key_changes_the_identity() -> None:
     left_out = {key for key in config._known_keys(Config) if key in identity.SPEED or key.startswith(("serve.", "tune."))}
     left_out -= {"serve", "tune", "tune.corpus"}
     assert kept == left_out | set(identity.METRICS)
-    named = {*SPEED, "detect.detector.workers", "detect.detector.num_gpus"}  # the table above names them all
+    of_detector = {f"detect.detector.{name}" for name in ("workers", "max_workers", "num_gpus", "num_cpus", "resources")}
+    named = {*SPEED, *of_detector}  # the table above names them all
     assert named >= {key for key in left_out if not key.startswith("tune.corpus.")}
 
 

@@ -35,6 +35,7 @@ from rar.ranker.cache import AnswerCache
 from rar.schema import Ranking, Unavailable, UserError
 
 DRAIN_S = 30.0
+SERVED = {"min_replicas", "max_replicas", "num_gpus", "num_cpus", "resources", "timeout_s", "attempts"}
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY, ApplicationStatus.DELETING)
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")  # the last one of a traceback
@@ -49,7 +50,7 @@ def app_name(settings: config.Ranker, online: config.Serve | None = None, beside
     the weights of a hub name by another commit.
     """
     kind = "ranker" if online is None else "online"
-    served = settings.model_dump(mode="json", include={"min_replicas", "max_replicas", "num_gpus", "timeout_s", "attempts"})
+    served = settings.model_dump(mode="json", include=SERVED)
     named = not settings.keep and ray.is_initialized()  # asking for the job would join any Ray that is about
     job = ray.get_runtime_context().get_job_id() if named else None
     parts = [identity.of_answers(settings, json.dumps(beside)), served, online and online.model_dump(mode="json"), job]
@@ -98,10 +99,9 @@ def _deploy(session: Session, name: str, sections: list[Any], options: dict[str,
     if name not in serve.status().applications:
         replicas = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
         options["autoscaling_config"] = replicas | options["autoscaling_config"]
-        gpus, cpus = session.reserves(settings.device, settings.num_gpus)
         deployment = serve.deployment(
             name="ranker",
-            ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+            ray_actor_options=session.options(settings),
             graceful_shutdown_timeout_s=DRAIN_S,
             logging_config=QUIET,
             **options,

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tenacity import retry, stop_after_attempt
 
 from rar import config
 from rar.engine import faults, models
-from rar.engine.actors import DEATHS, ModelActor, Pool
+from rar.engine.actors import ModelActor, Pool
 from rar.memory.store import open_store
 from rar.schema import Unavailable, UserError
 
@@ -59,11 +60,21 @@ class Session:
         """CPUs that must stay free of models, on a cluster, for tasks to run at all."""
         return 1.0 if self.joined else 0.0
 
-    def reserves(self, device: str, num_gpus: float | None, processes: int = 1) -> tuple[float, float]:
-        """(GPUs, CPUs) that processes with a model reserve. num_gpus: of each; None: one, where there are any and it may be."""
-        gpus = float(device != "cpu" and ray.cluster_resources().get("GPU", 0.0) >= 1) if num_gpus is None else num_gpus
-        cpus = 0.01 if not self.joined else 0.0 if gpus else 1.0  # a process beside a GPU waits for no CPU
-        return gpus * processes, cpus * processes
+    def reserves(self, model: config.Placed) -> tuple[float, float]:
+        """(GPUs, CPUs) that a process with a model reserves: by default one GPU, where there are any and it may be."""
+        gpus, cpus = model.num_gpus, model.num_cpus
+        if gpus is None:
+            gpus = float(model.device != "cpu" and ray.cluster_resources().get("GPU", 0.0) >= 1)
+        if not self.joined:
+            cpus = 0.01
+        elif cpus is None:
+            cpus = 0.0 if gpus else 1.0  # a process beside a GPU waits for no CPU
+        return gpus, cpus
+
+    def options(self, model: config.Placed) -> dict[str, Any]:
+        """Ray's options of a process with a model."""
+        gpus, cpus = self.reserves(model)
+        return {"num_cpus": cpus, "num_gpus": gpus, "resources": model.resources}
 
     def threads_of(self, models: int) -> int | None:
         """Threads of each of `models` that run at once; None: as many as Ray gives."""
@@ -83,11 +94,14 @@ class Session:
     def _pool(self, kind: str, load: type[models.Model], settings: Any, model: config.Encoder | config.Detector) -> Pool:
         key = (kind, settings.model_dump_json())
         if key not in self.pools:
-            gpus, cpus = self.reserves(model.device, model.num_gpus)
-            start = ModelActor.options(num_cpus=cpus, num_gpus=gpus, max_task_retries=DEATHS - 1)  # type: ignore[attr-defined]
-            actors = [start.remote(load, settings, self.threads_of(model.workers)) for _ in range(model.workers)]
-            self.pools[key] = Pool(actors, kind, load.failed, self.patience_s)
+            most = max(model.workers, model.max_workers or 0)
+            start = partial(_start_actor, self.options(model), load, settings, self.threads_of(most))
+            self.pools[key] = Pool(start, (model.workers, most), kind, load.failed, self.patience_s)
         return self.pools[key]
+
+
+def _start_actor(options: dict[str, Any], *arguments: Any) -> Any:
+    return ModelActor.options(**options).remote(*arguments)  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from ray.serve.exceptions import BackPressureError
 
 from rar import fusion
 from rar.columns import candidates_of
-from rar.config import Config
+from rar.config import Config, Placed
 from rar.engine import client, reading
 from rar.engine.actors import Pool
 from rar.engine.batching import WAIT_S, Batcher
@@ -308,7 +308,7 @@ def run_gateway(session: Session, settings: Config, known: Known | None, app: st
     room = 2 * ranker.batch_size * ranker.max_replicas + online.max_queued
     deployment = ray_serve.deployment(
         name=APP,
-        ray_actor_options={"num_cpus": session.reserves("cpu", 0)[1]},
+        ray_actor_options={"num_cpus": session.reserves(Placed(device="cpu"))[1]},
         autoscaling_config={
             "min_replicas": online.min_gateways,
             "max_replicas": online.max_gateways,

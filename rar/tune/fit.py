@@ -14,7 +14,7 @@ from ray.train import RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rar import storage
-from rar.config import Config
+from rar.config import Config, Placed
 from rar.device import pick_device
 from rar.engine import pipeline
 from rar.engine.replica import model_path
@@ -31,8 +31,7 @@ def fit(session: Session, settings: Config, rows: Path, folder: Path, adapter: P
     tune = settings.tune
     folder.mkdir(parents=True, exist_ok=True)
     clear_partial(folder)
-    gpus, _ = session.reserves(settings.ranker.device, tune.num_gpus)
-    cpus = 0.01 if not session.joined else 0.0 if gpus else 1.0
+    gpus, cpus = session.reserves(Placed(device=settings.ranker.device, num_gpus=tune.num_gpus))
     threads = session.threads_of(tune.workers)
     job = Job(settings.model_dump_json(), model_path(settings.ranker), str(rows), str(folder), str(adapter), threads)
     on_gpu = pick_device(settings.ranker.device, "ranker.device").type == "cuda" and gpus > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,3 +92,34 @@ class Deadly(models.Embed):
 class Faulty(RankerReplica):
     def __init__(self, *arguments: Any) -> None:
         raise ImportError("flash attention is not there")
+
+
+class Slow(models.Embed):
+    """A model that takes its time, and tells in which process."""
+
+    def __init__(self, settings: object) -> None: ...
+
+    def facts(self) -> Any:
+        return os.getpid()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        time.sleep(0.5)
+        return table.append_column("process", pa.array([os.getpid()] * table.num_rows))
+
+
+class Mortal(Slow):
+    """A model whose process ends with a shard 0."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if table["shard"][0].as_py() == 0:
+            os._exit(1)
+        return super().__call__(table)
+
+
+class Venomous(models.Embed):
+    """The real encoder, whose process ends with the pictures of shards 3, 30 and 57."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if "pixels" in table.column_names and table["shard"][0].as_py() in (3, 30, 57):
+            os._exit(1)
+        return super().__call__(table)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -17,8 +20,8 @@ from PIL import Image
 from ray import serve
 
 from rar import config
-from rar.engine import client, faults, pipeline, reading, waiting
-from rar.engine.actors import ModelActor, Pool
+from rar.engine import client, faults, pipeline, reading, session, waiting
+from rar.engine.actors import Pool
 from rar.engine.session import Session
 from rar.run.work import detect_work
 from rar.schema import Unavailable, UserError
@@ -38,11 +41,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pool_of(session: Session, load: Any, settings: Any) -> Pool:
-    actor = ModelActor.options(num_cpus=0.01).remote(load, settings, session.threads_of(1))  # type: ignore[attr-defined]
-    return Pool([actor], "encoder", load.failed)
-
-
 def test_encoder_and_ranker_that_raise_on_a_picture_fail_exactly_that_row(
     lab: Lab, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,7 +48,9 @@ def test_encoder_and_ranker_that_raise_on_a_picture_fail_exactly_that_row(
         corpus={"uri": str(photos)}, encoder={"batch_size": 8}, ranker={"max_new_tokens": 7}, route={"mode": "always"}
     )
     key = ("encoder", settings.encoder.model_dump_json())
-    lab.session.pools[key] = pool_of(lab.session, fussy.FussyEmbed, settings.encoder)
+    lab.session.pools[key] = replace(lab.session, pools={})._pool(
+        "encoder", fussy.FussyEmbed, settings.encoder, settings.encoder
+    )
     monkeypatch.setattr(client, "RankerReplica", fussy.FussyReplica)
     folder, _ = lab.run(settings, tmp_path / "run")
     serve.delete(client.app_name(settings.ranker))
@@ -127,6 +127,37 @@ def test_a_worker_finds_the_serve_that_replaced_the_one_it_knew(ray_session: Ses
         ((answer,),) = ray.get(worker.ask.remote(client.Ask("answers", 1)), timeout=60)
         assert answer.order == (0, 1)
         serve.shutdown()
+
+
+def told(pool: Pool, shards: int) -> list[pa.Table]:
+    """What a pool says to shards that are sent all at once."""
+    tables = [pa.table({"shard": [number], "pixels": [b""], "stage": [None], "error": [None]}) for number in range(shards)]
+    with ThreadPoolExecutor(shards) as threads:
+        return list(threads.map(pool.run, tables))
+
+
+def pool_of(load: type[fussy.Slow], most: int) -> Pool:
+    start = partial(session._start_actor, {"num_cpus": 0}, load, None, None)
+    return Pool(start, (1, most), "encoder", load.failed, 60, delays_s=(0.1, 1.0))
+
+
+def test_a_pool_grows_while_shards_wait_and_shrinks_when_none_do(ray_session: Session) -> None:
+    pool = pool_of(fussy.Slow, 3)
+    first = pool.facts
+    found = told(pool, 24)
+    assert [table["shard"][0].as_py() for table in found] == list(range(24))
+    assert {table["process"][0].as_py() for table in found} > {first}, "no actor was added"
+    until = time.monotonic() + 60
+    while (size := ray.get(pool.desk.size.remote())) > 1:
+        assert time.monotonic() < until, f"{size} actors stay though no shard comes"
+        time.sleep(0.1)
+    assert told(pool, 1)[0]["process"].to_pylist()
+
+
+def test_a_shard_that_kills_takes_no_other_with_it(ray_session: Session) -> None:
+    poisoned, *others = told(pool_of(fussy.Mortal, 1), 6)
+    assert "the encoder's process died 3 times on this shard" in poisoned["error"][0].as_py()
+    assert [table["error"].to_pylist() for table in others] == [[None]] * 5
 
 
 @pytest.mark.slow
