@@ -128,10 +128,16 @@ def scale(
     server: bool = False,
     mode: str = "fused",
     pictures: Annotated[bool, typer.Option("--pictures", help="Drawn pictures, embedded, not brought vectors.")] = False,
+    model: Annotated[bool, typer.Option("--model", help="Work out what limits a billion pictures on 64 GPUs instead.")] = False,
+    assume: Annotated[list[str] | None, typer.Option("--assume", help="Of --model: pictures=1e8, gpus=8, ...")] = None,
 ) -> None:
     """How seconds and memory of `rar memory` and `rar classify` grow with rows; writes against raw pymilvus."""
 
     def work() -> dict[str, Any]:
+        if model:
+            from rar.bench import limits
+
+            return limits.run(assume or ())
         from rar.bench import scale as module
 
         return module.run(sorted(rows or module.SIZES), server=server, mode=mode, pictures=pictures)
