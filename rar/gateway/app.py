@@ -209,15 +209,16 @@ def thumbnail(pixels: np.ndarray | None) -> bytes | None:
 
 
 @contextmanager
-def serving(session: Session, settings: Config, folder: RunFolder) -> Iterator[str]:
+def serving(session: Session, settings: Config, folder: RunFolder, proxied: bool = False) -> Iterator[str]:
     """The whole service in an open session, without a memory /rank alone; yields its URL.
 
-    On leaving, the gateways finish what they have, then the rankers. folder keeps the calibration. Raises UserError for what
-    the user must mend.
+    On leaving, the gateways finish what they have, then the rankers. folder keeps the calibration. proxied: Serve runs already,
+    with proxies at serve.host and serve.port. Raises UserError for what the user must mend.
     """
     online = settings.serve
-    digest = check(settings)
-    start_proxy(settings)
+    digest = check(settings, proxied)
+    if not proxied:
+        start_proxy(settings)
     known = learn(session, settings, folder) if session.memory is not None else None
     beside = (known.prior, known.exemplars) if known is not None else (None, None)
     ranker = client.app_name(settings.ranker, online, beside) if settings.ranker.method != "none" else None
@@ -232,8 +233,11 @@ def serving(session: Session, settings: Config, folder: RunFolder) -> Iterator[s
                 ray_serve.delete(name)
 
 
-def check(settings: Config) -> bytes | None:
-    """The token's digest, None where none is set. Raises UserError for what cannot be served, or not so, or not there."""
+def check(settings: Config, proxied: bool = False) -> bytes | None:
+    """The token's digest, None where none is set. Raises UserError for what cannot be served, or not so, or not there.
+
+    proxied: the port is taken, by Serve itself.
+    """
     online, ranker = settings.serve, settings.ranker
     if (ranker.debias == "prior" or ranker.exemplars) and not (online.recognizes and settings.memory.support):
         raise UserError(
@@ -249,8 +253,8 @@ def check(settings: Config) -> bytes | None:
     if not token and not _loopback(online.host):
         raise UserError(f"serve.host {online.host} can be reached by others: set {TOKEN}, or use 127.0.0.1")
     try:
-        with socket.create_server((online.host, online.port)):
-            pass
+        if not proxied:
+            socket.create_server((online.host, online.port)).close()
     except OSError as error:
         raise UserError(
             f"serve.host {online.host}, serve.port {online.port}: {error.strerror or error}; choose others"

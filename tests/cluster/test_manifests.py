@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -17,6 +18,8 @@ import kubernetes_validate
 import pytest
 import ray
 import yaml
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
 
 from rar.engine.replica import Meters
 from tests.conftest import ROOT
@@ -70,7 +73,7 @@ def faults(kind: str, document: dict[str, Any]) -> list[str]:
 def test_kuberay_would_take_them(manifest: dict[str, Any]) -> None:
     assert faults(manifest["kind"], manifest) == []
     wrong = json.loads(json.dumps(manifest)) | {}
-    wrong["spec"]["rayClusterSpecs"] = {}
+    wrong["spec"]["rayClusterSpecs"] = {}  # one letter more than a RayJob has
     assert any("rayClusterSpecs" in one for one in faults(manifest["kind"], wrong)), "an unknown field is not seen"
 
 
@@ -82,7 +85,7 @@ def test_kubernetes_would_take_them(manifest: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(not CRDS.is_dir(), reason="the CRDs of KubeRay are not there (shared/data/kuberay_crds)")
-@pytest.mark.parametrize("manifest", manifests({"Deployment", "RayCluster", "RayJob"}))
+@pytest.mark.parametrize("manifest", manifests({"Deployment", *OURS}))
 def test_pods_are_what_kubernetes_takes(manifest: dict[str, Any]) -> None:
     for pod in pods(manifest["spec"]):
         whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": pod}
@@ -103,6 +106,28 @@ def pods(value: Any) -> Iterator[dict[str, Any]]:
     elif isinstance(value, list):
         for one in value:
             yield from pods(one)
+
+
+@pytest.mark.parametrize("manifest", manifests({"RayService"}))
+def test_serve_would_take_its_config(manifest: dict[str, Any]) -> None:
+    asked = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    (application,) = ServeDeploySchema.model_validate(asked).applications
+    module, _, name = application.import_path.partition(":")
+    built = getattr(importlib.import_module(module), name)(application.args)
+    assert isinstance(built, Application)
+    assert application.route_prefix != "/", "the gateway answers there"
+    mounted = [mount["mountPath"] for pod in pods(manifest["spec"]) for mount in pod["containers"][0]["volumeMounts"]]
+    assert mounted and all(application.args["config"].startswith(f"{path}/") for path in mounted)
+    with pytest.raises(ValueError, match="import_path"):
+        ServeDeploySchema.model_validate({"applications": [{**asked["applications"][0], "import_path": "nowhere"}]})
+
+
+def test_skypilots_task_is_bash_and_names_what_it_sets() -> None:
+    task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
+    for part in ("setup", "run"):
+        subprocess.run(["bash", "-n"], input=task[part], text=True, check=True)
+    used = set(re.findall(r"\$\{?([A-Z_]+)", task["run"])) - {"PATH", "SKYPILOT_NODE_RANK"}
+    assert used == set(task["envs"])
 
 
 def test_clean_up_rules_exclude_each_other() -> None:
