@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -19,6 +20,7 @@ from pydantic.fields import FieldInfo
 from rar.schema import UserError
 
 LETTERS = 26  # A to Z
+CREDENTIALS = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
@@ -30,6 +32,8 @@ class Strict(BaseModel):
     @classmethod
     def _as_meant(cls, value: Any, field: ValidationInfo) -> Any:
         """`~/x` is the user's home wherever a path may stand: nothing else begins so. And yes or no is no number."""
+        if any(isinstance(one, str) and CREDENTIALS.search(one) for one in (value if isinstance(value, list) else [value])):
+            raise ValueError("an address with a password would lie in run folders and logs; give it by the environment")
         assert field.field_name is not None
         kind = cls.model_fields[field.field_name].annotation
         if isinstance(value, bool) and {int, float}.intersection((kind, *get_args(kind))):
@@ -515,7 +519,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     if not where:
         return f"config: {fault['msg'].removeprefix('Value error, ')}"
     if fault["type"] != "extra_forbidden":
-        return f"config: {where}: {fault['msg'].removeprefix('Value error, ')}, got {fault.get('input')!r}"
+        given = CREDENTIALS.sub("://***@", repr(fault.get("input")))
+        return f"config: {where}: {fault['msg'].removeprefix('Value error, ')}, got {given}"
     nearest = difflib.get_close_matches(where, _known_keys(model), n=1, cutoff=0.0)
     return f"config: unknown key {where!r}; did you mean {nearest[0]!r}?"
 

@@ -265,3 +265,17 @@ def test_configs_as_people_have_them(name: str, told: str) -> None:
 def test_a_corpus_has_one_source(corpus: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"give uri \(where the images lie\) or dataset"):
         config.build({"corpus": corpus})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("memory.uri", "http://root:planted@milvus:19530"),
+        ("ranker.base_url", "[http://one/v1, https://me:planted@two/v1]"),
+        ("corpus.uri", "s3://key:planted@bucket/photos"),
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(key: str, value: str) -> None:
+    with pytest.raises(UserError, match="environment") as caught:
+        config.build({}, [f"{key}={value}"])
+    assert key in str(caught.value) and "planted" not in str(caught.value)

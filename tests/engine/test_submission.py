@@ -6,7 +6,6 @@ Not covered: installing requirements on the cluster, heads on other machines, TL
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -123,25 +123,49 @@ def test_a_plan_says_what_would_be_sent(tmp_path: Path) -> None:
     assert "python -m jobs.classify config.yaml --out s3://b/run --set retriever.top_k=3" in result.stderr
 
 
+PLANTED = {name: f"planted-{secrets.token_hex(16)}" for name in ("MILVUS_TOKEN", "AWS_SECRET_ACCESS_KEY", "RAR_API_KEY")}
+PLANTED |= {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The dashboard's address, and the folder of Ray's logs and of what jobs sent."""
+
+    address: str
+    folder: Path
+
+
 @pytest.fixture
-def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A head of this machine with the dashboard that takes jobs from who has its token.
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
+    """A head without CPUs whose dashboard takes jobs from who has its token, and one node, both with secrets to keep.
 
     Its folder must have a short name; a job finds its cluster by that folder.
     """
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    port, folder = free_port(), tempfile.mkdtemp(prefix="rar")
-    ports = [f"--port={free_port()}", f"--dashboard-port={port}", f"--temp-dir={folder}"]
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4", *ports]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
-        address, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    for name, secret in PLANTED.items():
+        monkeypatch.setenv(name, secret)
+    gcs, port, folder = free_port(), free_port(), tempfile.mkdtemp(prefix="rar")
+    start = [str(Path(sys.executable).parent / "ray"), "start", "--block"]
+    ports = [f"--port={gcs}", f"--dashboard-port={port}", f"--temp-dir={folder}", "--num-cpus=0"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*start, "--head", *ports], **quiet) as running:  # type: ignore[call-overload]
+        until = time.monotonic() + 240
         while not is_taken(port):
             assert running.poll() is None and time.monotonic() < until
             time.sleep(0.2)
-        yield address
+        more = [f"--address=127.0.0.1:{gcs}", f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=4"]
+        with subprocess.Popen([*start, *more], **quiet) as node:  # type: ignore[call-overload]
+            yield Head(f"http://127.0.0.1:{port}", Path(folder))
+            node.terminate()
         running.terminate()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def told_secrets(*folders: Path) -> list[str]:
+    """Files below folders that hold a planted secret, and its name."""
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert len(files) > 50, "there is nothing to look through"
+    return [f"{file}: {name}" for file in files for name, secret in PLANTED.items() if secret.encode() in file.read_bytes()]
 
 
 @pytest.fixture
@@ -153,7 +177,7 @@ def store(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_a_job_is_sent_followed_stopped_and_resumed(
-    head: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: Head, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name, count in (("support", 24), ("queries", 4_000)):
@@ -171,7 +195,7 @@ def test_a_job_is_sent_followed_stopped_and_resumed(
 
     def ended(verb: str, *options: str) -> tuple[int, str, str]:
         given = [verb, str(file), "--out", str(tmp_path / verb)] if verb in submission.VERBS else [verb]
-        command = [sys.executable, "-m", "jobs.cli", "submit", *given, *options, "--address", head]
+        command = [sys.executable, "-m", "jobs.cli", "submit", *given, *options, "--address", head.address]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
         return done.returncode, done.stdout, done.stderr
 
@@ -199,7 +223,11 @@ def test_a_job_is_sent_followed_stopped_and_resumed(
     assert code == 0 and f"sent {name}" in said and "4,000 ok, 0 failed" in told, told + said
     assert ended("--status", name)[0] == 0
     assert json.loads((tmp_path / "classify" / "run.json").read_text())["counts"]["ok"] == 4_000
-    assert os.listdir(tmp_path / "classify" / "done")
+    assert told_secrets(tmp_path, head.folder) == []
+    jobs = subprocess.run(
+        [str(Path(sys.executable).parent / "ray"), "job", "list", "--address", head.address], capture_output=True, text=True
+    )
+    assert name in jobs.stdout and not [one for one in PLANTED.values() if one in jobs.stdout + jobs.stderr]
 
 
 def test_a_stopped_job_has_no_exit_code_of_its_own() -> None:
