@@ -27,6 +27,7 @@ from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_
 
 from rar import config, identity
 from rar.engine import direct, waiting
+from rar.engine.actors import free_resources
 from rar.engine.exemplars import Exemplars
 from rar.engine.isolate import reason
 from rar.engine.replica import FAULTS, Batch, Prior, RankerReplica
@@ -140,6 +141,14 @@ def _state(name: str) -> tuple[ApplicationStatus, str]:
     said = "\n".join(one.message for one in app.deployments.values() if one.message) or app.message
     lines = [line.strip() for line in said.splitlines() if line.strip()] or [app.status.value.lower()]
     return app.status, next((line for line in reversed(lines) if ERROR_LINE.match(line)), lines[-1])
+
+
+def standing(settings: config.Ranker) -> str:
+    """How the application of `deploy` is, in Serve's words, and what the cluster has free: what rows may be waiting for."""
+    if settings.method in ("none", "endpoint"):
+        return free_resources()
+    status, said = _state(app_name(settings))
+    return f"{free_resources()}; the ranker's application is {status.value.lower()}" + (f": {said}" if said else "")
 
 
 def _out_of_patience(state: RetryCallState) -> bool:

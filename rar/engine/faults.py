@@ -7,6 +7,7 @@ replica that is gone is Unavailable in one line; anything else is a crash and ke
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -50,8 +51,11 @@ def told(error: BaseException) -> UserError | Unavailable | None:
         if isinstance(one, UserError | Unavailable) and not isinstance(one, RayTaskError):  # Ray makes a type that is both
             words, *advice = str(one).splitlines() or [""]  # Ray Data writes advice on retries below
             return type(one)(words) if advice else one
-    said = next((words for kind, words in GONE.items() if isinstance(chain[-1], kind)), None)
-    return Unavailable(f"{said} ({reason(chain[-1])})") if said else None
+    last = chain[-1]
+    if isinstance(last, OSError) and last.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Unavailable("no space is left where the run writes; make room, and the same command goes on")
+    said = next((words for kind, words in GONE.items() if isinstance(last, kind)), None)
+    return Unavailable(f"{said} ({reason(last)})") if said else None
 
 
 def _inner(error: BaseException) -> BaseException | None:

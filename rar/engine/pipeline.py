@@ -28,10 +28,13 @@ from ray.data.datasource import Datasink
 from rar import config
 from rar.engine import models, reading, stages
 from rar.engine.actors import Pool
+from rar.engine.isolate import reason
 from rar.schema import Unavailable, UserError
 
 T = TypeVar("T")
 
+SAID_EVERY_S = 5.0
+STILL_S = 10.0  # without a new row, before it is asked why
 TASK_CPUS = 0.5  # tasks wait for models about as much as they work
 
 
@@ -132,17 +135,29 @@ class Counted(Protocol):
 
 
 @contextmanager
-def progress(target: Counted, total: int, title: str) -> Iterator[None]:
-    """Print a line every few seconds from what is written: rows done, rows/s, time left. Works for any number of workers."""
+def progress(target: Counted, total: int, title: str, why: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Print a line every few seconds from what is written: rows done, rows/s, time left. Works for any number of workers.
+
+    why: what may keep rows from coming, asked where none has come for STILL_S.
+    """
     done = threading.Event()
     start, began = sum(target.progress()), time.monotonic()
 
     def report() -> None:
-        while not done.wait(5):
-            now = sum(target.progress())
+        last, since = start, began
+        while not done.wait(SAID_EVERY_S):
+            try:
+                now = sum(target.progress())
+                last, since = (now, time.monotonic()) if now > last else (last, since)
+                still = time.monotonic() - since
+                told = why() if still > STILL_S else ""
+            except Exception as error:  # what is away for good ends the run, which says so
+                print(f"  {title}: how far it is cannot be told now ({reason(error)})", file=sys.stderr, flush=True)
+                continue
             rate = (now - start) / (time.monotonic() - began)
             left = f"{(total - now) / rate:.0f} s left" if rate else "starting"
-            print(f"  {title}: {now:,} of {total:,} rows, {rate:,.0f} rows/s, {left}", file=sys.stderr, flush=True)
+            told = f"; nothing for {still:.0f} s: {told}" if told else ""
+            print(f"  {title}: {now:,} of {total:,} rows, {rate:,.0f} rows/s, {left}{told}", file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()

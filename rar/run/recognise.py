@@ -77,7 +77,7 @@ def run(
             rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
         rows = pipeline.through(rows, "rank", choosing.Rank(ask, calibration, settings.ranker.batch_size), waiters)
         rows = pipeline.through(rows, "fuse", choosing.Fuse(calibration))
-        with pipeline.progress(folder, sum(expected.values()), folder.path.name):
+        with pipeline.progress(folder, sum(expected.values()), folder.path.name, lambda: client.standing(settings.ranker)):
             rows.write_datasink(ShardSink(folder.path, expected))
     check_spent(settings, folder, len(expected))
     return finish(session, settings, work, folder, vocabulary, time.monotonic() - started)

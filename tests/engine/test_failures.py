@@ -5,6 +5,7 @@ Not covered: real GPUs, several nodes.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -104,6 +105,9 @@ def test_mistakes_found_in_a_task_cross_as_themselves(ray_session: Session) -> N
     with pytest.raises(Unavailable) as away:
         _in_a_task(Unavailable("Milvus at x stayed away"))
     assert type(away.value) is Unavailable and str(away.value) == "Milvus at x stayed away"
+    with pytest.raises(Unavailable, match="no space is left where the run writes; make room") as full:
+        _in_a_task(OSError(errno.ENOSPC, "No space left on device", "/runs/a"))
+    assert "\n" not in str(full.value)
 
 
 def test_a_crash_in_a_task_stays_a_crash(ray_session: Session) -> None:
@@ -186,3 +190,28 @@ def test_a_wait_ends_and_says_what_for(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "waiting for the encoder (0 s): 1 GPU is wanted" in capsys.readouterr().err
     with pytest.raises(Unavailable, match=r"the encoder did not come within run.patience_s 0.01: 1 GPU is wanted"):
         waiting.until(threading.Event().wait, lambda: "1 GPU is wanted", "the encoder", 0.01)
+
+
+class Counts:
+    """What rows are written to, as far as progress asks it: it answers once, and then as it was told to."""
+
+    def __init__(self, then: Exception | None = None) -> None:
+        self.then, self.asked = then, 0
+
+    def progress(self) -> tuple[int, int]:
+        self.asked += 1
+        if self.then is not None and self.asked > 1:
+            raise self.then
+        return 3, 0
+
+
+def test_a_run_that_stands_still_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(pipeline, "SAID_EVERY_S", 0.01)
+    monkeypatch.setattr(pipeline, "STILL_S", 0.0)
+    for target in (Counts(), Counts(OSError("slow down"))):
+        with pipeline.progress(target, 9, "run", lambda: "0 of 6 CPUs are free"):
+            while target.asked < 3:
+                time.sleep(0.01)
+    told = capsys.readouterr().err
+    assert "run: 3 of 9 rows" in told and "nothing for 0 s: 0 of 6 CPUs are free" in told
+    assert "run: how far it is cannot be told now (OSError: slow down)" in told and "Traceback" not in told
