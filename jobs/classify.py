@@ -33,6 +33,7 @@ def run(verb: str, config_file: Path, out: str | None, sets: list[str], dry_run:
     from rar.engine import session
     from rar.report.page import write_report
     from rar.run import recognise, work
+    from rar.run.vocabulary import odd_treatment
 
     rows = {"classify": work.classify_work, "detect": work.detect_work}[verb](settings)
     if dry_run:
@@ -44,7 +45,8 @@ def run(verb: str, config_file: Path, out: str | None, sets: list[str], dry_run:
         strange = strangers(rows.labels, list(vocabulary.names.values()))
         counted = f"{rows.index.num_rows:,} images, {len(vocabulary.names):,} classes"
         first = f"{verb}: {counted} -> {path}" + (f"; {strange}, and count as wrong" if strange else "")
-        say("\n  ".join([first, *remarks(rows.index)]))
+        odd = odd_treatment(settings, vocabulary) if rows.boxed else []
+        say("\n  ".join([first, *remarks(rows.index), *odd]))
         metrics = recognise.run(opened, settings, vocabulary, rows, folder)
     write_report([path], path, title=f"rar {verb}: {config_file.stem}")
     return told(metrics, folder, settings)

@@ -31,6 +31,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rar": {"retriever": {"mode": "fused"}, "ranker": {"method": "letters"}},
 }
 ALWAYS = ("mllm_only", "rar_paper")  # the ranker's order is final, as in the paper
+BOXES = {"crop": {"size": 96, "outside": "blur"}, "shown": {"size": 96}}  # as the small models' figures were measured
 TASKS = ("novel", "seen", "scenes")
 EVERY = 60  # mllm_only reads 120 or more names an image: it is asked for every 60th one
 
@@ -78,6 +79,7 @@ def settings_of(out: Path, seed: int, task: str, arm: str) -> Any:
     data = {
         "corpus": corpus,
         "memory": {"name": task, "uri": str(out / "memory.milvus"), "support": support, "classes": classes},
+        "detect": BOXES,
         "run": {"seed": seed},
         "route": {"mode": "always" if arm in ALWAYS else "calibrated"},
         **ARMS[arm],

@@ -65,7 +65,8 @@ def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: b
     planned = build.plan(settings)
     path = run_folder_path(out, "memory", config_file)
     strange = f"; {planned.strangers}" if planned.strangers else ""
-    counted = f"{len(planned.classes):,} classes, {planned.support.num_rows:,} support images{strange}"
+    what = "support boxes" if planned.boxed else "support images"
+    counted = f"{len(planned.classes):,} classes, {planned.support.num_rows:,} {what}{strange}"
     say("\n  ".join([f"memory {settings.memory.name!r}: {counted}", *planned.remarks]))
     if planned.undescribed:
         say(f"  {planned.undescribed:,} names of encoder.descriptions are no class and are ignored")

@@ -21,6 +21,7 @@ from rar.schema import UserError
 
 LETTERS = 26  # A to Z
 CREDENTIALS = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+PAPER_WINDOW = {"outside": "blur"}  # what the paper says of its crops, beside their growth by size; it gives no values
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
@@ -153,7 +154,12 @@ class Memory(Strict):
     name: str = Field("memory", pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$", description="of the memory inside Milvus")
     uri: str = Field("runs/memory.milvus", description="a folder (Milvus Lite), or http(s)://host:port of a Milvus server")
     token: str | None = Field(None, description="server credentials; default: the environment's MILVUS_TOKEN")
-    support: Corpus | None = Field(None, description="labelled support images; none: a text memory")
+    support: Corpus | None = Field(
+        None,
+        description="labelled support images, or boxes (COCO, LVIS, V3Det .json; .parquet of uri, label and box_xyxy or bbox), "
+        "which are cut out by detect.crop; none: a text memory",
+    )
+    min_side: float = Field(8, ge=0, description="of support boxes: those with a shorter side of fewer pixels are left out")
     shots: int | None = Field(None, ge=1, description="images per class drawn from `support` with the run's seed; default all")
     draw: Literal["random", "first"] = Field(
         "random",
@@ -261,20 +267,37 @@ class Route(Strict):
     )
 
 
-class Crop(Strict):
-    """What the models see of a box (paper 3.2): grown, squared, resized, blurred outside."""
+class Window(Strict):
+    """What is cut out around a box (paper 3.2): grown, squared, resized, hidden outside."""
 
-    size: int = Field(96, ge=16, description="side of the square crop in pixels")
+    size: int | None = Field(None, ge=16, description="side of the square crop in pixels; default: the encoder's input")
     scale_small: float = Field(1.5, ge=1, description="growth of boxes of at most 32x32 pixels")
     scale_medium: float = Field(1.25, ge=1, description="growth of boxes of at most 96x96 pixels")
     scale_large: float = Field(1.1, ge=1, description="growth of larger boxes")
-    views: list[Literal["adaptive", "tight", "context"]] = Field(
-        ["adaptive"], min_length=1, max_length=3, description="windows averaged by the retriever; the ranker sees the first"
-    )
     outside: Literal["blur", "grey", "none", "black"] = Field(
-        "blur", description="what stands around the box: blurred, grey or black, or none: left as it is"
+        "grey", description="what stands around the box: blurred, grey or black, or none: left as it is"
     )
     sigma: float = Field(0.06, gt=0, description="Gaussian sigma of the blur, as a fraction of the crop's side")
+
+
+class Crop(Window):
+    """What the retriever sees of a box, and of the support boxes of a memory. `paper` is the paper's own setting."""
+
+    views: list[Literal["adaptive", "tight", "context"]] = Field(
+        ["adaptive"], min_length=1, max_length=3, description="windows averaged by the retriever"
+    )
+
+    def sized(self, side: int) -> Crop:
+        """With the encoder's side, where none is set."""
+        return self if self.size is not None else self.model_copy(update={"size": side})
+
+
+class Shown(Window):
+    """What the ranker sees of a box: a model that reads may need more pixels, or more around the box, than a retriever."""
+
+    size: int = Field(336, ge=16, description="side of the square crop in pixels")
+    outside: Literal["blur", "grey", "none", "black"] = Field("blur", description="what stands around the box, as of crop")
+    view: Literal["adaptive", "tight", "context"] = Field("adaptive", description="the window, as of crop.views")
 
 
 class Detector(Placed):
@@ -302,11 +325,18 @@ class Detect(Strict):
     )
     style: Literal["coco", "lvis", "v3det"] = Field("coco", description="definition of AP")
     crop: Crop = Crop()
+    shown: Shown = Shown()
     max_boxes: int = Field(300, ge=1, description="proposals kept per image, best first")
     classes_per_box: int = Field(5, ge=1, description="candidates of a box that become detections")
     score: Literal["product", "geometric", "class", "proposal"] = Field(
         "product", description="how proposal score and class probability make a detection's score"
     )
+
+    @field_validator("crop", "shown", mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        """`paper`: grown by the object's size and blurred outside, for retriever and ranker alike (RAR 3.2)."""
+        return dict(PAPER_WINDOW) if value == "paper" else value
 
 
 class Serve(Strict):

@@ -28,6 +28,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "retriever": {"ranker": {"method": "none"}},
     "rar": {},
 }
+WINDOW = {"size": 96, "outside": "blur"}  # what the parts are held against, for retriever and ranker alike
 TIGHT = {"scale_small": 1.0, "scale_medium": 1.0, "scale_large": 1.0}
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "scale": {"adaptive": {}, "tight": TIGHT},
@@ -56,7 +57,7 @@ def _settings(out: Path, seed: int, detect: Mapping[str, Any], **sections: Any) 
     data: dict[str, Any] = {
         "corpus": {"uri": str(world / "scenes.json")},
         "memory": {**memory, "classes": str(world / "scenes.json")},
-        "detect": dict(detect),
+        "detect": {"crop": WINDOW, "shown": WINDOW} | dict(detect),
         "run": {"seed": seed},
         **sections,
     }
@@ -65,13 +66,13 @@ def _settings(out: Path, seed: int, detect: Mapping[str, Any], **sections: Any) 
 
 def _grid(opened: Session, out: Path, seed: int) -> Iterator[dict[str, Any]]:
     for names in itertools.product(*PARTS.values()):
-        crop: dict[str, Any] = {}
+        crop: dict[str, Any] = dict(WINDOW)
         for options, name in zip(PARTS.values(), names, strict=True):
             crop |= options[name]
         title = "-".join(names).replace(" ", "_")
-        for arm, values in _arms(
-            opened, out, seed, title, {"crop": crop}, {"retriever": ARMS["retriever"], "rar": ARMS["rar"]}
-        ):
+        shown = {key: value for key, value in crop.items() if key != "views"}
+        both = {"crop": crop, "shown": shown}
+        for arm, values in _arms(opened, out, seed, title, both, {"retriever": ARMS["retriever"], "rar": ARMS["rar"]}):
             yield {**dict(zip(PARTS, names, strict=True)), "ranker": "letters" if arm == "rar" else "none", **values}
 
 

@@ -32,6 +32,7 @@ from rar.run.vocabulary import open_memory
 from rar.run.work import detect_work
 from rar.runfolder import RunFolder
 
+SIDE = 96  # pixels of the crops that are timed
 Pictures = list[tuple[np.ndarray, np.ndarray]]  # (H, W, 3) uint8 and boxes (B, 4)
 
 
@@ -48,7 +49,7 @@ def crops_bench(repeats: int = 5, data: Path | None = None) -> dict[str, dict[st
     crowded = [(photos[0][0], random_boxes(photos[0][0], 1000, np.random.default_rng(0)))]
     rows = {}
     for outside in ("blur", "none"):
-        crop = Crop(outside=outside)
+        crop = Crop(size=SIDE, outside=outside)
         for suffix, ours in {"": one_thread, "_two_threads": two_threads, "_cold": cold}.items():
             rows[outside + suffix] = compare(ours, photos, crop, repeats)
         rows[f"{outside}_crowded"] = compare(one_thread, crowded, crop, repeats)
@@ -106,10 +107,10 @@ def _settings(folder: Path, data: Path | None, model: str, images: int) -> Confi
 
 def _squares(settings: Config, index: pa.Table, facts: EncoderFacts) -> np.ndarray:
     """(boxes, side, side, 3) uint8: what the pipeline's encoder gets to see."""
-    squares = []
+    squares, crop = [], settings.detect.crop.sized(facts.side)
     for row in index.to_pylist():
         image = decode(Path(row["uri"]).read_bytes())
-        squares += [facts.fit(crop) for crop in crops(image, np.array(row["boxes_xyxy"]).reshape(-1, 4), settings.detect.crop)]
+        squares += [facts.fit(one) for one in crops(image, np.array(row["boxes_xyxy"]).reshape(-1, 4), crop)]
     return np.stack(squares)
 
 
@@ -122,7 +123,7 @@ def compare(ours: Callable[[Pictures, Crop], list[np.ndarray]], photos: Pictures
     n_boxes = sum(len(boxes) for _, boxes in photos)
     gaps = [np.abs(np.subtract(a, b, dtype=np.int16)) for a, b in zip(ours(photos, crop), plain(), strict=True)]
     row = paired(lambda: ours(photos, crop), plain, n_boxes, repeats)
-    mean = sum(float(gap.sum()) for gap in gaps) / (n_boxes * crop.size**2 * 3)
+    mean = sum(float(gap.sum()) for gap in gaps) / max(sum(gap.size for gap in gaps), 1)
     return row | {"boxes": n_boxes, "mean_difference": mean, "max_difference": max(int(gap.max(initial=0)) for gap in gaps)}
 
 
@@ -143,19 +144,20 @@ def cold(photos: Pictures, crop: Crop) -> list[np.ndarray]:
 def plain_crops(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Crop, view: View = "adaptive") -> np.ndarray:
     """What `crops` gives, box by box with Pillow: cut out the window, resize, blur, paste the target back."""
     height, width = image.shape[:2]
+    size = crop.size or SIDE
     boxes = clip_xyxy(boxes_xyxy, width, height)
     windows = windows_xyxy(boxes, crop, view)
-    result = np.empty((len(boxes), crop.size, crop.size, 3), np.uint8)
+    result = np.empty((len(boxes), size, size, 3), np.uint8)
     if not len(boxes):
         return result
     left, top = np.maximum(0, -windows[:, :2].min(axis=0))
     right, bottom = np.maximum(0, windows[:, 2:].max(axis=0) - [width, height])
     padded = Image.fromarray(np.pad(image, [(top, bottom), (left, right), (0, 0)], mode="edge"))
-    targets = touched_xyxy(boxes, windows, crop.size)
+    targets = touched_xyxy(boxes, windows, size)
     for i, (window, target) in enumerate(zip(windows + np.array([left, top] * 2), targets.tolist(), strict=True)):
-        square = padded.crop(tuple(window.tolist())).resize((crop.size, crop.size), Image.Resampling.BICUBIC)
+        square = padded.crop(tuple(window.tolist())).resize((size, size), Image.Resampling.BICUBIC)
         if crop.outside == "blur":
-            hidden = square.filter(ImageFilter.GaussianBlur(crop.sigma * crop.size))
+            hidden = square.filter(ImageFilter.GaussianBlur(crop.sigma * size))
         else:
             hidden = Image.new("RGB", square.size, (GREY,) * 3 if crop.outside == "grey" else 0)
         if crop.outside != "none":

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -93,7 +93,9 @@ def read_boxes(corpus: Corpus, detect: Detect) -> tuple[pa.Table, list[Error]]:
     if detect.proposals is not None:
         boxes = best_boxes(boxes, detect.max_boxes)
     shown = {source, *uris[: corpus.limit]}
-    return _table(truth, uris[: corpus.limit], boxes), [error for error in errors if error["uri"] in shown]
+    crowds = int(truth.boxes.crowd.sum()) if detect.proposals is None else 0
+    told = [f"{crowds:,} crowd regions show no single object, and are left out"] if crowds else []
+    return _table(truth, uris[: corpus.limit], boxes, told), [error for error in errors if error["uri"] in shown]
 
 
 def is_json(corpus: Corpus) -> bool:
@@ -298,8 +300,11 @@ def _take(boxes: Boxes, index: np.ndarray) -> Boxes:
     return Boxes(*(column[index] for column in boxes))
 
 
-def _table(truth: Truth, uris: list[str], boxes: Boxes) -> pa.Table:
-    """One row (schema BOXES) for each of the first images; boxes of other images are left out, the others keep their order."""
+def _table(truth: Truth, uris: list[str], boxes: Boxes, told: Sequence[str] = ()) -> pa.Table:
+    """One row (schema BOXES) for each of the first images; boxes of other images are left out, the others keep their order.
+
+    told: what there is to tell of it.
+    """
     count = len(uris)
     order = np.argsort(boxes.images, kind="stable")
     boxes = _take(boxes, order[: np.count_nonzero(boxes.images < count)])
@@ -325,4 +330,4 @@ def _table(truth: Truth, uris: list[str], boxes: Boxes) -> pa.Table:
         },
         schema=BOXES,
     )
-    return listing.with_remarks(table, [])
+    return listing.with_remarks(table, list(told))

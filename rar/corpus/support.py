@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,17 +25,17 @@ import pyarrow.compute as pc
 
 from rar.columns import codes
 from rar.config import Corpus, Memory
-from rar.corpus import listing
+from rar.corpus import listing, objects
 from rar.corpus.datasets import named
-from rar.schema import INDEX, UserError
+from rar.schema import ERRORS, INDEX, UserError
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a memory will hold. classes: the names to embed. support: INDEX rows, `shots` a class. ignored: other rows.
+    """What a memory will hold. classes: the names to embed. support: INDEX rows (of boxes: objects.OBJECTS), `shots` a class.
 
-    strangers: of `strangers`, for the labels that are no class. remarks: lines on what is odd. undescribed: how many names of
-    encoder.descriptions are no class.
+    ignored: other rows. strangers: of `strangers`, for the labels that are no class. remarks: lines on what is odd.
+    undescribed: how many names of encoder.descriptions are no class. faults: boxes that cannot be used (ERRORS).
     """
 
     classes: list[str]
@@ -43,6 +44,12 @@ class Plan:
     strangers: str = ""
     remarks: tuple[str, ...] = ()
     undescribed: int = 0
+    faults: pa.Table = field(default_factory=ERRORS.empty_table)
+
+    @property
+    def boxed(self) -> bool:
+        """Whether the support set is one of boxes."""
+        return "box_xyxy" in self.support.column_names
 
 
 def plan(memory: Memory, seed: int, corpus: Corpus | None = None) -> Plan:
@@ -53,22 +60,48 @@ def plan(memory: Memory, seed: int, corpus: Corpus | None = None) -> Plan:
     """
     if memory.support is None and memory.classes is None and (corpus is None or corpus.dataset is None):
         raise UserError("memory needs `classes` (names), `support` (labelled images), or both")
-    found = named.read(memory.support) if memory.support else None
+    found = read(memory) if memory.support else None
     listed = found.index if found else INDEX.empty_table()
     if memory.support and listed["label"].null_count == listed.num_rows:
         where = memory.support.uri or memory.support.dataset
         raise UserError(f"memory.support {where} has no labels; use one sub-folder a class, or a label column")
     if memory.classes is None and found is None:
         assert corpus is not None
-        found = named.read(corpus)
+        found = Support(*named.read(corpus)[:2])
     classes = listing.class_names(memory.classes if memory.classes is not None else found.classes if found else [])
     known = listed.filter(pc.is_in(listed["label"], pa.array(classes, pa.string())))
     if memory.support and not known.num_rows:
         first = listed["label"].drop_null()[0]
         raise UserError(f"no label of memory.support is among the {len(classes)} classes; first label: {first}")
     chosen = draw(known, memory.shots, None if memory.draw == "first" else seed)
-    remarks = [*listing.remarks(listed), *thin_classes(chosen["label"], classes)] if memory.support else []
-    return Plan(classes, chosen, listed.num_rows - known.num_rows, strangers(listed["label"], classes), tuple(remarks))
+    faults = found.faults if found else ERRORS.empty_table()
+    remarks = [*found.told, *thin_classes(chosen["label"], classes)] if memory.support and found else []
+    odd = strangers(listed["label"], classes)
+    return Plan(classes, chosen, listed.num_rows - known.num_rows, odd, tuple(remarks), faults=faults)
+
+
+class Support(NamedTuple):
+    """A support set before shots are drawn: its index, vocabulary, rows that cannot be used (ERRORS), and lines on it."""
+
+    index: pa.Table
+    classes: list[str]
+    faults: pa.Table = ERRORS.empty_table()
+    told: Sequence[str] = ()
+
+
+def read(memory: Memory) -> Support:
+    """The pictures or boxes of memory.support, all of them. The vocabulary of boxes is their labels, sorted, but for a data set
+    by name, which has its own.
+    """
+    assert memory.support is not None
+    corpus = named.as_file(memory.support)
+    if not objects.holds_boxes(corpus):
+        found = named.read(memory.support)
+        return Support(found.index, found.classes, told=listing.remarks(found.index))
+    index, faults, told = objects.read_objects(corpus, memory.min_side)
+    by_name = memory.support.dataset is not None
+    classes = listing.class_names(corpus.uri) if by_name else sorted(set(index["label"].drop_null().to_pylist()))
+    return Support(index, classes, faults, told)
 
 
 def draw(labelled: pa.Table, shots: int | None, seed: int | None) -> pa.Table:

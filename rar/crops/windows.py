@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from rar.boxes import MEDIUM_AREA, SMALL_AREA, area, check_boxes, clip_xyxy
-from rar.config import Crop
+from rar.config import Window
 
 View = Literal["adaptive", "tight", "context"]
 Outside = Literal["blur", "grey", "black", "none"]
@@ -45,7 +45,7 @@ class Band(NamedTuple):
     weights: np.ndarray
 
 
-def windows_xyxy(boxes_xyxy: np.ndarray, crop: Crop, view: View = "adaptive") -> np.ndarray:
+def windows_xyxy(boxes_xyxy: np.ndarray, crop: Window, view: View = "adaptive") -> np.ndarray:
     """The square windows shown for boxes: (B, 4) pixels -> (B, 4) int64 whole pixels; they may leave the image.
 
     Each is centred on its box to within half a pixel and holds every pixel that the box touches. Its side is max(w, h) times
@@ -58,7 +58,7 @@ def windows_xyxy(boxes_xyxy: np.ndarray, crop: Crop, view: View = "adaptive") ->
     return np.concatenate([corner, corner + side], axis=1).astype(np.int64)
 
 
-def _scale(boxes_xyxy: np.ndarray, crop: Crop, view: View) -> np.ndarray:
+def _scale(boxes_xyxy: np.ndarray, crop: Window, view: View) -> np.ndarray:
     if view != "adaptive":
         return np.full(len(boxes_xyxy), 1.0 if view == "tight" else CONTEXT_SCALE)
     group = np.searchsorted([SMALL_AREA, MEDIUM_AREA], area(boxes_xyxy))
@@ -75,8 +75,8 @@ def to_image(points: np.ndarray, window_xyxy: np.ndarray, size: int) -> np.ndarr
     return points * ((window_xyxy[..., 2:] - window_xyxy[..., :2]) / size) + window_xyxy[..., :2]
 
 
-def crops(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Crop, view: View = "adaptive") -> np.ndarray:
-    """What the models see of each box: image (H, W, 3) uint8, boxes (B, 4) -> (B, S, S, 3) uint8, S = crop.size.
+def crops(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Window, view: View = "adaptive") -> np.ndarray:
+    """What the models see of each box: image (H, W, 3) uint8, boxes (B, 4) -> (B, S, S, 3) uint8, S = crop.size, which is set.
 
     Boxes are clipped to the image first; the windows are `windows_xyxy` of the clipped boxes.
     Raises ValueError for a box that `check_boxes` refuses: those are rows of `errors/` before they come here.
@@ -85,12 +85,13 @@ def crops(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Crop, view: View = "a
     boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
     if fault := next(filter(None, check_boxes(boxes, width, height)), None):
         raise ValueError(fault)
-    boxes = clip_xyxy(boxes, width, height)
-    result = np.empty((len(boxes), crop.size, crop.size, 3), dtype=np.uint8)
+    boxes, size = clip_xyxy(boxes, width, height), crop.size
+    assert size is not None, "the encoder's side is not filled in (config.Crop.sized)"
+    result = np.empty((len(boxes), size, size, 3), dtype=np.uint8)
     windows = windows_xyxy(boxes, crop, view)
-    targets = touched_xyxy(boxes, windows, crop.size)
+    targets = touched_xyxy(boxes, windows, size)
     for i, (window, target) in enumerate(zip(windows.tolist(), targets.tolist(), strict=True)):
-        shown = _hide_outside(_resized(image, window, crop.size), target, crop)
+        shown = _hide_outside(_resized(image, window, size), target, crop)
         result[i] = np.add(np.clip(shown, 0, 255, out=shown), 0.5, out=shown).astype(np.uint8).transpose(2, 0, 1)
     return result
 
@@ -158,13 +159,13 @@ def _repeat_edges(bands: list[Band], start: int, length: int) -> list[Band]:
     return placed
 
 
-def _hide_outside(square: np.ndarray, target_xyxy: list[int], crop: Crop) -> np.ndarray:
+def _hide_outside(square: np.ndarray, target_xyxy: list[int], crop: Window) -> np.ndarray:
     """A crop (S, 3, S), x first, with all but the target's crop pixels hidden."""
     if crop.outside == "none":
         return square
     x0, y0, x1, y1 = target_xyxy
     if crop.outside == "blur":
-        hidden = _blurred(square, crop.sigma * crop.size)
+        hidden = _blurred(square, crop.sigma * len(square))
     else:
         hidden = np.full_like(square, GREY if crop.outside == "grey" else 0)
     hidden[x0:x1, :, y0:y1] = square[x0:x1, :, y0:y1]

@@ -13,14 +13,19 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from rar import config
+from rar.boxes import check_boxes
 from rar.corpus import listing
 from rar.corpus.decode import decode
+from rar.corpus.frame import frame_of
+from rar.crops import windows
 from rar.schema import RowError
 
 EXEMPLAR_SIDE = 336  # pixels, that a larger picture keeps of its short side
 KEPT_BYTES = 256 << 20
 ENTRY_BYTES = 256  # of a picture that cannot be read: to know it costs something, too
-Place = tuple[str, int | None, int | None]  # uri, offset, size of an image, as an index has it
+Cut = tuple[tuple[float, ...], tuple[int | None, int | None], str]  # box_xyxy, stated width and height, config.Shown as JSON
+Place = tuple[str, int | None, int | None] | tuple[str, int | None, int | None, Cut]  # uri, offset, size, and of a box its cut
 Exemplars = dict[str, list[Place]]  # class name -> pictures of it
 
 
@@ -52,17 +57,28 @@ class Pictures:
 
 
 def read_small(place: Place) -> np.ndarray | None:
-    """A picture with a short side of at most EXEMPLAR_SIDE pixels; None where it cannot be read."""
+    """A picture with a short side of at most EXEMPLAR_SIDE pixels, or the crop of a box; None where it cannot be read."""
     data = listing.read_many([place[0]], [place[1]], [place[2]])[0]
     try:
-        pixels = decode(data, EXEMPLAR_SIDE) if not isinstance(data, RowError) else None
+        if isinstance(data, RowError):
+            return None
+        pixels = decode(data, EXEMPLAR_SIDE) if len(place) == 3 else _cut_out(data, place[3])
     except RowError:
         return None
-    if pixels is None or min(pixels.shape[:2]) <= EXEMPLAR_SIDE:
+    if pixels is None or len(place) == 4 or min(pixels.shape[:2]) <= EXEMPLAR_SIDE:
         return pixels
     scale = EXEMPLAR_SIDE / min(pixels.shape[:2])
     height, width = (round(side * scale) for side in pixels.shape[:2])
     return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _cut_out(data: bytes, cut: Cut) -> np.ndarray | None:
+    box, stated, settings = cut
+    shown = config.Shown.model_validate_json(settings)
+    image = decode(data)
+    height, width = image.shape[:2]
+    on_image = frame_of(stated, (width, height), data).to_pixels(np.array([box]))
+    return None if check_boxes(on_image, width, height)[0] else windows.crops(image, on_image, shown, shown.view)[0]
 
 
 def _cost(picture: np.ndarray | None) -> int:

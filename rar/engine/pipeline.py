@@ -25,7 +25,6 @@ import ray.data
 from ray.data import Dataset
 from ray.data.datasource import Datasink
 
-from rar import config
 from rar.engine import models, reading, stages
 from rar.engine.actors import Pool
 from rar.engine.isolate import reason
@@ -82,10 +81,8 @@ def plainly(dataset: Dataset, work: stages.Stage) -> Dataset:
     return dataset.map_batches(work, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
 
 
-def with_pixels(dataset: Dataset, encoder: models.EncoderFacts, crop: config.Crop | None = None) -> Dataset:
-    """bytes -> pixels; with `crop`, one row a box."""
-    if crop is not None:
-        dataset = through(dataset, "crop", reading.Crop(crop))
+def with_pixels(dataset: Dataset, encoder: models.EncoderFacts) -> Dataset:
+    """bytes, or the views of boxes, -> pixels."""
     return through(dataset, "decode", reading.Decode(encoder.fit, encoder.side))
 
 

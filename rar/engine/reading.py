@@ -15,6 +15,7 @@ from rar.corpus import listing, looks, vectors
 from rar.corpus.decode import decode
 from rar.corpus.frame import frame_of
 from rar.crops import windows
+from rar.engine.stages import Stage
 from rar.schema import RowError, content_id
 
 
@@ -27,6 +28,14 @@ def load(table: pa.Table) -> pa.Table:
     table = table.append_column("image_id", pa.array(ids, pa.string()))
     faults = [str(data) if isinstance(data, RowError) else None for data in found]
     return with_errors(table, "read", faults)
+
+
+def reader(index: pa.Table, crop: config.Crop | None, shown: config.Shown | None) -> Stage:
+    """What reads the rows of an index: encoded pictures; of a support set of boxes, these, cut out as queries are.
+
+    crop, shown: of `Crop`.
+    """
+    return LoadObjects(Crop(crop, shown)) if "box_xyxy" in index.column_names else load
 
 
 class LoadVectors:
@@ -47,19 +56,20 @@ class LoadVectors:
 class Crop:
     """One row an image -> one row a box, with its crops: nothing after this knows about boxes.
 
-    `bytes` is the first view as PPM (a header and raw pixels, which costs no time to write), for the ranker; `views` holds the
-    raw pixels of all views, for the encoder. An image is decoded once, however many boxes and views it has. A picture that
-    cannot be decoded yields one error row a box. One whose size is not that of its boxes (see corpus.frame) has none of them:
-    one error row, of the whole picture (no place, no box). `boxes` tells how many boxes a row stands for. `box_xyxy` stays as
-    in the file.
+    crop: what the encoder is to see, sized; None: it is not asked. shown: what the ranker is to see; None: it is not asked.
+    `bytes` is the latter as PPM (a header and raw pixels, which costs no time to write); `views` holds the raw pixels of all
+    views of the former. An image is decoded once, however many boxes and views it has. A picture that cannot be decoded
+    yields one error row a box. One whose size is not that of its boxes (see corpus.frame) has none of them: one error row, of
+    the whole picture (no place, no box). `boxes` tells how many boxes a row stands for. `box_xyxy` stays as in the file.
     """
 
-    def __init__(self, settings: config.Crop) -> None:
-        self.settings = settings
+    def __init__(self, crop: config.Crop | None, shown: config.Shown | None) -> None:
+        self.crop, self.shown = crop, shown
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = [row for picture in table.to_pylist() for row in self._boxes(picture)]
-        return pa.Table.from_pylist(rows, CROPS)
+        found = pa.Table.from_pylist(rows, CROPS)
+        return found if self.crop is not None else found.drop_columns(["views"])
 
     def _boxes(self, picture: dict) -> list[dict]:
         keep = {name: picture[name] for name in ("shard", "row", "uri", "image_id", "stage", "error")}
@@ -79,9 +89,13 @@ class Crop:
         on_image = frame.to_pixels(boxes)
         faults = check_boxes(on_image, image.shape[1], image.shape[0])
         good = [position for position, fault in enumerate(faults) if fault is None]
-        views = [windows.crops(image, on_image[good], self.settings, view) for view in self.settings.views]
-        for position, seen in zip(good, zip(*views, strict=True), strict=True):
-            rows[position] |= {"bytes": ppm(seen[0]), "views": [pixels.tobytes() for pixels in seen]}
+        if self.crop is not None:
+            views = [windows.crops(image, on_image[good], self.crop, view) for view in self.crop.views]
+            for position, seen in zip(good, zip(*views, strict=True), strict=True):
+                rows[position]["views"] = [pixels.tobytes() for pixels in seen]
+        if self.shown is not None:
+            for position, pixels in zip(good, windows.crops(image, on_image[good], self.shown, self.shown.view), strict=True):
+                rows[position]["bytes"] = ppm(pixels)
         for row, box, fault in zip(rows, boxes.tolist(), faults, strict=True):
             row["image_id"] = content_id(picture["image_id"].encode(), box)  # not of the bytes: 1,000 boxes would hash them all
             if fault is not None:
@@ -105,6 +119,35 @@ CROPS = pa.schema(
         ("error", pa.string()),
     ]
 )
+
+
+class LoadObjects:
+    """The index of a support set of boxes (objects.OBJECTS, a row a box) -> image_id, and bytes and views as `cut` makes them.
+
+    A picture is read and decoded once a shard; where it fails, each of its boxes does.
+    """
+
+    def __init__(self, cut: Crop) -> None:
+        self.cut = cut
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        uris = table["uri"].to_pylist()
+        number = {uri: place for place, uri in enumerate(dict.fromkeys(uris))}
+        owner = np.array([number[uri] for uri in uris], np.int64)
+        first = np.unique(owner, return_index=True)[1]
+        boxes: list[list[list[float]]] = [[] for _ in first]
+        places = []
+        for picture, box in zip(owner.tolist(), table["box_xyxy"].to_pylist(), strict=True):
+            places.append(len(boxes[picture]))
+            boxes[picture].append(box)
+        pictures = table.select(["shard", "uri", "offset", "size", "width", "height"]).take(pa.array(first))
+        pictures = pictures.append_column("row", pa.array(range(len(first)), pa.int64()))
+        pictures = pictures.append_column("boxes_xyxy", pa.array(boxes, pa.list_(pa.list_(pa.float32()))))
+        cut = self.cut(load(pictures))
+        at = {key: row for row, key in enumerate(zip(cut["row"].to_pylist(), cut["place"].to_pylist(), strict=True))}
+        rows = [at.get(key, at.get((key[0], None))) for key in zip(owner.tolist(), places, strict=True)]
+        found = cut.take(pa.array(rows, pa.int64())).drop_columns(["row", "place", "boxes", "seconds_read"])
+        return found.append_column("row", table["row"]).append_column("label", table["label"])
 
 
 def ppm(pixels: np.ndarray) -> bytes:

@@ -161,7 +161,9 @@ class Cluster:
         """One row a box, as the pipeline's crop stage makes it. Raises RowError for the first box that shows nothing."""
         known = {"shard": 0, "row": 0, "uri": "", "image_id": "", "stage": None, "error": None, "width": None, "height": None}
         picture = pa.Table.from_pylist([{**known, "bytes": image, "boxes_xyxy": boxes_xyxy}])
-        rows = reading.Crop(self.settings.detect.crop)(picture)
+        assert self.known is not None
+        crop = self.settings.detect.crop.sized(self.known.vocabulary.facts.side)
+        rows = reading.Crop(crop, self.settings.detect.shown)(picture)
         fault = next((error for error in rows["error"].to_pylist() if error), None)
         if fault is not None:
             raise RowError(fault)

@@ -131,7 +131,7 @@ def seen_crop(view: BoxView, row: int, seen: Seen) -> np.ndarray:
     box = seen.frame.to_pixels(view.xyxy[[row]])
     if fault := boxes.check_boxes(box, width, height)[0]:
         raise RowError(fault)
-    return windows.crops(seen.image, box, view.crop, view.crop.views[0])[0]
+    return windows.crops(seen.image, box, view.shown, view.shown.view)[0]
 
 
 def data_uri(image: np.ndarray, side: int) -> str:

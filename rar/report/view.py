@@ -45,7 +45,7 @@ class BoxView:
 
     xyxy: np.ndarray  # (N, 4) float32 pixels
     scores: np.ndarray  # (N,) float32: the proposal's score; NaN for a given box
-    crop: config.Crop  # how the ranker saw a box
+    shown: config.Shown  # how the ranker saw a box
     note: str  # what the boxes are, and how they are judged
 
 
@@ -151,14 +151,14 @@ def _boxes(
     own = pa.array(box_positions(predictions, index))
     if chosen.proposals is None and chosen.detector is None:
         labels = pc.list_flatten(index["box_labels"]).take(own)
-        return BoxView(xyxy, np.full(len(own), np.nan, np.float32), chosen.crop, GIVEN), labels.to_pylist()
+        return BoxView(xyxy, np.full(len(own), np.nan, np.float32), chosen.shown, GIVEN), labels.to_pylist()
     scores = pc.list_flatten(index["box_scores"]).take(own).to_numpy()
     try:
         known, _ = coco.read_boxes(named.as_file(corpus), config.Detect())
     except UserError as error:
         note = f"Boxes are proposals. There is nothing to judge them by: {error}"
-        return BoxView(xyxy, scores, chosen.crop, note), [None] * len(xyxy)
-    return BoxView(xyxy, scores, chosen.crop, JUDGED), overlapped(index["coco_id"].take(pa.array(places)), xyxy, known)
+        return BoxView(xyxy, scores, chosen.shown, note), [None] * len(xyxy)
+    return BoxView(xyxy, scores, chosen.shown, JUDGED), overlapped(index["coco_id"].take(pa.array(places)), xyxy, known)
 
 
 def _section(model: type[Section], data: dict[str, Any], what: str) -> Section:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import Dataset
 
+from rar import identity
 from rar.columns import fitted, positions, vectors_of, with_vectors
 from rar.config import Config
 from rar.corpus import support, vectors
@@ -40,7 +41,7 @@ from rar.retriever import modes
 from rar.run import fitting, generation
 from rar.run.fitting import index_of
 from rar.run.generation import Draft
-from rar.run.vocabulary import PARTS, check_index, check_kind, check_mode, class_ids, collection, facts_of
+from rar.run.vocabulary import PARTS, check_index, check_kind, check_mode, class_ids, collection, facts_of, treatment
 from rar.schema import ERRORS, UserError, content_id, entry_id
 
 SAMPLE = 4096  # support images, at most, that the projection of REDUCED is fitted on
@@ -91,6 +92,7 @@ def build_memory(session: Session, settings: Config, *, fresh: bool, known: Know
     if settings.memory.classes is not None and not facts.embeds_texts and settings.memory.support is None:
         raise UserError(f"encoder.model {settings.encoder.model} embeds images alone: set memory.support, or use a CLIP")
     meta = {"fingerprint": facts.fingerprint, "encoder": settings.encoder.model, "dim": facts.dim}
+    meta["crop"] = treatment(settings, facts) if planned.boxed else None
     draft = generation.begin(settings, address, meta, _identity(planned), fresh=fresh)
     base = {kind: one for kind in PARTS if (one := draft.base_part(kind)) is not None}
     class_of = class_ids(planned.classes, [one.classes() for one in base.values()])
@@ -99,7 +101,8 @@ def build_memory(session: Session, settings: Config, *, fresh: bool, known: Know
     check_mode(settings, bool(planned.support.num_rows or "images" in base), named or "texts" in base)
     texts, names = _write_texts(session, settings, planned, facts, draft, class_of, known)
     images, seconds = _write_images(session, settings, planned, facts, draft, class_of, known)
-    changes = pipeline.in_a_worker(_settle, images, class_of, facts.fingerprint)  # it numbers all ids
+    maker = _maker(settings, planned.support, facts)
+    changes = pipeline.in_a_worker(_settle, images, class_of, maker)  # it numbers all ids
     if draft.base is None or texts or changes.new or changes.labels or not generation.same_index(settings, draft.base):
         _complete(settings, draft, texts, changes)
     else:
@@ -108,14 +111,14 @@ def build_memory(session: Session, settings: Config, *, fresh: bool, known: Know
         changes.remarks.extend(_never_proposed(planned, base))
     found = catalog.find(address, settings.memory.name, None, settings.memory.token)
     _ensure_head(settings, address, found.generation, meta)
-    failed = _failed(images, planned) if images.num_rows else ERRORS.empty_table()
+    failed = pa.concat_tables([planned.faults, _failed(images, planned) if images.num_rows else ERRORS.empty_table()])
     metrics: dict[str, float] = {"classes": len(class_of), "embedded": names + changes.written}
     metrics |= {f"entries.{kind}": found.counts.get(kind, 0) for kind in PARTS}
     metrics |= {key: count for key, count in (("copies", changes.copies), ("conflicts", changes.conflicts)) if count}
     if planned.undescribed:
         metrics["undescribed"] = planned.undescribed
     metrics |= _held_out(settings, address, found.generation)
-    rows = planned.support.num_rows + (len(planned.classes) if named else 0)
+    rows = planned.support.num_rows + planned.faults.num_rows + (len(planned.classes) if named else 0)
     return Built(rows, failed, metrics, seconds, changes.remarks)
 
 
@@ -214,16 +217,24 @@ def _embedded(
 ) -> Dataset:
     """Rows of an index as entries with vectors; those that a place holds, and faulty ones, have an `error`."""
     rows = pipeline.shards_of(index, pipeline.evenly(index, settings.run.shard_size))
-    precomputed = settings.encoder.model == "precomputed"
+    precomputed, maker = settings.encoder.model == "precomputed", _maker(settings, index, facts)
     assert settings.memory.support is not None
-    read = reading.LoadVectors(settings.memory.support) if precomputed else known.images if known else reading.load
+    reader = reading.reader(index, settings.detect.crop.sized(facts.side), None)
+    read = reading.LoadVectors(settings.memory.support) if precomputed else known.images if known else reader
     rows = pipeline.through(rows, "read", read)
     if places:
-        rows = pipeline.through(rows, "ask", entering.Lacking(places, facts.fingerprint))
+        rows = pipeline.through(rows, "ask", entering.Lacking(places, maker))
     if not precomputed and known is None:
         rows = pipeline.plainly(pipeline.with_pixels(rows, facts), _without_bytes)
         rows = pipeline.by_model(rows, session.encoder(settings.encoder))
-    return pipeline.plainly(rows, entering.AsEntries(class_of, facts.fingerprint))
+    return pipeline.plainly(rows, entering.AsEntries(class_of, maker))
+
+
+def _maker(settings: Config, index: pa.Table, facts: models.EncoderFacts) -> str:
+    """What names an entry beside its content: the encoder's fingerprint; of a box, with that of how it was cut out."""
+    if "box_xyxy" not in index.column_names:
+        return facts.fingerprint
+    return f"{facts.fingerprint}.{identity.fingerprint(treatment(settings, facts))}"
 
 
 def _without_bytes(table: pa.Table) -> pa.Table:
@@ -327,7 +338,7 @@ def remove(settings: Config, address: str, names: Sequence[str]) -> dict[str, fl
     class_of = class_ids([], [one.classes() for one in parts.values()])
     if strange := [name for name in names if name not in class_of]:
         raise UserError(f"memory {memory.name!r} has no class {strange[0]!r}; `rar memory CONFIG --describe` lists them")
-    meta = {key: next(iter(parts.values())).meta()[key] for key in ("fingerprint", "encoder", "dim")}
+    meta = {key: next(iter(parts.values())).meta().get(key) for key in ("fingerprint", "encoder", "dim", "crop")}
     draft = generation.begin(settings, address, meta, f"without {sorted(names)}", fresh=False)
     gone = frozenset(class_of[name] for name in names)
     counts = {}

@@ -54,7 +54,8 @@ def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prio
     support = build.plan(settings).support
     drawn = np.random.default_rng([settings.run.seed, 5]).permutation(support.num_rows)[: settings.route.max_calibration_images]
     few = support.take(np.sort(drawn))  # no other picture is read
-    read = pipeline.through(pipeline.shards_of(few, pipeline.evenly(few, settings.run.shard_size)), "read", reading.load)
+    reader = reading.reader(few, None, settings.detect.shown)
+    read = pipeline.through(pipeline.shards_of(few, pipeline.evenly(few, settings.run.shard_size)), "read", reader)
     read = read.materialize()
     ids = pipeline.collect(pipeline.plainly(read, lambda table: table.select(["image_id"])))
     image_ids = sorted(set(ids["image_id"].drop_null().to_pylist()))
@@ -120,10 +121,12 @@ def support_places(settings: Config, most: int, support: pa.Table | None = None)
     """Where the first support images of each class lie, at most so many. support: of the plan, where it is known."""
     found: Exemplars = {}
     support = build.plan(settings).support if support is None else support
+    shown = settings.detect.shown.model_dump_json()
     for row in support.sort_by("row").to_pylist():
-        places = found.setdefault(row["label"], [])
+        places, place = found.setdefault(row["label"], []), (row["uri"], row["offset"], row["size"])
         if len(places) < most:
-            places.append((row["uri"], row["offset"], row["size"]))
+            box = row.get("box_xyxy")
+            places.append(place if box is None else (*place, (tuple(box), (row["width"], row["height"]), shown)))
     return found
 
 

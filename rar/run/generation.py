@@ -8,7 +8,7 @@ files, labels and classes over the same live generation) and thrown away by any 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,15 @@ def begin(settings: Config, address: str, meta: Mapping[str, Any], plan: str, *,
             f"memory {memory.name!r} was made by another encoder, templates, descriptions, views or precision "
             f"({base.fingerprint}, not {meta['fingerprint']}); rebuild it with `rar memory CONFIG --fresh`, or use what it was "
             "made with"
+        )
+    images = draft.base_part("images")
+    if images is not None and memory.support is None:
+        return replace(draft, meta={**meta, "crop": images.meta().get("crop")})
+    if images is not None and images.meta().get("crop") != meta["crop"]:
+        held = "whole pictures" if images.meta().get("crop") is None else "boxes cut out by another detect.crop"
+        raise UserError(
+            f"memory {memory.name!r} holds {held}, which do not mix with what memory.support is now; rebuild it with "
+            "`rar memory CONFIG --fresh`, or give it another memory.name"
         )
     return draft
 

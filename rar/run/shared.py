@@ -43,7 +43,7 @@ def key(settings: Config, *others: Any) -> str:
 
 def listed(index: pa.Table) -> str:
     """A digest of what an index names: pictures, labels and boxes."""
-    columns = [name for name in ("row", "uri", "label", "boxes_xyxy") if name in index.column_names]
+    columns = [name for name in ("row", "uri", "label", "boxes_xyxy", "box_xyxy") if name in index.column_names]
     return identity.fingerprint([[str(value) for value in index[name].to_pylist()] for name in columns])
 
 
@@ -187,7 +187,7 @@ def proposed(settings: Config, work: Work, kept: Kept) -> Callable[[list[int]], 
             return pipeline.plainly(shards, Recalled(kept))
         pictures = pipeline.through(shards, "read", reading.load)
         if work.boxed:
-            pictures = pipeline.through(pictures, "crop", reading.Crop(settings.detect.crop))
+            pictures = pipeline.through(pictures, "crop", reading.Crop(None, settings.detect.shown))
         return pipeline.plainly(pictures, Pictured(kept))
 
     return rows

@@ -24,8 +24,10 @@ def embedded(
     if settings.encoder.model == "precomputed":
         assert settings.corpus is not None
         return pipeline.through(shards, "read", reading.LoadVectors(settings.corpus))
-    rows = pipeline.through(shards, "read", reading.load)
+    shown = settings.detect.shown if settings.ranker.method != "none" else None
+    crop = settings.detect.crop.sized(facts.side)
+    rows = pipeline.through(shards, "read", reading.reader(work.index, crop, shown))
     if work.boxed:
-        rows = pipeline.through(rows, "crop", reading.Crop(settings.detect.crop))
+        rows = pipeline.through(rows, "crop", reading.Crop(crop, shown))
     rows = pipeline.through(rows, "decode", reading.Decode(facts.fit, facts.side, known))
     return rows if settings.retriever.mode == "all" else pipeline.by_model(rows, session.encoder(settings.encoder))

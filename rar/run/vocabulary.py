@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import itemgetter
+from typing import Any
 
 from rar import config
 from rar.config import Config
@@ -119,6 +120,31 @@ def check_maker(settings: Config, one: Collection, facts: models.EncoderFacts) -
             f"memory {settings.memory.name!r} was made by another encoder, templates, descriptions, views or precision "
             f"({made_by}, not {facts.fingerprint}); rebuild it with `rar memory CONFIG --fresh`, or use what it was made with"
         )
+
+
+def treatment(settings: Config, facts: models.EncoderFacts) -> dict[str, Any]:
+    """How boxes are cut out for the encoder, as JSON: what a memory of boxes and its queries must have in common."""
+    crop = settings.detect.crop.sized(facts.side).model_dump(mode="json")
+    return crop if crop["outside"] == "blur" else {key: value for key, value in crop.items() if key != "sigma"}
+
+
+def odd_treatment(settings: Config, vocabulary: Vocabulary) -> list[str]:
+    """A line where boxes are cut out otherwise than the memory's; [] where they are not, or it has no images."""
+    images = vocabulary.retrieve.images
+    if not images.exists():
+        return []
+    held, own = images.meta().get("crop"), treatment(settings, vocabulary.facts)
+    if held is None:  # whole pictures
+        if own["outside"] in ("none", "grey"):
+            return []
+        return [
+            f"the memory's pictures are whole, and boxes are shown with {own['outside']} around them, which cost real encoders "
+            "accuracy; set detect.crop.outside: none or grey, or build the memory from boxes"
+        ]
+    differing = [f"{key} {held.get(key)} (here {own.get(key)})" for key in {**held, **own} if held.get(key) != own.get(key)]
+    if not differing:
+        return []
+    return [f"the memory's boxes were cut out with detect.crop {', '.join(differing)}: accuracy suffers; use the same for both"]
 
 
 def check_kind(settings: Config, images: config.Corpus | None) -> None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from rar import storage
 from rar.config import Config
-from rar.corpus.datasets import named
+from rar.corpus import support
 from rar.memory import catalog
 from rar.memory.store import open_store
 from rar.run.work import Work, classify_work, detect_work
@@ -178,7 +178,7 @@ class Worker:
         name = settings.memory.support.model_dump_json()
         with self.sweep.lock:
             if name not in self.listings:
-                self.listings[name] = shared.listed(named.read(settings.memory.support).index)
+                self.listings[name] = shared.listed(support.read(settings.memory).index)
         kept = self._kept("support", cell, settings, self.listings[name])
         with self._turn(kept.folder.name):
             work = Work(pool, False, ERRORS.empty_table())

@@ -72,6 +72,8 @@ def test_many_points_map_with_their_own_windows() -> None:
 def slow_crop(image: np.ndarray, box_xyxy: np.ndarray, crop: Crop, view: str = "adaptive") -> np.ndarray:
     """The definition: pad hugely, cut the window out, resize, then decide pixel by pixel whether the box touches it."""
     height, width = image.shape[:2]
+    pixels = crop.size
+    assert pixels is not None
     x0, y0, x1, y1 = max(0, box_xyxy[0]), max(0, box_xyxy[1]), min(width, box_xyxy[2]), min(height, box_xyxy[3])
     size = (x1 - x0) * (y1 - y0)
     scale = crop.scale_small if size <= 1024 else crop.scale_medium if size <= 9216 else crop.scale_large
@@ -83,17 +85,17 @@ def slow_crop(image: np.ndarray, box_xyxy: np.ndarray, crop: Crop, view: str = "
     pad = 3 * max(height, width)
     padded = Image.fromarray(np.pad(image, [(pad, pad), (pad, pad), (0, 0)], mode="edge"))
     square = padded.crop((left + pad, top + pad, left + pad + side, top + pad + side))
-    square = square.resize((crop.size, crop.size), Image.Resampling.BICUBIC)
+    square = square.resize((pixels, pixels), Image.Resampling.BICUBIC)
     if crop.outside == "none":
         return np.asarray(square).astype(int)
     hidden = {
-        "blur": np.asarray(square.filter(ImageFilter.GaussianBlur(crop.sigma * crop.size))),
-        "grey": np.full((crop.size, crop.size, 3), 128, np.uint8),
-        "black": np.zeros((crop.size, crop.size, 3), np.uint8),
+        "blur": np.asarray(square.filter(ImageFilter.GaussianBlur(crop.sigma * pixels))),
+        "grey": np.full((pixels, pixels, 3), 128, np.uint8),
+        "black": np.zeros((pixels, pixels, 3), np.uint8),
     }[crop.outside].astype(int)
-    pixel = side / crop.size
-    for row in range(crop.size):
-        for column in range(crop.size):
+    pixel = side / pixels
+    for row in range(pixels):
+        for column in range(pixels):
             w = min(x1, left + (column + 1) * pixel) - max(x0, left + column * pixel)
             h = min(y1, top + (row + 1) * pixel) - max(y0, top + row * pixel)
             if w > 1e-5 * pixel and h > 1e-5 * pixel:
@@ -210,7 +212,7 @@ def test_blur_smooths_only_outside() -> None:
 
 def test_no_box_and_a_thousand_boxes() -> None:
     image = photo(120, 160)
-    assert windows.crops(image, np.zeros((0, 4)), Crop()).shape == (0, 96, 96, 3)
+    assert windows.crops(image, np.zeros((0, 4)), Crop(size=96)).shape == (0, 96, 96, 3)
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 100, (1000, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(1, 60, (1000, 2))], axis=1)

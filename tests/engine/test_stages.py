@@ -137,12 +137,12 @@ def boxes_table(photos: Path, pictures: dict[str, list[list[float]]]) -> pa.Tabl
     return reading.load(table.append_column("shard", pa.array([3] * len(rows), pa.int32())))
 
 
-CROP = config.Crop(size=24)
+CROP, SHOWN = config.Crop(size=24), config.Shown(size=40)
 
 
 def test_crop_gives_one_row_a_box(photos: Path) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [10.0, 10.0, 40.0, 44.0]]
-    table = reading.Crop(CROP)(boxes_table(photos, {"good-0": boxes, "good-1": boxes[:1]}))
+    table = reading.Crop(CROP, SHOWN)(boxes_table(photos, {"good-0": boxes, "good-1": boxes[:1]}))
     assert table.schema.equals(reading.CROPS)
     assert table["box_xyxy"].to_pylist() == [*boxes, boxes[0]]
     assert table["row"].to_pylist() == [0, 0, 1] and table["place"].to_pylist() == [0, 1, 0]  # what labels join by
@@ -152,29 +152,29 @@ def test_crop_gives_one_row_a_box(photos: Path) -> None:
 
 def test_a_crop_is_a_picture_of_the_box(photos: Path) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [10.0, 10.0, 40.0, 44.0]]
-    table = reading.Crop(CROP)(boxes_table(photos, {"good-0": boxes}))
+    table = reading.Crop(CROP, SHOWN)(boxes_table(photos, {"good-0": boxes}))
     image = decode((photos / "good-0.png").read_bytes())
-    for data, expected in zip(table["bytes"].to_pylist(), windows.crops(image, np.array(boxes), CROP), strict=True):
+    for data, expected in zip(table["bytes"].to_pylist(), windows.crops(image, np.array(boxes), SHOWN), strict=True):
         np.testing.assert_array_equal(decode(data), expected)
 
 
 def test_every_box_of_a_picture_has_an_id_of_its_own(photos: Path) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [4.0, 6.0, 20.0, 31.0], [10.0, 10.0, 40.0, 44.0]]
-    table = reading.Crop(CROP)(boxes_table(photos, {"good-0": boxes, "good-1": boxes}))
+    table = reading.Crop(CROP, SHOWN)(boxes_table(photos, {"good-0": boxes, "good-1": boxes}))
     ids = table["image_id"].to_pylist()
     assert len(set(ids)) == 6
-    again = reading.Crop(CROP)(boxes_table(photos, {"good-1": boxes, "good-0": boxes[1:]}))
+    again = reading.Crop(CROP, SHOWN)(boxes_table(photos, {"good-1": boxes, "good-0": boxes[1:]}))
     assert again["image_id"].to_pylist() == ids[3:] + ids[1:3]  # of content, whatever else is in the table
 
 
 def test_a_box_that_shows_nothing_is_an_error_row_among_good_ones(photos: Path) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [5.0, 5.0, 5.0, 9.0], [90.0, 90.0, 99.0, 99.0], [10.0, 10.0, 40.0, 44.0]]
-    table = reading.Crop(CROP)(boxes_table(photos, {"good-0": boxes}))
+    table = reading.Crop(CROP, SHOWN)(boxes_table(photos, {"good-0": boxes}))
     assert table["stage"].to_pylist() == [None, "crop", "crop", None]
     assert "less than one pixel a side" in table["error"][1].as_py()
     assert "outside the 48 x 48 image" in table["error"][2].as_py()
     image = decode((photos / "good-0.png").read_bytes())
-    np.testing.assert_array_equal(decode(table["bytes"][3].as_py()), windows.crops(image, np.array(boxes[3:]), CROP)[0])
+    np.testing.assert_array_equal(decode(table["bytes"][3].as_py()), windows.crops(image, np.array(boxes[3:]), SHOWN)[0])
 
 
 def test_boxes_of_a_scaled_picture_are_scaled_and_those_of_another_picture_are_errors(photos: Path) -> None:
@@ -183,11 +183,11 @@ def test_boxes_of_a_scaled_picture_are_scaled_and_those_of_another_picture_are_e
     for name, sizes in (("width", [96, 64]), ("height", [96, 48])):
         place = table.schema.get_field_index(name)
         table = table.set_column(place, coco.BOXES.field(name), pa.array(sizes, pa.int64()))
-    cut = reading.Crop(CROP)(table)
+    cut = reading.Crop(CROP, SHOWN)(table)
     assert cut["box_xyxy"].to_pylist() == [*boxes, None]  # as in the file; the other picture is one row, whatever its boxes
     assert cut["place"].to_pylist() == [0, 1, None] and cut["boxes"].to_pylist() == [1, 1, 2]
     image = decode((photos / "good-0.png").read_bytes())
-    expected = windows.crops(image, np.array(boxes) / 2, CROP)
+    expected = windows.crops(image, np.array(boxes) / 2, SHOWN)
     for data, crop in zip(cut["bytes"].to_pylist()[:2], expected, strict=True):
         np.testing.assert_array_equal(decode(data), crop)
     assert cut["stage"].to_pylist() == [None, None, "crop"]
@@ -198,7 +198,7 @@ def test_boxes_of_a_scaled_picture_are_scaled_and_those_of_another_picture_are_e
 def test_every_view_of_a_box_becomes_a_square_of_the_encoder(photos: Path, views: list[windows.View]) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [90.0, 90.0, 99.0, 99.0], [10.0, 10.0, 40.0, 44.0]]
     crop = CROP.model_copy(update={"views": views})
-    cut = reading.Crop(crop)(boxes_table(photos, {"good-0": boxes, "broken": boxes[:1]}))
+    cut = reading.Crop(crop, SHOWN)(boxes_table(photos, {"good-0": boxes, "broken": boxes[:1]}))
     assert cut.schema.equals(reading.CROPS)
     table = reading.Decode(fit, SIDE)(cut)
     assert "views" not in table.column_names  # ends where it was used: it would be the largest column of all
@@ -206,10 +206,61 @@ def test_every_view_of_a_box_becomes_a_square_of_the_encoder(photos: Path, views
     assert [data is None for data in table["pixels"].to_pylist()] == [False, True, False, True]
     image = decode((photos / "good-0.png").read_bytes())
     seen = [windows.crops(image, np.array(boxes)[[0, 2]], crop, view) for view in views]
+    shown = windows.crops(image, np.array(boxes)[[0, 2]], SHOWN)
     for row, number in ((0, 0), (2, 1)):
         squares = np.frombuffer(table["pixels"][row].as_py(), np.uint8).reshape(-1, SIDE, SIDE, 3)
         np.testing.assert_array_equal(squares, [fit(view[number]) for view in seen])
-        np.testing.assert_array_equal(decode(table["bytes"][row].as_py()), seen[0][number])  # the ranker sees the first view
+        np.testing.assert_array_equal(decode(table["bytes"][row].as_py()), shown[number])
+
+
+def test_retriever_and_ranker_see_what_is_theirs_and_nothing_where_they_are_not_asked(photos: Path) -> None:
+    boxes = [[4.0, 6.0, 20.0, 30.0], [10.0, 10.0, 40.0, 44.0]]
+    image = decode((photos / "good-0.png").read_bytes())
+    shown = SHOWN.model_copy(update={"view": "context", "outside": "none"})
+    table = reading.Crop(None, shown)(boxes_table(photos, {"good-0": boxes}))
+    assert "views" not in table.column_names
+    for data, expected in zip(table["bytes"].to_pylist(), windows.crops(image, np.array(boxes), shown, "context"), strict=True):
+        np.testing.assert_array_equal(decode(data), expected)
+    table = reading.Crop(CROP, None)(boxes_table(photos, {"good-0": boxes}))
+    assert table["bytes"].null_count == 2 and table["views"].null_count == 0
+
+
+def test_support_boxes_are_cut_as_queries_are_and_keep_their_rows(photos: Path) -> None:
+    """Out of order, twice, one that shows nothing, a picture that is gone, and one of another size than its boxes."""
+    rows = [
+        ("good-0", 4, 20),
+        ("good-1", 10, 40),
+        ("good-0", 10, 40),
+        ("missing", 4, 20),
+        ("good-0", 4, 20),
+        ("good-1", 90, 99),
+    ]
+    table = pa.table(
+        {
+            "row": pa.array(range(10, 16), pa.int64()),
+            "uri": [str(photos / f"{name}.png") for name, _, _ in rows],
+            "offset": pa.nulls(6, pa.int64()),
+            "size": pa.nulls(6, pa.int64()),
+            "label": list("abcdef"),
+            "box_xyxy": pa.array([[low, low, high, high] for _, low, high in rows], pa.list_(pa.float32())),
+            "width": pa.nulls(6, pa.int64()),
+            "height": pa.nulls(6, pa.int64()),
+            "shard": pa.array([2] * 6, pa.int32()),
+        }
+    )
+    found = reading.reader(table, CROP, SHOWN)(table)
+    assert found["row"].to_pylist() == list(range(10, 16)) and found["label"].to_pylist() == list("abcdef")
+    assert found["stage"].to_pylist() == [None, None, None, "read", None, "crop"]
+    queries = boxes_table(
+        photos, {"good-0": [[4.0, 4.0, 20.0, 20.0], [10.0, 10.0, 40.0, 40.0]], "good-1": [[10.0, 10.0, 40.0, 40.0]]}
+    )
+    cut = reading.Crop(CROP, SHOWN)(queries)
+    for name in ("image_id", "views", "bytes"):
+        assert found[name].take([0, 2, 1]).to_pylist() == cut[name].to_pylist() and found[name][4] == found[name][0]
+    stated = table.set_column(6, "width", pa.array([96] * 6, pa.int64())).set_column(
+        7, "height", pa.array([64] * 6, pa.int64())
+    )
+    assert reading.reader(stated, CROP, None)(stated)["stage"].to_pylist() == ["crop", "crop", "crop", "read", "crop", "crop"]
 
 
 def test_mean_of_views() -> None:
@@ -224,7 +275,7 @@ def test_mean_of_views() -> None:
 @pytest.mark.parametrize(("name", "stage"), [("broken", "decode"), ("missing", "read")])
 def test_a_picture_that_fails_fails_for_each_of_its_boxes(photos: Path, name: str, stage: str) -> None:
     boxes = [[4.0, 6.0, 20.0, 30.0], [10.0, 10.0, 40.0, 44.0]]
-    table = reading.Crop(CROP)(boxes_table(photos, {name: boxes, "good-0": boxes[:1]}))
+    table = reading.Crop(CROP, SHOWN)(boxes_table(photos, {name: boxes, "good-0": boxes[:1]}))
     assert table["stage"].to_pylist() == [stage, stage, None]
     assert all(table["error"].to_pylist()[:2])
     assert table["box_xyxy"].to_pylist() == [*boxes, boxes[0]]
@@ -232,9 +283,9 @@ def test_a_picture_that_fails_fails_for_each_of_its_boxes(photos: Path, name: st
 
 
 def test_a_picture_without_boxes_gives_no_row(photos: Path) -> None:
-    table = reading.Crop(CROP)(boxes_table(photos, {"good-0": [], "broken": [], "missing": []}))
+    table = reading.Crop(CROP, SHOWN)(boxes_table(photos, {"good-0": [], "broken": [], "missing": []}))
     assert table.num_rows == 0 and table.schema.equals(reading.CROPS)
-    some = reading.Crop(CROP)(boxes_table(photos, {"good-0": [], "good-1": [[4.0, 6.0, 20.0, 30.0]]}))
+    some = reading.Crop(CROP, SHOWN)(boxes_table(photos, {"good-0": [], "good-1": [[4.0, 6.0, 20.0, 30.0]]}))
     assert some["row"].to_pylist() == [1]
 
 

@@ -201,6 +201,7 @@ def service(lab: Lab, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -
         ranker={"batch_size": config.Ranker().batch_size},
         route={"mode": "always"},
         serve={"port": load.free_port(), "max_body_bytes": 100_000, "adapters": {"odd": str(adapter)}},
+        detect={"crop": {"size": 96}, "shown": {"size": 96, "outside": "grey"}},  # one view for both
     )
     ray_serve.shutdown()  # another module's has no HTTP proxy
     os.environ[app.TOKEN] = TOKEN
@@ -247,7 +248,7 @@ def test_boxes_of_a_scene_are_named_as_their_crops_are(service: Service) -> None
     boxes = xywh_to_xyxy(np.array([one["bbox"] for one in truth["annotations"] if one["image_id"] == scene["id"]], np.float64))
     status, found = service.post("/detect", {"image": encoded(data), "boxes_xyxy": boxes.tolist()})
     assert status == 200 and len(found["boxes"]) == len(boxes) > 2, found
-    cut = windows.crops(decode(data), boxes, service.settings.detect.crop)
+    cut = windows.crops(decode(data), boxes, service.settings.detect.shown)
     for pixels, box in zip(cut, found["boxes"], strict=True):
         _, alone = service.post("/recognize", {"image": encoded(reading.ppm(pixels))})
         assert (box["class_name"], box["ranking"]) == (alone["class_name"], alone["ranking"])

@@ -20,7 +20,7 @@ from rar.report.view import RunView, read_run
 from rar.schema import RowError
 from tests.runs import BOXES_XYXY, classify_run, detect_run, write_truth
 
-CHOSEN = {"crop": {"size": 64, "views": ["context", "tight"], "outside": "grey"}}
+CHOSEN = {"shown": {"size": 64, "view": "context", "outside": "grey"}}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def opened(source: str) -> np.ndarray:
 def test_a_card_of_a_box_shows_the_crop_as_the_ranker_saw_it(given: RunView) -> None:
     assert given.boxes is not None
     image = decode(Path(given.predictions["uri"][3].as_py()).read_bytes())
-    seen = windows.crops(image, np.array([BOXES_XYXY[1]]), given.boxes.crop, "context")[0]
+    seen = windows.crops(image, np.array([BOXES_XYXY[1]]), given.boxes.shown, "context")[0]
     assert (cards.seen_crop(given.boxes, 3, cards.Seen(image, SAME)) == seen).all()
     (card,) = cards.cards(given, np.array([3]))
     (shown,) = card["pictures"]

@@ -28,7 +28,7 @@ def given(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def proposed(root: Path, given: Path) -> Path:
-    return detect_run(root, root / "truth.json", "proposals", {"proposals": "boxes.json", "crop": {"size": 64}})
+    return detect_run(root, root / "truth.json", "proposals", {"proposals": "boxes.json", "shown": {"size": 64}})
 
 
 def test_given_boxes_have_their_own_labels(given: Path) -> None:
@@ -36,7 +36,7 @@ def test_given_boxes_have_their_own_labels(given: Path) -> None:
     assert run.boxes is not None and run.boxes.note == view.GIVEN
     assert run.truth[:4] == [NAMES[0], NAMES[5], NAMES[1], NAMES[6]] and run.found.labelled.all()
     assert run.boxes.xyxy[:2].tolist() == [[20, 30, 90, 100], [130, 60, 210, 140]]
-    assert np.isnan(run.boxes.scores).all() and run.boxes.crop.size == 96
+    assert np.isnan(run.boxes.scores).all() and run.boxes.shown.size == 336
     assert run.calibration is not None and run.calibration.threshold == 0.9
 
 
@@ -45,7 +45,7 @@ def test_proposals_have_scores_and_the_label_of_the_object_they_overlap(proposed
     assert run.boxes is not None and run.boxes.note == view.JUDGED
     assert run.truth[:6] == [NAMES[0], NAMES[5], None, NAMES[1], NAMES[6], None]
     assert run.boxes.scores[:4] == pytest.approx([0.9, 0.8, 0.3, 0.9])
-    assert run.boxes.crop.size == 64 and run.calibration is None
+    assert run.boxes.shown.size == 64 and run.calibration is None
 
 
 def test_proposals_whose_truth_is_gone_are_not_judged_and_say_so(proposed: Path, tmp_path: Path) -> None:
