@@ -131,7 +131,7 @@ def _listed(data: Path, split: str, encoder: ImageEncoder) -> tuple[np.ndarray, 
     """Vectors and classes of a split's photos."""
     with (data / f"{split}.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    pictures = (decode((data / "images" / row["path"]).read_bytes(), encoder.side) for row in rows)
+    pictures = (decode((data / "images" / row["path"]).read_bytes()) for row in rows)
     return _embedded(pictures, encoder), np.array([int(row["class_id"]) for row in rows])
 
 

@@ -123,7 +123,8 @@ class _Encoder:
 
         `views` is in it because image entries depend on it. Cost: a memory of texts alone is refused too where it changes.
         """
-        facts = [asdict(self.preprocess), self.settings.precision, self.settings.views, self.identity]
+        facts: list[Any] = [asdict(self.preprocess), self.settings.precision, self.settings.views, self.identity]
+        facts += ["scaled decode"] * self.settings.scaled_decode
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())

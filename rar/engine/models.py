@@ -102,6 +102,7 @@ class EncoderFacts:
     resize_mode: str
     interpolation: str
     embeds_texts: bool = True
+    min_side: int | None = None  # that a JPEG must keep where it is decoded at a fraction of its size; None: it is not
 
     def fit(self, image: np.ndarray) -> np.ndarray:
         return fit_square(image, self.side, self.resize_mode, self.interpolation)
@@ -119,9 +120,9 @@ class Embed:
 
     def facts(self) -> EncoderFacts:
         encoder = self.encoder
-        return EncoderFacts(
-            encoder.side, encoder.dim, encoder.fingerprint(), encoder.resize_mode, encoder.interpolation, encoder.embeds_texts
-        )
+        min_side = encoder.side if encoder.settings.scaled_decode else None
+        fitting = (encoder.resize_mode, encoder.interpolation)
+        return EncoderFacts(encoder.side, encoder.dim, encoder.fingerprint(), *fitting, encoder.embeds_texts, min_side)
 
     @staticmethod
     def failed(table: pa.Table, why: str) -> pa.Table:

@@ -83,7 +83,7 @@ def plainly(dataset: Dataset, work: stages.Stage) -> Dataset:
 
 def with_pixels(dataset: Dataset, encoder: models.EncoderFacts) -> Dataset:
     """bytes, or the views of boxes, -> pixels."""
-    return through(dataset, "decode", reading.Decode(encoder.fit, encoder.side))
+    return through(dataset, "decode", reading.Decode(encoder.fit, encoder.min_side))
 
 
 def by_model(dataset: Dataset, pool: Pool) -> Dataset:

@@ -159,12 +159,12 @@ def ppm(pixels: np.ndarray) -> bytes:
 class Decode:
     """bytes -> pixels: the encoder's square inputs as raw bytes of (V, side, side, 3) uint8; V = 1 for a whole image.
 
-    A box needs no decoding: its `views`, which end here, are V squares of raw pixels. known: looks of pictures (see
-    corpus.looks); the column `near_duplicate` then tells whether a picture looks like one of them.
+    A box needs no decoding: its `views`, which end here, are V squares of raw pixels. min_side: of `decode.decode`. known:
+    looks of pictures (see corpus.looks); the column `near_duplicate` then tells whether a picture looks like one of them.
     """
 
-    def __init__(self, fit: Callable[[np.ndarray], np.ndarray], side: int, known: np.ndarray | None = None) -> None:
-        self.fit, self.side, self.known = fit, side, known
+    def __init__(self, fit: Callable[[np.ndarray], np.ndarray], min_side: int | None, known: np.ndarray | None = None) -> None:
+        self.fit, self.min_side, self.known = fit, min_side, known
 
     def __call__(self, table: pa.Table) -> pa.Table:
         source, images = ("views", raw_squares) if "views" in table.column_names else ("bytes", self._decoded)
@@ -185,7 +185,7 @@ class Decode:
         return with_errors(table.append_column("pixels", pa.array(pixels, pa.large_binary())), "decode", faults)
 
     def _decoded(self, data: bytes) -> list[np.ndarray]:
-        return [decode(data, self.side)]
+        return [decode(data, self.min_side)]
 
 
 def raw_squares(data: Sequence[bytes]) -> list[np.ndarray]:

@@ -175,7 +175,7 @@ class Cluster:
         loop, known = asyncio.get_running_loop(), self.known
         mode = self.settings.retriever.mode
         facts = known.vocabulary.facts
-        table = await loop.run_in_executor(self.worker, reading.Decode(facts.fit, facts.side), table)
+        table = await loop.run_in_executor(self.worker, reading.Decode(facts.fit, facts.min_side), table)
         if mode != "all":
             table = await known.encoders.answer(table)
         table = await loop.run_in_executor(self.worker, known.vocabulary.retrieve, table)

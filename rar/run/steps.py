@@ -29,5 +29,5 @@ def embedded(
     rows = pipeline.through(shards, "read", reading.reader(work.index, crop, shown))
     if work.boxed:
         rows = pipeline.through(rows, "crop", reading.Crop(crop, shown))
-    rows = pipeline.through(rows, "decode", reading.Decode(facts.fit, facts.side, known))
+    rows = pipeline.through(rows, "decode", reading.Decode(facts.fit, facts.min_side, known))
     return rows if settings.retriever.mode == "all" else pipeline.by_model(rows, session.encoder(settings.encoder))

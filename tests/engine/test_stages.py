@@ -96,7 +96,7 @@ def fit(image: np.ndarray) -> np.ndarray:
 
 
 def test_decode_gives_the_encoders_square(photos: Path) -> None:
-    table = reading.Decode(fit, SIDE)(reading.load(index(photos, "good-0", "good-1")))
+    table = reading.Decode(fit, None)(reading.load(index(photos, "good-0", "good-1")))
     expected = [fit(np.asarray(Image.open(photos / f"good-{number}.png"))) for number in (0, 1)]
     for data, pixels in zip(table["pixels"].to_pylist(), expected, strict=True):
         np.testing.assert_array_equal(np.frombuffer(data, np.uint8).reshape(SIDE, SIDE, 3), pixels)
@@ -105,12 +105,12 @@ def test_decode_gives_the_encoders_square(photos: Path) -> None:
 
 def test_decode_tells_what_looks_like_a_known_picture(photos: Path) -> None:
     known = np.array([looks.look(fit(photo(0)))], np.uint64)
-    table = reading.Decode(fit, SIDE, known)(reading.load(index(photos, "good-0", "broken", "good-1")))
+    table = reading.Decode(fit, None, known)(reading.load(index(photos, "good-0", "broken", "good-1")))
     assert table["near_duplicate"].to_pylist() == [True, False, False]
 
 
 def test_decode_notes_what_is_no_picture_and_passes_other_errors_on(photos: Path) -> None:
-    table = reading.Decode(fit, SIDE)(reading.load(index(photos, "broken", "missing", "good-0", "truncated")))
+    table = reading.Decode(fit, None)(reading.load(index(photos, "broken", "missing", "good-0", "truncated")))
     assert table["stage"].to_pylist() == ["decode", "read", None, "decode"]
     first, second, third, fourth = table["error"].to_pylist()
     assert first and first.startswith("not a readable picture (JPEG, PNG, WebP")
@@ -200,7 +200,7 @@ def test_every_view_of_a_box_becomes_a_square_of_the_encoder(photos: Path, views
     crop = CROP.model_copy(update={"views": views})
     cut = reading.Crop(crop, SHOWN)(boxes_table(photos, {"good-0": boxes, "broken": boxes[:1]}))
     assert cut.schema.equals(reading.CROPS)
-    table = reading.Decode(fit, SIDE)(cut)
+    table = reading.Decode(fit, None)(cut)
     assert "views" not in table.column_names  # ends where it was used: it would be the largest column of all
     assert table["stage"].to_pylist() == [None, "crop", None, "decode"]
     assert [data is None for data in table["pixels"].to_pylist()] == [False, True, False, True]
@@ -569,7 +569,7 @@ def test_every_row_leaves_as_a_prediction_or_as_an_error(
 ) -> None:
     """The whole chain, with the encoder replaced by six numbers of the picture."""
     names = [fault or f"good-{row}" for row, fault in enumerate(faults)]
-    table = reading.Decode(fit, SIDE)(reading.load(index(photos, *names)))
+    table = reading.Decode(fit, None)(reading.load(index(photos, *names)))
     vectors = [np.zeros(DIM) if data is None else tiny(data) for data in table["pixels"].to_pylist()]
     table = with_vectors(table, np.array(vectors, np.float32).reshape(-1, DIM))
     table = retriever(images, top_k=3)(table)
