@@ -89,7 +89,10 @@ def listed(settings: Config) -> Work:
         return _labelled(settings, settings.tune.corpus)
     if settings.memory.support is None:
         raise UserError("rar tune learns from labelled pictures: set tune.corpus or memory.support")
-    return Work(build.plan(settings).support, False, ERRORS.empty_table())
+    planned = build.plan(settings)
+    if planned.boxed:
+        raise UserError("memory.support holds boxes, and rar tune would learn from their whole pictures: set tune.corpus")
+    return Work(planned.support, False, ERRORS.empty_table())
 
 
 def collect(session: Session, settings: Config, folder: Path) -> Collected:
