@@ -129,8 +129,8 @@ class Encoder(Placed):
     )
     scaled_decode: bool = Field(
         False,
-        description="decode large JPEGs at 1/2 to 1/8 of their size, as far as the input allows: cheaper, and other embeddings "
-        "(of 64 COCO photos the median cosine was .992 to .999, the worst .90)",
+        description="decode large JPEGs at 1/2 to 1/8 of their size, as far as the input allows: cheaper, but embeddings move "
+        "(cosine below .999 for some photos)",
     )
     compile: bool = Field(False, description="torch.compile: slow to start, faster on long runs")
     workers: int = Field(1, ge=1, description="processes that embed at the same time, at least")
