@@ -6,8 +6,8 @@ Boxes: each photo's boxes are asked of a memory of the ground-truth boxes of all
 windows. `matched` memories are treated as the queries are, `plain` ones not at all; gains are over treatment `none`, paired by
 box, with intervals by the bootstrap over photos. Boxes whose class stands in one photo alone are left out.
 
-Vectors are kept in a folder (--out), so that a bench that was stopped goes on. Some 8,000 forward passes and 48 fits of lda: the
-boxes alone took 14 minutes of CPU on two cores.
+Vectors are kept in a folder (--out), so that a bench that was stopped goes on. Some 8,000 forward passes and 48 fits of lda:
+the boxes alone took 14 minutes of CPU on two cores.
 """
 
 from __future__ import annotations
