@@ -78,10 +78,13 @@ def embedded(encoder: Path, file: Path) -> tuple[np.ndarray, list[dict[str, Any]
     boxes = [one for one in truth["annotations"] if not one.get("iscrowd") and min(one["bbox"][2:]) >= 1]
     vectors = []
     with torch.inference_mode():
-        for one in boxes:
-            with Image.open(SHARED_DATA / "coco" / "images" / names[one["image_id"]]) as photo:
-                vectors.append(model(transform(cut(photo.convert("RGB"), one["bbox"], side))[None])[0].numpy())
-    found = np.stack(vectors)
+        for first in range(0, len(boxes), 32):
+            inputs = []
+            for one in boxes[first : first + 32]:
+                with Image.open(SHARED_DATA / "coco" / "images" / names[one["image_id"]]) as photo:
+                    inputs.append(transform(cut(photo.convert("RGB"), one["bbox"], side)))
+            vectors.append(model(torch.stack(inputs)).numpy())
+    found = np.concatenate(vectors)
     return found / np.linalg.norm(found, axis=1, keepdims=True), boxes
 
 
