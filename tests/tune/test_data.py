@@ -54,10 +54,11 @@ def test_pictures_of_the_memory_get_candidates_that_have_not_seen_them(lab: Lab,
 def test_boxes_become_pictures_as_the_ranker_sees_them(lab: Lab, tmp_path: Path) -> None:
     settings = lab.settings(tune={"corpus": {"uri": str(lab.world / "scenes.json")}})
     found = data.collect(lab.session, settings, tmp_path)
+    side = settings.detect.shown.size
     boxes = sum(len(one) for one in data.listed(settings).index["boxes_xyxy"].to_pylist())
     assert found.rows.num_rows > 0 and found.rows.num_rows + found.failed.num_rows + found.skipped == boxes
     for row, image in zip(found.rows.to_pylist(), Pictures(found.rows)(range(found.rows.num_rows)), strict=True):
-        assert len(row["box_xyxy"]) == 4 and image.shape == (96, 96, 3)
+        assert len(row["box_xyxy"]) == 4 and image.shape == (side, side, 3)
         assert np.array_equal(image, decode(Path(row["picture"]).read_bytes()))
 
 
