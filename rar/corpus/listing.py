@@ -87,7 +87,7 @@ def list_images(corpus: Corpus) -> pa.Table:
 
 def with_remarks(index: pa.Table, told: Remarks) -> pa.Table:
     """An index with what there is to tell of it, a line each, and one more where pictures stand twice."""
-    told = [str(_text(" ".join(line.split()))) for line in told]  # names of files may hold anything
+    told = [tables.text(" ".join(line.split())) for line in told]  # names of files may hold anything
     again = len(repeats(index["uri"]))
     if again:
         told.append(f"{again:,} rows name a picture that an earlier row names too; each keeps its own label")
@@ -136,9 +136,7 @@ def read_many(uris: Sequence[str], offsets: Sequence[int | None], sizes: Sequenc
         for (position, _), blob in zip(places, _read_ranges(fs, places, offsets, sizes), strict=True):
             results[position] = blob
     for (file, column), positions in rows.items():
-        fs, _ = storage.locate(file)
-        found_rows = storage.patiently(fs, file, partial(_read_parquet, fs, file, column, sorted(positions)))
-        for row, blob in found_rows.items():
+        for row, blob in _read_parquet_patiently(file, column, sorted(positions)).items():
             for position in positions[row]:
                 results[position] = blob
     return results
@@ -217,7 +215,7 @@ def _folder(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
         known = [name for name, suffix in zip(batch, suffixes, strict=True) if suffix in decode.SUFFIXES]
         bare = [name for name, suffix in zip(batch, suffixes, strict=True) if not suffix]
         pictures = known + _sniffed(fs, root, bare)
-        found.append(pa.array(list(map(_text, pictures)), pa.string()))
+        found.append(pa.array(list(map(tables.text, pictures)), pa.string()))
         left_out.update(suffix for suffix in suffixes if suffix and suffix not in decode.SUFFIXES)
         left_out[""] += len(known) + len(bare) - len(pictures)
     if any(left_out.values()):
@@ -321,11 +319,6 @@ def _require_folder(uri: str, key: str) -> None:
         raise UserError(f"corpus: {uri} is not a folder; check {key}")
 
 
-def _text(name: str | None) -> str | None:
-    """Arrow text is UTF-8. A file name that is not keeps its row: escaped, so that it fails to be read, alone."""
-    return None if name is None else name.encode(errors="backslashreplace").decode()
-
-
 # Reading
 
 
@@ -372,6 +365,14 @@ def _read_ranges(
             yield RowError(f"cut short: {len(blob)} of {length} bytes; the file changed after it was indexed")
         else:
             yield blob
+
+
+def _read_parquet_patiently(file: str, column: str, rows: Sequence[int]) -> dict[int, bytes | RowError]:
+    try:
+        fs, _ = storage.locate(file)
+    except Exception as error:  # an unknown protocol, a client library that is not installed
+        return dict.fromkeys(rows, _row_error(error))
+    return storage.patiently(fs, file, partial(_read_parquet, fs, file, column, rows))
 
 
 def _read_parquet(fs: fsspec.AbstractFileSystem, file: str, column: str, rows: Sequence[int]) -> dict[int, bytes | RowError]:

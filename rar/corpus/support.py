@@ -100,7 +100,7 @@ def read(memory: Memory) -> Support:
         return Support(found.index, found.classes, told=listing.remarks(found.index))
     index, faults, told = objects.read_objects(corpus, memory.min_side)
     by_name = memory.support.dataset is not None
-    classes = listing.class_names(corpus.uri) if by_name else sorted(set(index["label"].drop_null().to_pylist()))
+    classes = listing.class_names(corpus.uri) if by_name else sorted(index["label"].drop_null().unique().to_pylist())
     return Support(index, classes, faults, told)
 
 

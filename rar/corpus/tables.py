@@ -81,6 +81,11 @@ def label(value: Any) -> str | None:
     return EDGES.sub("", unicodedata.normalize("NFC", text)) or None
 
 
+def text(name: object) -> str:
+    """Arrow text is UTF-8. A name that is not keeps its row: escaped, so that it fails to be read, alone."""
+    return str(name).encode(errors="backslashreplace").decode()
+
+
 def labels(values: pa.ChunkedArray, class_names: Sequence[str] | None = None) -> pa.ChunkedArray:
     """A column as labels (string): each distinct value is cleaned once. class_names: of integers; any other number is none."""
     if pa.types.is_nested(values.type):

@@ -244,10 +244,10 @@ def _spans(layout: _Layout) -> Iterator[tuple[str, int, int]]:
 Part = tuple[pa.ChunkedArray, pa.ChunkedArray | None]  # ids and labels of the rows of a file
 
 
-def _numbered(file: str, start: int, end: int) -> pa.ChunkedArray:
+def _numbered(file: str, rows: int) -> pa.ChunkedArray:
     """The ids of rows that have none."""
-    numbers = pa.array(np.arange(start, end)).cast(pa.string())
-    return pa.chunked_array([pc.binary_join_element_wise(_text(f"{file}#"), numbers, "")])
+    numbers = pa.array(np.arange(rows)).cast(pa.string())
+    return pa.chunked_array([pc.binary_join_element_wise(tables.text(f"{file}#"), numbers, "")])
 
 
 def _file_names(corpus: Corpus, layout: _Layout) -> Iterator[Part]:
@@ -259,7 +259,7 @@ def _file_names(corpus: Corpus, layout: _Layout) -> Iterator[Part]:
             ids, labels = _npz_names(corpus, file, end - start)
         elif storage.suffix(file) == ".parquet":
             ids, labels = _table_names(corpus, file)
-        yield _numbered(file, 0, end - start) if ids is None else ids, labels
+        yield _numbered(file, end - start) if ids is None else ids, labels
 
 
 def _manifest_names(corpus: Corpus, layout: _Layout) -> Iterator[Part]:
@@ -273,7 +273,7 @@ def _manifest_names(corpus: Corpus, layout: _Layout) -> Iterator[Part]:
         raise UserError(
             f"corpus: {corpus.ids} is {len(files):,} tables for {len(spans):,} files of vectors; give one each, or one of all"
         )
-    places = pa.chunked_array([_numbered(file, 0, end - start).chunk(0) for file, start, end in _spans(layout)], pa.string())
+    places = pa.chunked_array([_numbered(file, end - start).chunk(0) for file, start, end in _spans(layout)], pa.string())
     for file, (vectors, start, end) in zip(files, spans, strict=True):
         ids, labels = _table_names(corpus, file)
         if ids is None and labels is None:
@@ -299,7 +299,7 @@ def _npz_names(corpus: Corpus, file: str, rows: int) -> tuple[pa.ChunkedArray | 
         if asked and corpus.label_column not in arrays.files:
             raise UserError(f"corpus: {file} has no array {corpus.label_column!r}; set corpus.label_column: {arrays.files}")
         found: list[pa.ChunkedArray | None] = []
-        for choices, clean in ((NPZ_IDS, _text), ((corpus.label_column,) if asked else NPZ_LABELS, tables.label)):
+        for choices, clean in ((NPZ_IDS, tables.text), ((corpus.label_column,) if asked else NPZ_LABELS, tables.label)):
             name = next((name for name in choices if name in arrays.files), None)
             values = None if name is None else arrays[name]
             if values is not None and values.shape != (rows,):
@@ -309,11 +309,6 @@ def _npz_names(corpus: Corpus, file: str, rows: int) -> tuple[pa.ChunkedArray | 
             cleaned = None if values is None else pa.array(map(clean, values.tolist()), pa.string())  # type: ignore[operator]
             found.append(None if cleaned is None else pa.chunked_array([cleaned]))
     return found[0], found[1]
-
-
-def _text(name: object) -> str:
-    """Arrow text is UTF-8: a name that is not comes out escaped."""
-    return str(name).encode(errors="backslashreplace").decode()
 
 
 # Values

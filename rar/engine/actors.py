@@ -85,10 +85,8 @@ class Desk:
         self.asking: list[float] = []  # since when each shard without an actor has been waiting
         self.apart = 0  # of these, how many want an actor to themselves
         self.news = asyncio.Event()
-        self.lost, self.unborn = (
-            time.monotonic(),
-            0,
-        )  # since when there is no seat; actors in a row that died before they had one
+        self.lost = time.monotonic()  # since when there is no seat
+        self.unborn = 0  # actors in a row that died before they had one
         self.coming = {asyncio.ensure_future(self._join(actor)) for actor in first}
         self.watching = asyncio.ensure_future(self._watch())
 

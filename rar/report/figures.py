@@ -100,6 +100,18 @@ def lines(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylab
         return _svg(figure)
 
 
+def course(points: Sequence[tuple[float, float]], xlabel: str, ylabel: str, salt: str) -> str:
+    """One line through (x, y), as they are."""
+    from matplotlib.figure import Figure
+
+    with _style(salt):
+        figure = Figure((WIDTH, 2.5), layout="constrained", dpi=72)
+        axes = figure.subplots()
+        axes.plot(*zip(*points, strict=True), color=SERIES[0], linewidth=1.6)
+        _labels(axes, xlabel, ylabel)
+        return _svg(figure)
+
+
 def curves(
     series: Mapping[str, Sequence[tuple[float, Interval]]], xlabel: str, ylabel: str, salt: str, *, doubling: bool = False
 ) -> str:

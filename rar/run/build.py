@@ -14,8 +14,6 @@ fitted on up to SAMPLE vectors before the first is written.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +23,7 @@ import pyarrow.compute as pc
 from ray.data import Dataset
 
 from rar import identity
-from rar.columns import fitted, positions, vectors_of, with_vectors
+from rar.columns import digest, fitted, positions, vectors_of, with_vectors
 from rar.config import Config
 from rar.corpus import support, vectors
 from rar.corpus.support import Plan
@@ -134,10 +132,7 @@ def _never_proposed(planned: Plan, base: dict[str, Collection]) -> list[str]:
 
 def _identity(planned: Plan) -> str:
     """Of a plan: what a killed build must have in common with the one that takes it up."""
-    digest = hashlib.sha256("\n".join(planned.classes).encode())
-    for batch in planned.support.select(["uri", "label"]).combine_chunks().to_batches(4096):
-        digest.update(json.dumps(batch.to_pydict()).encode())
-    return digest.hexdigest()[:16]
+    return identity.fingerprint([planned.classes, digest(planned.support, "uri", "label", "box_xyxy")])
 
 
 def _write_texts(

@@ -9,14 +9,12 @@ errors/part-N.jsonl, each with its reason.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from rar import storage
+from rar.columns import digest
 from rar.config import Config, Retriever
 from rar.corpus import listing
 from rar.engine.session import Session
@@ -38,7 +36,12 @@ def embed(session: Session, settings: Config, out: str, *, fresh: bool) -> dict[
     index = listing.list_images(settings.corpus)
     work, facts = Work(index, False, ERRORS.empty_table()), facts_of(session, settings, None)
     bounds = work.bounds(settings.run.shard_size)
-    note = {"encoder": settings.encoder.model, "fingerprint": facts.fingerprint, "dim": facts.dim, "index": _digest(index)}
+    note = {
+        "encoder": settings.encoder.model,
+        "fingerprint": facts.fingerprint,
+        "dim": facts.dim,
+        "index": digest(index, "uri", "label"),
+    }
     folder = storage.place(out)
     _claim(folder, note | {"shard_size": settings.run.shard_size}, fresh)
     pending = [number for number in range(len(bounds) - 1) if not (folder / embedding_file(number)).exists()]
@@ -48,13 +51,6 @@ def embed(session: Session, settings: Config, out: str, *, fresh: bool) -> dict[
         rows.write_datasink(EmbeddingSink(str(folder)))
     failed = sum(len(file.read_bytes().splitlines()) for file in (folder / "errors").glob("part-*.jsonl"))
     return {"input": index.num_rows, "ok": index.num_rows - failed, "failed": failed}
-
-
-def _digest(index: pa.Table) -> str:
-    digest = hashlib.sha256()
-    for name in ("uri", "label"):
-        digest.update("\n".join(map(str, index[name].to_pylist())).encode())
-    return digest.hexdigest()[:16]
 
 
 def _claim(folder: Path, note: dict[str, Any], fresh: bool) -> None:

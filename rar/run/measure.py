@@ -11,7 +11,7 @@ candidates says little of a box that shows none of them, and AP compares boxes o
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from rar.schema import PREDICTIONS, Candidate, Ranking, RankStatus
 if TYPE_CHECKING:
     from rar.engine.session import Session  # a finished run is measured again without Ray
 
-JUDGED = ("row", "class_name", "candidates", "ranking", "rank_status", "label_mass", "label_first")
+JUDGED = ("row", "image_id", "class_name", "candidates", "ranking", "rank_status", "label_mass", "label_first")
 KEPT = ("leaked", "near_leaked", "cluster_accuracy", "semantic_similarity")
 
 
@@ -42,17 +42,26 @@ def measured(settings: config.Config, folder: RunFolder, index: pa.Table, boxed:
     """
     names = folder.read("classes.json")
     if boxed:
+        predictions = folder.predictions()
         calibration = fusion.Calibration.from_dict(folder.read("calibration.json"))
-        values = detection(settings, folder.predictions(), index, names, calibration, folder.path / "detections.json")
+        values = detection(settings, predictions, index, names, calibration, folder.path / "detections.json")
+        asked = pc.sum(pc.not_equal(predictions["rank_status"], RankStatus.SKIPPED.value)).as_py() or 0
+        content = predictions["image_id"]
     else:
-        values = classification(folder.parts_of_predictions(JUDGED), index, names)
-    asked, ids = 0, []
-    for part in folder.parts_of_predictions(("rank_status", "image_id")):
-        asked += pc.sum(pc.not_equal(part["rank_status"], RankStatus.SKIPPED.value)).as_py() or 0
-        ids += part["image_id"].chunks
+        rows, content = judged(folder, index)
+        values, asked = metrics.summary(rows, names), int(rows.outcomes.asked.sum())
     values["mean_k"] = folder.stats()["mllm.candidates"] / asked if asked else math.nan  # shown, where the ranker was asked
-    values["duplicates"] = float(len(repeats(pa.chunked_array(ids, pa.string()))))
+    values["duplicates"] = float(len(repeats(content)))
     return values
+
+
+def judged(folder: RunFolder, index: pa.Table) -> tuple[metrics.Judged, pa.ChunkedArray]:
+    """The rows of whole images, one shard after the other, and their content ids. index: with `row` and `label`."""
+    parts, ids = [metrics.judged(PREDICTIONS.empty_table(), [])], []
+    for part in folder.parts_of_predictions(JUDGED):
+        parts.append(metrics.judged(part, index["label"].take(pa.array(positions(part["row"], index)))))
+        ids += part["image_id"].chunks
+    return metrics.together(parts), pa.chunked_array(ids, pa.string())
 
 
 def again(settings: config.Config, folder: RunFolder, boxed: bool) -> tuple[dict[str, float], bool]:
@@ -67,12 +76,6 @@ def again(settings: config.Config, folder: RunFolder, boxed: bool) -> tuple[dict
     values = measured(settings, folder, index, boxed) | {key: known[key] for key in KEPT if key in known}
     folder.write_metrics(values, settings)
     return values, True
-
-
-def classification(parts: Iterable[pa.Table], index: pa.Table, names: Collection[str]) -> dict[str, float]:
-    """Metrics of whole images, shards one after the other, with the columns JUDGED. index: with `row` and `label`."""
-    rows = [metrics.judged(part, index["label"].take(pa.array(positions(part["row"], index)))) for part in parts]
-    return metrics.summary(metrics.together(rows or [metrics.judged(PREDICTIONS.empty_table(), [])]), names)
 
 
 def vocabulary_free(session: Session, settings: config.Config, predictions: pa.Table, index: pa.Table) -> dict[str, float]:

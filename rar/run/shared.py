@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from ray.data import Dataset
 
 from rar import identity, storage
-from rar.columns import vectors_of, with_errors, with_vectors
+from rar.columns import digest, vectors_of, with_errors, with_vectors
 from rar.config import Config, Detect, Ranker, Retriever
 from rar.engine import pipeline, reading
 from rar.engine.session import Session
@@ -43,8 +43,7 @@ def key(settings: Config, *others: Any) -> str:
 
 def listed(index: pa.Table) -> str:
     """A digest of what an index names: pictures, labels and boxes."""
-    columns = [name for name in ("row", "uri", "label", "boxes_xyxy", "box_xyxy") if name in index.column_names]
-    return identity.fingerprint([[str(value) for value in index[name].to_pylist()] for name in columns])
+    return digest(index, "row", "uri", "label", "boxes_xyxy", "box_xyxy")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from rar import config
-from rar.columns import fitted, positions
+from rar.columns import box_positions, fitted, positions
 from rar.config import Config, Tune
 from rar.corpus import coco, support
 from rar.corpus.decode import decode
@@ -194,12 +194,11 @@ def _held_out(
 
 
 def _labels(found: Work, told: pa.Table) -> pa.ChunkedArray:
-    pictures = positions(told["row"], found.index)
     if not found.boxed:
-        return found.index["label"].take(pa.array(pictures))
-    counts = pc.list_value_length(found.index["boxes_xyxy"]).to_numpy()
-    places = told["place"].fill_null(0).to_numpy()
-    return found.labels.take(pa.array((np.cumsum(counts) - counts)[pictures] + places))
+        return found.index["label"].take(pa.array(positions(told["row"], found.index)))
+    places = pc.fill_null(told["place"], 0)  # of a picture that failed as a whole: whichever, as its row is left out
+    own = told.set_column(told.column_names.index("place"), "place", places)
+    return found.labels.take(pa.array(box_positions(own, found.index)))
 
 
 def _data(

@@ -17,6 +17,7 @@ from rar.corpus.decode import decode
 from rar.report import figures
 from rar.report.cards import THUMBNAIL, data_uri
 from rar.report.page import percent
+from rar.report.view import number
 from rar.runfolder import RunFolder
 from rar.schema import RowError, UserError
 from rar.tune.pictures import Pictures
@@ -66,25 +67,19 @@ def _table(values: Mapping[str, float | None]) -> list[dict[str, Any]]:
 
 
 def _cell(values: Mapping[str, float | None], key: str, *, signed: bool) -> dict[str, str]:
-    value, low, high = (_number(values.get(f"{key}{end}")) for end in ("", ".ci_low", ".ci_high"))
+    value, low, high = (number(values.get(f"{key}{end}")) for end in ("", ".ci_low", ".ci_high"))
     sign = "+" if signed and value > 0 else ""
     return {"text": sign + percent(value), "range": "" if math.isnan(low) else f"{percent(low)} to {percent(high)}"}
 
 
 def _moved(values: Mapping[str, float | None], key: str, metric: str) -> dict[str, str]:
-    before, after = (_number(values.get(f"{when}.{key}")) for when in ("before", "after"))
+    before, after = (number(values.get(f"{when}.{key}")) for when in ("before", "after"))
     if metric == "parse_failures":
         return {"text": f"{after:.0f}", "range": f"{before:.0f} before"}
     return {"text": percent(after), "range": f"{percent(before)} before"}
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
 def _curves(folder: RunFolder) -> list[dict[str, str]]:
-    from matplotlib.figure import Figure
-
     with (folder.path / "curves.csv").open() as file:
         steps = list(csv.DictReader(file))
     drawn = []
@@ -93,14 +88,9 @@ def _curves(folder: RunFolder) -> list[dict[str, str]]:
         ("rank_accuracy", "Rank accuracy", "Of each checkpoint, on pictures kept out of training."),
     ):
         points = [(float(step["step"]), float(step[name])) for step in steps if step[name]]
-        if not points:
-            continue
-        with figures._style(name):
-            figure = Figure((figures.WIDTH, 2.5), layout="constrained", dpi=72)
-            axes = figure.subplots()
-            axes.plot(*zip(*points, strict=True), color=figures.SERIES[0], linewidth=1.6)
-            figures._labels(axes, "step", name.replace("_", " "))
-            drawn.append({"title": title, "caption": caption, "svg": figures._svg(figure)})
+        if points:
+            svg = figures.course(points, "step", name.replace("_", " "), salt=name)
+            drawn.append({"title": title, "caption": caption, "svg": svg})
     return drawn
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,8 +101,6 @@ def trainable(ranker: MllmRanker, tune: config.Tune) -> Any:
 
 def compact(names: list[str]) -> str:
     """A pattern for module names: layers by any number, so that an adapter's config stays short."""
-    import re
-
     return "|".join(dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)) for name in names))
 
 
@@ -213,13 +212,9 @@ class RankTrainer(Trainer):
             )
         if not torch.isfinite(loss):
             raise UserError(
-                f"the loss is no number at step {self.state.global_step + 1}: lower tune.learning_rate{self._kept()}"
+                f"the loss is no number at step {self.state.global_step + 1}: lower tune.learning_rate{kept(self.args)}"
             )
         return (loss, None) if return_outputs else loss
-
-    def _kept(self) -> str:
-        last = last_checkpoint(Path(str(self.args.output_dir)))
-        return f"; {last} is the last good checkpoint" if last else ""
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Rank accuracy on lists kept out, by the ranker itself; the lists are cut over the workers."""
@@ -247,7 +242,7 @@ class RankTrainer(Trainer):
         return right, mass
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        kept = self._kept()
+        left = kept(self.args)
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:  # a full disk is an OSError, a RuntimeError of torch or one of safetensors
@@ -255,7 +250,7 @@ class RankTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise UserError(
                 f"no checkpoint could be written to {folder}: {first_line(error)}; make room, and the same "
-                f"command goes on{kept}"
+                f"command goes on{left}"
             ) from None
 
 
@@ -276,15 +271,19 @@ class Finite(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         gradients = [weight.grad for weight in more["model"].parameters() if weight.grad is not None]
         if not torch.isfinite(torch.stack([gradient.float().norm() for gradient in gradients]).sum()):
-            last = last_checkpoint(Path(args.output_dir))
-            kept = f"; {last} is the last good checkpoint" if last else ""
-            raise UserError(f"a gradient is no number at step {state.global_step + 1}: lower tune.learning_rate{kept}")
+            raise UserError(f"a gradient is no number at step {state.global_step + 1}: lower tune.learning_rate{kept(args)}")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; None where there is none."""
     whole = [one for one in folder.glob("checkpoint-*") if _is_whole(one)]
     return max(whole, key=lambda one: int(one.name.rsplit("-", 1)[1]), default=None)
+
+
+def kept(args: TrainingArguments) -> str:
+    """What there is to go back to, in words; "" where there is nothing."""
+    last = last_checkpoint(Path(str(args.output_dir)))
+    return f"; {last} is the last good checkpoint" if last else ""
 
 
 def clear_partial(folder: Path) -> None:

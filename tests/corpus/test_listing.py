@@ -744,3 +744,8 @@ def test_real_vocabularies() -> None:
     lvis = class_names(str(SHARED_DATA / "lvis/categories_v1.json"))
     assert len(lvis) == 1203 and lvis[0] == "aerosol_can"
     assert len(class_names(str(SHARED_DATA / "lvis/lvis_v05_val_100.json"))) == 1230
+
+
+def test_a_table_on_a_file_system_that_nobody_knows_is_a_row() -> None:
+    found = read_many(["nosuch://bucket/a.parquet#0", "nosuch://bucket/a.jpg"], [None, None], [None, None])
+    assert all(isinstance(one, RowError) for one in found)
