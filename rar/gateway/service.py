@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -28,18 +29,21 @@ class Service:
     def __init__(self, config_file: str, out: str, sets: list[str] | None = None) -> None:
         """As for `rar serve`; out must be a place that every node reaches."""
         os.environ.setdefault("RAY_ADDRESS", "auto")  # this is a cluster: models reserve what they use
-        settings = config.load(config_file, sets or [])
-        self.kept = ExitStack()
+        self.kept, self.thread = ExitStack(), ThreadPoolExecutor(1)
+        self.url = self.thread.submit(self._start, config_file, out, sets or []).result()  # here runs an event loop
+
+    def _start(self, config_file: str, out: str, sets: list[str]) -> str:
+        settings = config.load(config_file, sets)
         opened = self.kept.enter_context(session.opened(settings.memory if settings.serve.recognizes else None))
         folder = RunFolder.open(out, "serve", settings, fresh=False, name=Path(config_file).stem, group="serve")
-        self.url = self.kept.enter_context(app.serving(opened, settings, folder, proxied=True))
+        return self.kept.enter_context(app.serving(opened, settings, folder, proxied=True))
 
     def check_health(self) -> None:
         with urllib.request.urlopen(f"{self.url}/health", timeout=HEALTH_S):
             pass
 
     def __del__(self) -> None:
-        self.kept.close()
+        self.thread.submit(self.kept.close).result()
 
 
 def build(arguments: dict[str, str]) -> Application:

@@ -35,7 +35,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="Serve says no more than that the deployment failed; first tried once", strict=True)
 def test_one_application_starts_and_ends_the_others(cluster: Cluster, tmp_path: Path) -> None:
     online = {"endpoints": ["rank"], "port": free_port()}
     (tmp_path / "birds.yaml").write_text(yaml.safe_dump({"serve": online}))
