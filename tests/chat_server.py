@@ -54,7 +54,9 @@ class Server(ThreadingHTTPServer):
         self.answer: Answer = colour_model()
         self.tokenize: Answer = no_such_page
         self.decide: Answer = no_such_page
+        self.decisions: Answer = no_such_page
         self.rerank: Answer = no_such_page
+        self.score: Answer = no_such_page
         self.decided: list[dict[str, Any]] = []
         self.seen: list[tuple[float, dict[str, str], dict[str, Any]]] = []
         self.busy = self.most_busy = 0
@@ -77,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             if self.path == "/v1/chat/completions":
                 self.server.seen.append((time.monotonic(), dict(self.headers), body))
-            if self.path == "/v1/systemone":
+            if self.path in ("/v1/systemone", "/v1/decisions"):
                 self.server.decided.append(body)
             self.server.busy += 1
             self.server.most_busy = max(self.server.most_busy, self.server.busy)
@@ -85,7 +87,9 @@ class Handler(BaseHTTPRequestHandler):
             known = {
                 "/v1/chat/completions": self.server.answer,
                 "/v1/systemone": self.server.decide,
+                "/v1/decisions": self.server.decisions,
                 "/v1/rerank": self.server.rerank,
+                "/v1/score": self.server.score,
                 "/tokenize": self.server.tokenize,
                 "/detokenize": self.server.tokenize,
             }
@@ -223,15 +227,20 @@ def token_model(mass: float = 0.95, first: str = "<think>", ignores: frozenset[s
     return answer
 
 
+def colour_shares(url: str, names: list[str]) -> np.ndarray:
+    """Probabilities of names: the picture's colour is likelier, and so are later names."""
+    shares = np.array([3.0 if nearest_colour(decoded(url)) in name else 1.0 for name in names]) + np.arange(len(names)) / 10
+    return shares / shares.sum()
+
+
 def decision_model(mass: float = 0.9) -> Answer:
-    """The route /v1/systemone as vLLM 0.32 has it: one question, its options in order; the picture's colour is likelier."""
+    """The route /v1/systemone as vLLM 0.32 has it: one question, its options in order."""
 
     def answer(body: dict[str, Any]) -> Response:
         ((asked, question),), (url,) = body["questions"].items(), body["images"]
         names = list(question["criteria"])
         assert question["type"] == "choice" and 1 < len(names) <= 26 and isinstance(body["state"], str)
-        shares = np.array([3.0 if nearest_colour(decoded(url)) in name else 1.0 for name in names]) + np.arange(len(names)) / 10
-        shares /= shares.sum()
+        shares = colour_shares(url, names)
         best = names[int(shares.argmax())]
         answers = {
             asked: {
@@ -255,12 +264,47 @@ def decision_model(mass: float = 0.9) -> Answer:
     return answer
 
 
+def listed_decisions(mass: float = 0.9, blind: bool = False) -> Answer:
+    """The route /v1/decisions as SGLang 0.5.23 has it, strict about its fields. blind: it takes pictures and reads the text."""
+
+    def answer(body: dict[str, Any]) -> Response:
+        (question,), ((kind, url),) = body["questions"], body["images"][0].items()
+        names = [option["name"] for option in question["options"]]
+        assert set(body) == {"model", "input", "images", "questions"} and len(body["images"]) == 1 and kind == "url"
+        assert set(question) == {"id", "type", "question", "options"} and question["type"] == "choice"
+        if len({name.strip().casefold() for name in names}) < len(names) or not 1 < len(names) <= 26:
+            return refusal("option names repeat", 422)
+        shares = colour_shares(url, names) if not blind else np.full(len(names), 1 / len(names))
+        told = {"type": "choice", "choice": names[int(shares.argmax())], "label_mass": mass}
+        told["probabilities"] = dict(zip(names, shares.tolist(), strict=True))
+        usage = {"prompt_tokens": 30, "completion_tokens": 0, "total_tokens": 30}
+        found = {"object": "decisions", "model": body["model"], "prompt_format_version": 1, "usage": usage}
+        return Response(json.dumps({**found, "answers": {question["id"]: told}}).encode())
+
+    return answer
+
+
+def relevances(query: dict[str, Any], names: list[str]) -> list[float]:
+    colour = nearest_colour(decoded(query["content"][0]["image_url"]["url"]))
+    return [0.9 - place / 100 if colour in name else 0.1 + place / 100 for place, name in enumerate(names)]
+
+
+def scoring_model(body: dict[str, Any]) -> Response:
+    """The route /v1/score as Ray Serve LLM 2.60 has it, with vLLM's types: a score a pair, in order."""
+    data = [
+        {"index": place, "object": "score", "score": score}
+        for place, score in enumerate(relevances(body["text_1"], body["text_2"]))
+    ]
+    usage = {"prompt_tokens": 20 * len(data), "total_tokens": 20 * len(data), "completion_tokens": 0}
+    return Response(
+        json.dumps({"id": "score-1", "object": "list", "model": body["model"], "data": data, "usage": usage}).encode()
+    )
+
+
 def reranking_model(body: dict[str, Any]) -> Response:
-    """The route /v1/rerank as vLLM 0.32 has it: best first; the picture's colour is likelier."""
-    (part,), names = body["query"]["content"], body["documents"]
-    colour = nearest_colour(decoded(part["image_url"]["url"]))
-    scores = [0.9 - place / 100 if colour in name else 0.1 + place / 100 for place, name in enumerate(names)]
-    listed = sorted(enumerate(scores), key=lambda pair: -pair[1])
+    """The route /v1/rerank as vLLM 0.32 has it: best first."""
+    names = body["documents"]
+    listed = sorted(enumerate(relevances(body["query"], names)), key=lambda pair: -pair[1])
     results = [{"index": place, "document": {"text": names[place]}, "relevance_score": score} for place, score in listed]
     usage = {"prompt_tokens": 20 * len(names), "total_tokens": 20 * len(names)}
     return Response(json.dumps({"id": "score-1", "model": body["model"], "usage": usage, "results": results}).encode())

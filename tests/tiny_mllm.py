@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ VISION: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, num_hidden_l
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def word_tokenizer(labels: str = LABELS, extra: tuple[str, ...] = (), **named: Any) -> tf.PreTrainedTokenizerFast:
+def word_tokenizer(labels: Iterable[str] = LABELS, extra: tuple[str, ...] = (), **named: Any) -> tf.PreTrainedTokenizerFast:
     words = list(dict.fromkeys([*SPECIAL, *extra, *labels, *WORDS]))
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -170,13 +170,14 @@ def save_qwen25(folder: Path) -> Path:
     return folder
 
 
-def save_qwen3(folder: Path) -> Path:
+def save_qwen3(folder: Path, tokenizer: tf.PreTrainedTokenizerFast | None = None, head: int = 16) -> Path:
     """Qwen3-VL: features of the vision tower's early layers are added to the language model's (deepstack)."""
-    tokenizer = word_tokenizer(extra=QWEN_TOKENS)
+    tokenizer = tokenizer or word_tokenizer(extra=QWEN_TOKENS)
     start, end, image, video = (id_of(tokenizer, token) for token in QWEN_TOKENS)
-    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_theta": 10000.0}
+    sections = [head // 4, head // 8, head // 8]
+    rope = {"rope_type": "default", "mrope_section": sections, "mrope_interleaved": True, "rope_theta": 10000.0}
     config = tf.Qwen3VLConfig(
-        text_config=dict(**text_sizes(tokenizer), head_dim=16, rope_parameters=rope),
+        text_config=dict(**text_sizes(tokenizer), head_dim=head, rope_parameters=rope),
         vision_config=dict(
             depth=2,
             hidden_size=32,

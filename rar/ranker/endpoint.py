@@ -1,11 +1,12 @@
 """The ranker behind OpenAI-compatible servers (vLLM, SGLang, Ray Serve LLM, `transformers serve`, hosted models).
 
 Servers differ in what they offer, so they are asked first (see probe). Then each image is asked in the best way on offer:
-labelled candidates whose token ids' log-probabilities are told, up to 26 of them in one prefill; a decision (/v1/systemone: the
-server labels the candidates and reads its model itself); labels by the likeliest 20 tokens; structured output (a JSON list of
-labels; labels, as a grammar of names would be compiled anew for every image); free text read by `prompt.parse`. More candidates
-than labels go by free text. A server of a reranker (/v1/rerank), which answers no question, scores each candidate. A probe
-costs some six calls and, where the server tokenizes, some fifty look-ups; it is not counted in any Ranking.
+labelled candidates whose token ids' log-probabilities are told, up to 26 of them in one prefill; a decision (/v1/systemone of
+vLLM, /v1/decisions of SGLang: the server labels the candidates and reads its model itself); labels by the likeliest 20 tokens;
+structured output (a JSON list of labels; labels, as a grammar of names would be compiled anew for every image); free text read
+by `prompt.parse`. More candidates than labels go by free text. A server of a reranker (/v1/rerank, or /v1/score alone), which
+answers no question, scores each candidate. A probe costs some nine calls and, where the server tokenizes, some fifty look-ups;
+it is not counted in any Ranking.
 
 A server that is away when it is first asked is Unavailable, and so are servers of which none listens any more after `attempts`
 tries: what was ranked is kept, and a resumed run goes on. An image that cannot be sent, or whose request was refused or failed
@@ -34,7 +35,7 @@ from rar.ranker.prompt import generate_prompt
 from rar.ranker.readings import label_read, label_scores, read_decision, read_relevance, sorted_labels
 from rar.ranker.reply import parse
 from rar.ranker.requests import QUESTION, Offers, Requests
-from rar.ranker.servers import DECISIONS, RERANK, Servers
+from rar.ranker.servers import Servers
 from rar.ranker.wire import Away, Fault, Refused, Reply, data_url, read_reply
 from rar.ranker.wording import LABELS, load_wording
 from rar.schema import Ranking, RankStatus, Unavailable, UserError, first_line
@@ -113,9 +114,9 @@ class EndpointRanker:
         try:
             picture = await asyncio.to_thread(data_url, image)  # once, for all rotations; encoders let other threads run
             if offers.reranks:
-                return await self._reranked(session, picture, names)
+                return await self._reranked(session, offers.reranks, picture, names)
             shown = [*names, *[self.wording.none_of_these] * self.settings.none_of_these]
-            differ = len(set(shown)) == len(shown) or not offers.decisions
+            differ = len({name.casefold() for name in shown}) == len(shown) or not offers.decisions
             if offers.logprobs and differ and len(shown) <= offers.most_labels:
                 return await self._letters(session, offers, picture, names)
             if offers.structured and len(names) <= len(LABELS):
@@ -164,10 +165,10 @@ class EndpointRanker:
         silent = ranking.status == RankStatus.FALLBACK
         return replace(ranking, response=replies[0].text[:MAX_CHARS]) if silent else ranking
 
-    async def _reranked(self, session: aiohttp.ClientSession, picture: str, names: list[str]) -> Ranking:
+    async def _reranked(self, session: aiohttp.ClientSession, route: str, picture: str, names: list[str]) -> Ranking:
         """Relevances as logits of a softmax over the candidates, as `yes_no` has them; the server prefills each pair."""
         read = partial(read_relevance, places=len(names))
-        odds, tokens = await self.servers.post(session, self.requests.reranking(picture, names), read, RERANK)
+        odds, tokens = await self.servers.post(session, self.requests.reranking(route, picture, names), read, route)
         order, scores = np.argsort(-odds, kind="stable"), log_softmax(odds)
         return Ranking(tuple(order.tolist()), RankStatus.RANKED, tuple(scores.tolist()), "", len(names), tokens, 0)
 
@@ -176,7 +177,8 @@ class EndpointRanker:
     ) -> tuple[Read, Reply]:
         if offers.decisions:
             read = partial(read_decision, question=QUESTION, names=names)
-            return await self.servers.post(session, self.requests.decision(picture, names), read, DECISIONS)
+            body = self.requests.decision(offers.decisions, picture, names)
+            return await self.servers.post(session, body, read, offers.decisions)
         reply = await self._reply(session, self.requests.letters(picture, names, offers))
         return label_read(reply.top, len(names), offers.labels), reply
 

@@ -6,7 +6,8 @@ log-probabilities of the labels' tokens by id, decisions, the log-probabilities 
 Labels are on offer only where they hold some of the probability of the first token: a model that thinks first, switch or not,
 is asked in words.
 
-A server that refuses plain questions altogether may serve a reranker, and is asked for a reranking.
+A server that decides is shown two pictures: one whose answers are the same has not looked at them, as some take pictures and
+read the text alone. A server that refuses plain questions altogether may serve a reranker, and is asked for a reranking.
 
 The labels' ids come from the server's own /tokenize, after the tail of a rendered prompt; where it has none, from the tokenizer
 of `ranker.tokenizer` (or of a model that is a local folder).
@@ -25,16 +26,17 @@ import aiohttp
 import numpy as np
 
 from rar.config import Ranker
-from rar.ranker.labels import LEAST_MASS, label_forms, label_texts
+from rar.ranker.labels import LEAST_MASS, Read, label_forms, label_texts
 from rar.ranker.prompt import generate_prompt
 from rar.ranker.readings import label_read, label_scores, read_decision, read_relevance, sorted_labels
-from rar.ranker.requests import NO_THOUGHTS, QUESTION, Offers, Requests
-from rar.ranker.servers import DECISIONS, RERANK, Servers
+from rar.ranker.requests import DECISIONS, NO_THOUGHTS, QUESTION, SCORING, Offers, Requests
+from rar.ranker.servers import Servers
 from rar.ranker.wire import Fault, Refused, data_url, read_reply
 from rar.schema import Unavailable, UserError, first_line
 
 NAMES = ["grey square", "red circle"]
 TOKENS = 16
+NOISE = 1e-4  # by which the shares of a decision differ when nothing does
 TAIL = 8  # tokens of a rendered prompt, after which labels are looked up
 PLAIN_TAIL = "\n"  # where a server renders no prompts
 
@@ -45,6 +47,7 @@ class Probe:
     def __init__(self, settings: Ranker, servers: Servers, requests: Requests, session: aiohttp.ClientSession) -> None:
         self.settings, self.servers, self.requests, self.session = settings, servers, requests, session
         self.picture = data_url(np.full((224, 224, 3), 128, np.uint8))
+        self.other = data_url(np.full((224, 224, 3), (0, 0, 255), np.uint8))
 
     async def offers(self) -> Offers:
         """Raises UserError (it takes no plain question) or Unavailable."""
@@ -58,8 +61,8 @@ class Probe:
         try:
             offers = await self._plain()
         except UserError:
-            if await self._reranks():
-                return Offers(logprobs=True, structured=False, reranks=True)
+            if route := await self._reranks():
+                return Offers(logprobs=True, structured=False, reranks=route)
             raise
         switched = offers._replace(switch=True)
         if await self._offered(self._question(switched), read_reply):
@@ -67,8 +70,8 @@ class Probe:
         forms = await self._forms(offers)
         if len(forms) >= len(NAMES) and await self._tells_labels(offers._replace(labels=forms)):
             offers = offers._replace(logprobs=True, labels=forms)
-        elif await self._decides():
-            offers = offers._replace(logprobs=True, decisions=True)
+        elif route := await self._decides():
+            offers = offers._replace(logprobs=True, decisions=route)
         else:
             offers = offers._replace(logprobs=await self._tells_labels(offers))
         listed = await self._offered(self.requests.sorting(self.picture, NAMES, offers), read_reply)
@@ -102,25 +105,38 @@ class Probe:
             return False
         return label_read(reply.top, len(NAMES), offers.labels).mass >= LEAST_MASS
 
-    async def _reranks(self) -> bool:
-        """Whether a server that answers no questions scores names against a picture."""
+    async def _reranks(self) -> str:
+        """Where a server that answers no questions scores names against a picture; maybe nowhere."""
 
         def scored(data: bytes) -> bool:
             with contextlib.suppress(Fault):
                 return len(read_relevance(data, len(NAMES))[0]) == len(NAMES)
             return False
 
-        return bool(await self._offered(self.requests.reranking(self.picture, NAMES), scored, RERANK))
+        for route in SCORING:
+            if await self._offered(self.requests.reranking(route, self.picture, NAMES), scored, route):
+                return route
+        return ""
 
-    async def _decides(self) -> bool:
-        """Whether the server reads labelled options itself, and puts some of the first token's probability on them."""
+    async def _decides(self) -> str:
+        """Where the server reads labelled options itself, and puts some of the first token's probability on them."""
 
-        def mass(data: bytes) -> float:
+        def read(data: bytes) -> Read | None:
             with contextlib.suppress(Fault):  # some answer 200 on any path
-                return read_decision(data, QUESTION, NAMES)[0].mass
-            return 0.0
+                return read_decision(data, QUESTION, NAMES)[0]
+            return None
 
-        return (await self._offered(self.requests.decision(self.picture, NAMES), mass, DECISIONS) or 0.0) >= LEAST_MASS
+        async def decided(route: str, picture: str) -> Read | None:
+            return await self._offered(self.requests.decision(route, picture, NAMES), read, route)
+
+        for route in DECISIONS:
+            one = await decided(route, self.picture)
+            if one is None or one.mass < LEAST_MASS:
+                continue
+            other = await decided(route, self.other)
+            if other is not None and np.abs(np.exp(one.logprobs) - np.exp(other.logprobs)).max() > NOISE:
+                return route
+        return ""
 
     async def _forms(self, offers: Offers) -> tuple[tuple[int, ...], ...]:
         """Token ids of the labels; maybe none."""

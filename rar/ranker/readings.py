@@ -46,23 +46,29 @@ def label_read(top: Top, count: int, forms: Sequence[Sequence[int]] = ()) -> Rea
 
 
 def read_decision(data: bytes, question: str, names: Sequence[str]) -> tuple[Read, Reply]:
-    """The body of a decision: its options as labels, and what it cost. Raises Fault for anything else, whatever it is."""
+    """The body of a decision: its options as labels, and what it cost. Raises Fault for anything else, whatever it is.
+
+    The mass stands in the answer or, as vLLM has it, beside it; only vLLM tells whether the likeliest token is a label.
+    """
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
         raise Fault(f"the decision is no JSON: {data[:80]!r}") from None
     shares = [at(body, "answers", question, "probabilities", name) for name in names]
     mass, first = (at(body, "diagnostics", question, name) for name in ("label_mass", "argmax_is_label"))
+    mass = at(body, "answers", question, "label_mass") if mass is None else mass
     if not all(is_number(value) and 0 <= value <= 1 + ROUNDING for value in [*shares, mass]):
         raise Fault(f"the decision lacks probabilities or their mass: {data[:80]!r}")
     with np.errstate(divide="ignore"):
         logprobs = np.maximum(np.log(np.array(shares, np.float64) * mass), LEAST_LOGPROB)
-    spent = [token_count(at(body, "usage", name)) for name in ("input_tokens", "output_tokens")]
-    return Read(logprobs, min(float(mass), 1.0), first is True), Reply("", [], *spent)
+    mass = min(float(mass), 1.0)
+    sure = np.exp(logprobs.max()) >= 1 - mass  # at worst one token has all the rest
+    spent = [token_count(at(body, "usage", name)) for name in ("input_tokens", "prompt_tokens", "output_tokens")]
+    return Read(logprobs, mass, bool(sure) if first is None else first is True), Reply("", [], spent[0] or spent[1], spent[2])
 
 
 def read_relevance(data: bytes, places: int) -> tuple[np.ndarray, int]:
-    """The body of a reranking: (places,) log-odds that each document is relevant, from its probability, and prompt tokens.
+    """The body of a reranking or scoring: (places,) log-odds that each document is relevant, by its probability; prompt tokens.
 
     Raises Fault for anything else, whatever it is: documents left out, named twice, or scored outside 0 to 1 (raw logits).
     """
@@ -70,8 +76,8 @@ def read_relevance(data: bytes, places: int) -> tuple[np.ndarray, int]:
         body = json.loads(data)
     except (ValueError, RecursionError):
         raise Fault(f"the reranking is no JSON: {data[:80]!r}") from None
-    results = at(body, "results")
-    pairs = [(at(one, "index"), at(one, "relevance_score")) for one in results] if isinstance(results, list) else []
+    results, told = (at(body, "results"), "relevance_score") if at(body, "data") is None else (at(body, "data"), "score")
+    pairs = [(at(one, "index"), at(one, told)) for one in results] if isinstance(results, list) else []
     chances = {place: score for place, score in pairs if type(place) is int and is_number(score) and 0 <= score <= 1}
     if sorted(chances) != list(range(places)) or len(pairs) != places:
         raise Fault(f"the reranking has no probability for each of {places} documents: {data[:80]!r}")

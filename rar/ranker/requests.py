@@ -11,7 +11,10 @@ from rar.ranker.wording import LABELS, Wording
 TOP_LOGPROBS = 20  # the most that OpenAI's interface allows
 SORTING = 'Sort these from most to least like {picture}.\n{candidates}\nAnswer with all letters: {{"ranking": [letters]}}'
 DECIDING = "Which of these is in {picture}?"
+STATE = "Look at {picture}."
 RERANKING = "Find the name of what the picture shows."
+DECISIONS = ("systemone", "decisions")  # of vLLM; of SGLang and those that follow it
+SCORING = ("rerank", "score")  # Ray Serve LLM has no other than the second
 QUESTION = "class"  # the id of a decision's one question
 NO_THOUGHTS = {"chat_template_kwargs": {"enable_thinking": False}}
 
@@ -20,8 +23,8 @@ class Offers(NamedTuple):
     """What a server does beyond a plain question. renounced: fields of a plain question that it does not take.
 
     labels: the token ids of A, B, ... where it tells the log-probabilities of tokens by id. switch: it takes NO_THOUGHTS.
-    decisions: it labels options, asks and reads by itself (/v1/systemone). reranks: it answers no question, but scores each
-    candidate against the picture (/v1/rerank). logprobs is then true as well.
+    decisions: the route where it labels options, asks and reads by itself. reranks: that where it answers no question, but
+    scores each candidate against the picture. With either, logprobs is true as well.
     """
 
     logprobs: bool
@@ -29,8 +32,8 @@ class Offers(NamedTuple):
     renounced: frozenset[str] = frozenset()
     labels: tuple[tuple[int, ...], ...] = ()
     switch: bool = False
-    decisions: bool = False
-    reranks: bool = False
+    decisions: str = ""
+    reranks: str = ""
 
     @property
     def most_labels(self) -> int:
@@ -58,16 +61,21 @@ class Requests:
         ids = [token for forms in offers.labels[: len(names)] for token in forms]
         return body | {"logprob_token_ids": ids, "return_tokens_as_token_ids": True}
 
-    def decision(self, picture: str, names: list[str]) -> dict[str, Any]:
-        """For /v1/systemone. The options must differ; the server words their list and turns thoughts off."""
-        question = {"type": "choice", "criteria": dict.fromkeys(names)}
-        state = DECIDING.format(picture=self.wording.picture)
-        return {"model": self.settings.model, "state": state, "images": [picture], "questions": {QUESTION: question}}
+    def decision(self, route: str, picture: str, names: list[str]) -> dict[str, Any]:
+        """For a route of DECISIONS. The options must differ; the server words their list and turns thoughts off."""
+        asked = DECIDING.format(picture=self.wording.picture)
+        if route == "systemone":
+            question: Any = {QUESTION: {"type": "choice", "criteria": dict.fromkeys(names)}}
+            return {"model": self.settings.model, "state": asked, "images": [picture], "questions": question}
+        question = [{"id": QUESTION, "type": "choice", "question": asked, "options": [{"name": name} for name in names]}]
+        state = STATE.format(picture=self.wording.picture)
+        return {"model": self.settings.model, "input": state, "images": [{"url": picture}], "questions": question}
 
-    def reranking(self, picture: str, names: list[str]) -> dict[str, Any]:
-        """For /v1/rerank. How a pair is put to the model is the template's that the server was started with."""
-        query = {"content": [{"type": "image_url", "image_url": {"url": picture}}]}
-        return {"model": self.settings.model, "query": query, "documents": names, "instruction": RERANKING}
+    def reranking(self, route: str, picture: str, names: list[str]) -> dict[str, Any]:
+        """For a route of SCORING. How a pair is put to the model is the template's that the server was started with."""
+        query, documents = {"rerank": ("query", "documents"), "score": ("text_1", "text_2")}[route]
+        shown = {"content": [{"type": "image_url", "image_url": {"url": picture}}]}
+        return {"model": self.settings.model, query: shown, documents: names, "instruction": RERANKING}
 
     def sorting(self, picture: str, names: list[str], offers: Offers) -> dict[str, Any]:
         """Candidates are listed as for `letters`; the answer is a JSON list of all labels."""

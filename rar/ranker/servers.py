@@ -36,7 +36,7 @@ FIRST_REST_S, LONGEST_REST_S = 0.5, 30.0  # of a server that does not listen; do
 IDLE_S = 4.0  # a connection unused for longer is opened anew: uvicorn closes it after 5 s
 BUSY = (429, 503, 529)
 TIMED_OUT = -1  # the status of no answer
-CHAT, DECISIONS, RERANK = "chat/completions", "systemone", "rerank"
+CHAT = "chat/completions"
 Answer = TypeVar("Answer")
 JITTER = wait_random_exponential(multiplier=1, max=MAX_JITTER_S)  # up to 1, 2, 4, ... seconds, so that callers part
 

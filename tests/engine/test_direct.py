@@ -61,4 +61,4 @@ def test_calls_of_a_shard_are_counted_before_it_is_begun() -> None:
     lists = [NAMES, NAMES[:2], NAMES[:1]]
     assert direct.AskServers(settings, direct.Offers(True, True))._calls(lists) == 3 + 2
     assert direct.AskServers(settings, direct.Offers(False, True))._calls(lists) == 1 + 1
-    assert direct.AskServers(settings, direct.Offers(True, False, reranks=True))._calls(lists) == len(NAMES) + 2
+    assert direct.AskServers(settings, direct.Offers(True, False, reranks="rerank"))._calls(lists) == len(NAMES) + 2

@@ -48,10 +48,12 @@ from tests.chat_server import (
     colour_of,
     completion,
     decision_model,
+    listed_decisions,
     no_such_page,
     picture,
     refusal,
     reranking_model,
+    scoring_model,
     serving,
     text_of,
     token_model,
@@ -245,7 +247,7 @@ def test_a_server_that_decides_is_asked_to(server: Server, mass: float, status: 
     server.answer, server.decide = colour_model(set()), decision_model(mass)
     asker = ranker(server, permutations=3)
     asker.offers = asker.probe()
-    assert asker.offers == Offers(logprobs=True, structured=False, switch=True, decisions=True)
+    assert asker.offers == Offers(logprobs=True, structured=False, switch=True, decisions="systemone")
     chats, decisions = len(server.seen), len(server.decided)
     (found,) = asker.rank([picture("red")], [NAMES])
     assert found.order[0] == BEST["red"] and found.status == status
@@ -260,12 +262,35 @@ def test_a_server_that_decides_is_asked_to(server: Server, mass: float, status: 
     assert list(server.decided[-3]["questions"]["class"]["criteria"]) == NAMES
 
 
-def test_a_server_of_a_reranker_scores_each_name(server: Server) -> None:
+def test_decisions_by_a_list_of_questions(server: Server) -> None:
+    """Where the likeliest token is not told, one that a label cannot fail to be is a label."""
+    server.answer, server.decisions = colour_model(set()), listed_decisions(0.9)
+    asker = ranker(server)
+    found, same = asker.rank([picture("red")] * 2, [NAMES, ["a blue cup", "A Blue cup", "a red cup"]])
+    assert asker.offers == Offers(logprobs=True, structured=False, switch=True, decisions="decisions")
+    assert (found.order[0], found.status, found.calls, found.prompt_tokens) == (BEST["red"], "ranked", 1, 30)
+    shares = np.array([1.0, 3.1, 1.2])
+    assert np.exp(found.scores) == pytest.approx(shares / shares.sum())
+    assert (found.label_mass, found.label_first) == (pytest.approx(0.9), True)
+    assert same.order[0] == 2 and not same.scores  # names that the server would take for one go by text
+    server.decisions = listed_decisions(0.6)
+    assert asker.rank([picture("red")], [NAMES])[0].label_first is False  # 0.35 on the best label, 0.4 on who knows what
+
+
+def test_a_server_that_decides_without_looking_is_asked_in_words(server: Server) -> None:
+    server.answer, server.decisions, asker = colour_model(set()), listed_decisions(blind=True), ranker(server)
+    (found,) = asker.rank([picture("green")], [NAMES])
+    assert asker.offers == Offers(False, False, switch=True) and found.order[0] == BEST["green"] and len(server.decided) == 3
+
+
+@pytest.mark.parametrize("route", ["rerank", "score"])
+def test_a_server_of_a_reranker_scores_each_name(server: Server, route: str) -> None:
     """It has no chat; thirty candidates are one request, a call each."""
-    server.answer, server.rerank = no_such_page, reranking_model
+    server.answer = no_such_page
+    setattr(server, route, {"rerank": reranking_model, "score": scoring_model}[route])
     asker = ranker(server)
     asker.offers = asker.probe()
-    assert asker.offers == Offers(logprobs=True, structured=False, reranks=True)
+    assert asker.offers == Offers(logprobs=True, structured=False, reranks=route)
     (found, many) = asker.rank([picture("green")] * 2, [NAMES, [f"{NAMES[place % 3]} {place}" for place in range(30)]])
     assert found.order[0] == BEST["green"] and (found.status, found.calls, found.prompt_tokens) == ("ranked", 3, 60)
     odds = np.array([0.1 / 0.9, 0.11 / 0.89, 0.88 / 0.12])
@@ -296,13 +321,13 @@ def test_names_that_a_decision_could_not_tell_apart_go_by_text(server: Server) -
     (found,) = asker.rank([picture("blue")], [same])
     assert found.order[0] == 2 and not found.scores
     thirty = asker.rank([picture("blue")], [[f"{NAMES[place % 3]} {place}" for place in range(30)]])
-    assert not thirty[0].scores and len(server.decided) == 1  # the probe's
+    assert not thirty[0].scores and len(server.decided) == 2  # the probe's
 
 
 @pytest.mark.parametrize("body", [b"{}", b"no JSON", b'{"answers": {"class": {"probabilities": {}}}}', b"[1]"])
 def test_what_is_no_decision_is_no_offer(server: Server, body: bytes) -> None:
     server.answer, server.decide = colour_model(), lambda _: Response(body)
-    assert not ranker(server).probe().decisions and len(server.decided) == 1
+    assert not ranker(server).probe().decisions and len(server.decided) == 2  # one by each route
 
 
 @given(

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,10 @@ PATIENCE_S = 1200  # a start loads torch in three processes
 
 
 class Vllm:
-    """The miniature MLLM in a vLLM process, in float32 as the local ranker has it."""
+    """A model in a vLLM process, in float32 as the local ranker has it."""
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    def __init__(self, log: Path, model: Path = miniature.MLLM, options: Sequence[str] = ()) -> None:
+        self.log, self.model, self.options = log, model, options
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -51,7 +51,7 @@ class Vllm:
         options += ["--enforce-eager"]  # compiling takes longer than all questions here
         memory = ["--gpu-memory-utilization", "0.15"]  # of the machine's, on a CPU
         with self.log.open("w") as output:
-            command = [str(program), "serve", str(miniature.MLLM), *options, *memory]
+            command = [str(program), "serve", str(self.model), *options, *self.options, *memory]
             environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         until = time.monotonic() + PATIENCE_S
@@ -151,7 +151,9 @@ def test_decisions_and_rerankings_are_asked_and_read_as_vllm_means_them() -> Non
     asker = endpoint(Vllm(Path()))
     names = ["a red ring", "a blue star: odd", 'a "green" cross']
     picture = "data:image/png;base64,AA=="
-    body = json.dumps([asker.requests.decision(picture, names), asker.requests.reranking(picture, names)])
+    body = json.dumps(
+        [asker.requests.decision("systemone", picture, names), asker.requests.reranking("rerank", picture, names)]
+    )
     program = [str(Path(os.environ["RAR_VLLM"]) / "bin" / "python"), "-c", DECISION_MODELS]
     told = subprocess.run(program, input=body, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     state, prompt, qid, answer, images, unknown, reranked, kwargs, more = json.loads(told)
