@@ -12,8 +12,9 @@ from jobs.common import guarded
 from rar.schema import UserError
 
 if TYPE_CHECKING:
-    from rar.gateway.api import DetectResponse, RankResponse, RecognizeResponse
+    from rar.gateway.api import DetectResponse, Proposed, RankResponse, RecognizeResponse
 
+IN_FLIGHT = 8  # pictures; the server ranks together what waits together
 Pictures = Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)]
 Url = Annotated[str, typer.Option("--url", help="Address of a `rar serve`; its token is the environment's RAR_API_TOKEN.")]
 Candidate = Annotated[
@@ -49,26 +50,36 @@ async def run(pictures: list[Path], url: str, candidates: list[str], adapter: st
         raise UserError("the server's memory names boxes: give --box or --candidate, not both")
 
     async with AsyncClient(url) as client:
-        for picture in pictures:
+        gate = asyncio.Semaphore(IN_FLIGHT)
+
+        async def said(picture: Path) -> str:
             answer: RankResponse | RecognizeResponse | DetectResponse
-            if places:
-                answer = await client.detect(picture, places, adapter)
-                lines = [
-                    f"{one.probability:7.1%}  {one.class_name} in {box}" for one, box in zip(answer.boxes, boxes, strict=True)
-                ]
-                status = f"{len(boxes)} box(es)"
-            elif candidates:
-                answer = await client.rank(picture, candidates, adapter)
-                lines, status = ranked(answer, candidates), answer.status.value
-            else:
-                answer = await client.recognize(picture, adapter)
-                best, status = [answer.candidates[place] for place in answer.ranking], answer.status.value
-                lines = [f"{one.probability:7.1%}  {one.class_name}" for one in best]
-            if as_json:
-                print(answer.model_dump_json(), flush=True)
-            else:
-                print("\n".join([f"{picture} ({status})", *(f"  {line}" for line in lines)]), flush=True)
+            async with gate:
+                if places:
+                    answer = await client.detect(picture, places, adapter)
+                    named = zip(answer.boxes, boxes, strict=True)
+                    lines, status = [f"{chance(one)} in {box}" for one, box in named], f"{len(boxes)} box(es)"
+                elif candidates:
+                    answer = await client.rank(picture, candidates, adapter)
+                    lines, status = ranked(answer, candidates), answer.status.value
+                else:
+                    answer = await client.recognize(picture, adapter)
+                    best, status = [answer.candidates[place] for place in answer.ranking], answer.status.value
+                    lines = [chance(one) for one in best]
+            return answer.model_dump_json() if as_json else "\n  ".join([f"{picture} ({status})", *lines])
+
+        asking = [asyncio.create_task(said(picture)) for picture in pictures]
+        try:
+            for task in asking:
+                print(await task, flush=True)
+        finally:
+            for task in asking:  # one that failed ends the others
+                task.cancel()
     return 0
+
+
+def chance(named: Proposed | RecognizeResponse) -> str:
+    return f"{named.probability:7.1%}  {named.class_name}"
 
 
 def corners(box: str) -> tuple[float, float, float, float]:

@@ -357,6 +357,7 @@ class Serve(Strict):
     max_pixels: int = Field(50_000_000, ge=1, description="of one picture")
     max_candidates: int = Field(100, ge=1, description="names in one request")
     max_boxes: int = Field(100, ge=1, description="boxes in one request")
+    max_pictures: int = Field(32, ge=1, description="pictures in one request")
     support_pictures: int = Field(
         2, ge=0, le=8, description="pictures of the memory that the page shows beside a name; 0: none can be seen"
     )

@@ -60,7 +60,7 @@ SPEED = {
     "serve.adapters": st.sampled_from([{}, {"birds": "adapters/birds"}]),
     **{
         f"serve.{key}": st.integers(1024, 9999)
-        for key in ("port", "max_body_bytes", "max_pixels", "max_candidates", "max_boxes", "max_queued")
+        for key in ("port", "max_body_bytes", "max_pixels", "max_candidates", "max_boxes", "max_pictures", "max_queued")
     },
     **{f"serve.{key}": st.integers(1, 9) for key in ("loaded_adapters", "batch_tokens", "min_gateways", "max_gateways")},
     **{f"serve.{key}": st.floats(0.1, 9) for key in ("timeout_s", "upscale_delay_s", "downscale_delay_s")},

@@ -170,14 +170,14 @@ def save_qwen25(folder: Path) -> Path:
     return folder
 
 
-def save_qwen3(folder: Path, tokenizer: tf.PreTrainedTokenizerFast | None = None, head: int = 16) -> Path:
+def save_qwen3(folder: Path, tokenizer: tf.PreTrainedTokenizerFast | None = None, head: int = 16, window: int = 256) -> Path:
     """Qwen3-VL: features of the vision tower's early layers are added to the language model's (deepstack)."""
     tokenizer = tokenizer or word_tokenizer(extra=QWEN_TOKENS)
     start, end, image, video = (id_of(tokenizer, token) for token in QWEN_TOKENS)
     sections = [head // 4, head // 8, head // 8]
     rope = {"rope_type": "default", "mrope_section": sections, "mrope_interleaved": True, "rope_theta": 10000.0}
     config = tf.Qwen3VLConfig(
-        text_config=dict(**text_sizes(tokenizer), head_dim=head, rope_parameters=rope),
+        text_config=dict(**text_sizes(tokenizer, window), head_dim=head, rope_parameters=rope, tie_word_embeddings=False),
         vision_config=dict(
             depth=2,
             hidden_size=32,

@@ -12,6 +12,7 @@ on every node, not from here: several gateways answer at one address, and each w
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -95,6 +96,15 @@ class RecognizeRequest(Picture):
     """An image alone: the server's memory proposes the candidates."""
 
 
+class ClassifyRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    images: list[Annotated[bytes, BeforeValidator(picture_bytes)]] = Field(
+        description="as `image` of /recognize, several of them", min_length=1
+    )
+    adapter: str = Field("", description="as of /recognize")
+
+
 class DetectRequest(Picture):
     boxes_xyxy: list[Box] = Field(
         description="x0, y0, x1, y1 of each thing, in pixels of the picture as it is seen (turned upright)", min_length=1
@@ -141,6 +151,15 @@ class DetectResponse(BaseModel):
     boxes: list[RecognizeResponse] = Field(description="what each of `boxes_xyxy` shows, in their order")
 
 
+class Classified(BaseModel):
+    answer: RecognizeResponse | None = Field(description="as of /recognize; null where this picture cannot be read")
+    error: str | None = Field(description="one line: what is wrong with this picture; null where nothing is")
+
+
+class ClassifyResponse(BaseModel):
+    pictures: list[Classified] = Field(description="one for each of `images`, in their order")
+
+
 class Mistake(BaseModel):
     error: str
 
@@ -170,6 +189,25 @@ def create_app(backend: Backend, online: config.Serve, token_digest: bytes | Non
             """Name what the image shows: the memory proposes candidates, the MLLM ranks them where that pays."""
             query = await body.read(request, RecognizeRequest)
             return recognized(await backend.recognize(await picture(query, online), query.adapter))
+
+        @app.post("/classify", responses=wrong, dependencies=bearer, openapi_extra=_accepts(ClassifyRequest))
+        async def classify(request: Request) -> ClassifyResponse:
+            """Name what several images show; one that cannot be read costs the others nothing."""
+            query = await body.read(request, ClassifyRequest)
+            if len(query.images) > online.max_pictures:
+                raise HTTPException(422, f"images: {len(query.images):,}; this server takes at most {online.max_pictures}")
+            check_adapter(query.adapter, online)
+
+            async def one(image: bytes) -> Classified:
+                try:
+                    found = await backend.recognize(sized(image, online), query.adapter)
+                except RowError as error:
+                    return Classified(answer=None, error=f"image: {error}")
+                except HTTPException as error:
+                    return Classified(answer=None, error=str(error.detail))
+                return Classified(answer=recognized(found), error=None)
+
+            return ClassifyResponse(pictures=list(await asyncio.gather(*map(one, query.images))))
 
     if "detect" in online.endpoints:
 
@@ -276,11 +314,19 @@ def check_names(names: list[str], online: config.Serve) -> None:
 
 async def picture(query: Picture, online: config.Serve) -> bytes:
     """The encoded image of a request, its size checked in the header. Raises HTTPException."""
-    if query.adapter and query.adapter not in online.adapters:
-        raise HTTPException(422, f"adapter: this server knows {sorted(online.adapters) or 'none'}")
+    check_adapter(query.adapter, online)
     if (query.image is None) == (query.image_url is None):
         raise HTTPException(422, "give one of `image` (base64) and `image_url`")
-    data = query.image if query.image is not None else await fetch(str(query.image_url), online)
+    return sized(query.image if query.image is not None else await fetch(str(query.image_url), online), online)
+
+
+def check_adapter(name: str, online: config.Serve) -> None:
+    if name and name not in online.adapters:
+        raise HTTPException(422, f"adapter: this server knows {sorted(online.adapters) or 'none'}")
+
+
+def sized(data: bytes, online: config.Serve) -> bytes:
+    """An encoded image as it is, its size checked in the header. Raises HTTPException."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size

@@ -25,11 +25,13 @@ from starlette.formparsers import MultiPartException
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 ASKED = {
     "image": "the picture's bytes in base64, or the file itself in a form",
+    "images": "a list of pictures in base64, or in a form one file a picture",
     "candidates": 'a list of class names, ["cat", "dog"], or in a form one field a name',
     "boxes_xyxy": "a list of boxes, [[x0, y0, x1, y1], ...], or in a form one field x0,y0,x1,y1 a box",
 }
 WAYS = "send JSON {image: base64, ...}, a form with the file `image`, or the picture's bytes with the rest in the query"
-LISTS = ("candidates", "boxes_xyxy")
+LISTS = ("candidates", "boxes_xyxy", "images")
+MAX_FILES = 1000  # of a form; how many pictures a server takes is told when they are counted
 Query = TypeVar("Query", bound=BaseModel)
 
 
@@ -38,13 +40,14 @@ async def read(request: Request, model: type[Query]) -> Query:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     data = b"" if kind == FORMS[0] else await request.body()
     if kind == FORMS[0] or (kind == FORMS[1] and not data.lstrip().startswith(b"{")):
-        values = await _form(request)
+        values = await _form(request, MAX_FILES if "images" in model.model_fields else 1)
     elif kind.endswith("json") or data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
         values = _json(data)
     elif not data.strip():
         raise HTTPException(400, f"the body is empty; {WAYS}")
     else:
-        values = {**_fields(request.query_params.multi_items()), "image": data}
+        picture = {"images": [data]} if "images" in model.model_fields else {"image": data}
+        values = {**_fields(request.query_params.multi_items()), **picture}
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -59,9 +62,9 @@ def _json(data: bytes) -> Any:
         raise HTTPException(400, f"the body is not valid JSON; {WAYS}") from None
 
 
-async def _form(request: Request) -> dict[str, Any]:
+async def _form(request: Request, max_files: int) -> dict[str, Any]:
     try:
-        form = await request.form(max_files=1, max_fields=1000)
+        form = await request.form(max_files=max_files, max_fields=1000)
     except (MultiPartException, StarletteHTTPException, ValueError, KeyError) as error:
         if getattr(error, "status_code", 400) != 400:  # too large
             raise
@@ -72,7 +75,8 @@ async def _form(request: Request) -> dict[str, Any]:
 
 
 def _fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Fields of a form or a query: `candidates` once a name, `boxes_xyxy` once a box, or either once as a JSON list."""
+    """Fields of a form or a query: `candidates` once a name, `boxes_xyxy` once a box, `images` once a picture, or any once as a
+    JSON list."""
     values: dict[str, Any] = {}
     for key, value in items:
         if key not in LISTS:

@@ -236,6 +236,50 @@ def test_wrong_boxes_are_told_in_one_line(boxes: Any, told: str) -> None:
     assert reply.status == 422 and told in reply.error, reply.error
 
 
+def form(**fields: list[bytes]) -> tuple[list[bytes], dict[str, str]]:
+    """Chunks and headers of a form of files."""
+    parts = [
+        b'--edge\r\nContent-Disposition: form-data; name="%s"; filename="x"\r\n\r\n%s\r\n' % (name.encode(), value)
+        for name, values in fields.items()
+        for value in values
+    ]
+    return [*parts, b"--edge--\r\n"], {"content-type": "multipart/form-data; boundary=edge"}
+
+
+def test_several_pictures_in_one_request_and_a_bad_one_costs_the_others_nothing() -> None:
+    right = post("/recognize", {"image": text(png())}).json
+    half, bomb = png(64, 64)[:60], huge_png(10_000, 6_000)
+    pictures = [png(), b"hello", half, png(), bomb]
+    sent = call(plain(), "POST", "/classify", *form(images=pictures))
+    assert sent.json == post("/classify", {"images": [text(one) for one in pictures]}).json
+    answers, errors = ([one[key] for one in sent.json["pictures"]] for key in ("answer", "error"))
+    assert answers == [right, None, None, right, None] and errors[0] is errors[3] is None
+    for error, told in zip(np.take(errors, [1, 2, 4]), ("not a readable", "image:", "10000 x 6000"), strict=True):
+        assert told in error and "\n" not in error
+    bare = call(plain(), "POST", "/classify", [png()], {"content-type": "image/png"})
+    assert bare.json == {"pictures": [{"answer": right, "error": None}]}
+
+
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ({"images": []}, "a list of pictures in base64"),
+        ({"image": text(png())}, "a list of pictures in base64"),
+        ({"images": text(png())}, "a list of pictures in base64"),
+        ({"images": ["$$$"]}, "images.0: not base64"),
+        ({"images": [text(png())] * 3}, "3; this server takes at most 2"),
+        ({"images": [text(png())], "adapter": "/etc"}, "adapter"),
+    ],
+)
+def test_wrong_pictures_are_told_in_one_line(query: Any, told: str) -> None:
+    reply = post("/classify", query, app_of(max_pictures=2))
+    assert reply.status == 422 and told in reply.error, reply.error
+
+
+def test_a_form_of_more_pictures_than_one_is_for_classify_alone() -> None:
+    assert "Too many files" in call(plain(), "POST", "/recognize", *form(image=[png(), png()])).error
+
+
 def test_pictures_of_the_memory_are_shown_to_who_may_ask() -> None:
     assert call(plain(), "GET", "/support/7/1", []).body == png()
     for path in ("/support/8/0", "/support/7/2", "/support/7/-1"):
@@ -402,7 +446,7 @@ def test_health_and_schema() -> None:
     health = call(app_of(TOKEN, adapters={"birds": "/x"}), "GET", "/health", []).json
     assert health["token"] is True and health["adapters"] == ["birds"] and health["ranker"] == "backwards"
     schema = call(app_of(TOKEN), "GET", "/openapi.json", []).json
-    assert set(schema["paths"]) == {"/rank", "/recognize", "/detect", "/support/{class_id}/{place}", "/health"}
+    assert set(schema["paths"]) == {"/rank", "/recognize", "/classify", "/detect", "/support/{class_id}/{place}", "/health"}
     assert set(schema["paths"]["/rank"]["post"]["responses"]) == {"200", "400", "401", "413", "422", "429", "503"}
     assert schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     assert "securitySchemes" not in call(plain(), "GET", "/openapi.json", []).json["components"]

@@ -35,6 +35,7 @@ from rar.engine import client, reading
 from rar.engine.replica import SICK, Fits, One, RankerReplica
 from rar.engine.session import Session
 from rar.gateway import app
+from rar.gateway.client import Client
 from rar.runfolder import RunFolder
 from rar.schema import Ranking, RankStatus, RowError, UserError
 from tests.conftest import ROOT
@@ -236,6 +237,17 @@ def test_photos_of_the_world_are_recognized(service: Service) -> None:
         assert abs(sum(candidate["probability"] for candidate in found["candidates"]) - 1) < 1e-6
         right += found["class_name"] == photo.parent.name
     assert right >= 0.7 * len(photos)
+
+
+def test_pictures_of_one_request_are_recognized_as_they_are_one_by_one(service: Service) -> None:
+    photos = [photo.read_bytes() for photo in sorted((service.world / "novel" / "test").glob("*/*.png"))[::40]]
+    pictures = [*photos, b"no picture"]
+    found = Client(service.url, TOKEN).classify(pictures)
+    alone = [service.post("/recognize", {"image": encoded(photo)})[1] for photo in photos]
+    for one, right in zip(found, alone, strict=False):
+        assert one.answer is not None and (one.answer.class_name, one.answer.ranking) == (right["class_name"], right["ranking"])
+        assert one.answer.probability == pytest.approx(right["probability"], abs=load.NEAR)
+    assert found[-1].answer is None and "not a readable" in str(found[-1].error) and len(found) == len(pictures)
 
 
 def test_boxes_of_a_scene_are_named_as_their_crops_are(service: Service) -> None:

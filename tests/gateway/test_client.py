@@ -36,12 +36,17 @@ class Backend:
 
     def __init__(self) -> None:
         self.first: list[Exception] = []
+        self.wait_s, self.busy, self.most_busy = 0.0, 0, 0
         self.seen: list[tuple[float, bytes]] = []
 
     async def rank(self, image: bytes, names: list[str], adapter: str) -> Ranking:
         self.seen.append((time.monotonic(), image))
         if self.first:
             raise self.first.pop(0)
+        self.busy += 1
+        self.most_busy = max(self.busy, self.most_busy)
+        await asyncio.sleep(self.wait_s)
+        self.busy -= 1
         scores = tuple(-float(len(names) - 1 - place) for place in range(len(names)))
         return Ranking(tuple(reversed(range(len(names)))), RankStatus.RANKED, scores, "", 1, 40, 1)
 
@@ -102,6 +107,16 @@ def test_answers_are_typed_and_the_picture_arrives_as_it_is(served: tuple[str, B
     assert Client(url).detect(file, boxes).boxes == [found, found] and backend.boxes == boxes
 
 
+def test_several_pictures_in_one_request(served: tuple[str, Backend], tmp_path: Path) -> None:
+    url, backend = served
+    file = tmp_path / "red.png"
+    file.write_bytes(png())
+    backend.first = [api.Busy()]  # of one of them: all are asked again
+    good, bad, also = Client(url).classify([png(), b"no picture", file])
+    assert good.answer is not None and (good.answer.class_name, good.error) == ("dog", None) and also == good
+    assert bad.answer is None and bad.error is not None and "not a readable" in bad.error
+
+
 def test_many_at_once_in_one_session(served: tuple[str, Backend]) -> None:
     url, _ = served
 
@@ -145,7 +160,7 @@ def test_a_server_that_is_away() -> None:
 
 
 def test_the_command_for_a_person_and_for_a_program(served: tuple[str, Backend], tmp_path: Path) -> None:
-    url, _ = served
+    url, backend = served
     file = tmp_path / "red.png"
     file.write_bytes(png())
     told = CliRunner().invoke(command, ["ask", str(file), "--url", url])
@@ -153,6 +168,10 @@ def test_the_command_for_a_person_and_for_a_program(served: tuple[str, Backend],
     assert told.stdout.splitlines() == [f"{file} (ranked)", "    75.0%  dog", "    25.0%  cat"]
     told = CliRunner().invoke(command, ["ask", str(file), "--url", url, "--candidate", "x", "--candidate", "y", "--json"])
     assert json.loads(told.stdout)["best"] == "y"
+    backend.wait_s, backend.most_busy = 0.05, 0
+    told = CliRunner().invoke(command, ["ask", *[str(file)] * 20, "--url", url])
+    assert told.stdout.count("75.0%  dog") == 20 and backend.most_busy == 8  # in flight, printed in order
+    backend.wait_s = 0.0
     told = CliRunner().invoke(command, ["ask", str(tmp_path / "none.png"), "--url", url])
     assert told.exit_code == 2 and "cannot be read" in told.output
     told = CliRunner().invoke(command, ["ask", str(file), "--url", url, "--box", "0,0,9,9", "--box", "1,1,4,4.5"])

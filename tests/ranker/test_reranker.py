@@ -56,7 +56,7 @@ class Scorer:
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(3)
         words = re.findall(r"\w+|[^\w\s]+", "".join(map(asked, NAMES)))
-        self.folder = save_qwen3(folder, word_tokenizer(words, extra=(*QWEN_TOKENS, *TURNS)), head=32)
+        self.folder = save_qwen3(folder, word_tokenizer(words, extra=(*QWEN_TOKENS, *TURNS)), head=32, window=1024)
         self.processor = tf.AutoProcessor.from_pretrained(folder)
         self.model = tf.Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
