@@ -32,7 +32,7 @@ def run(verb: str, config_file: Path, out: str | None, sets: list[str], dry_run:
     from rar.corpus.support import strangers
     from rar.engine import session
     from rar.report.page import write_report
-    from rar.run import recognise, work
+    from rar.run import nearest, recognise, work
     from rar.run.vocabulary import odd_treatment
 
     rows = {"classify": work.classify_work, "detect": work.detect_work}[verb](settings)
@@ -48,6 +48,7 @@ def run(verb: str, config_file: Path, out: str | None, sets: list[str], dry_run:
         odd = odd_treatment(settings, vocabulary) if rows.boxed else []
         say("\n  ".join([first, *remarks(rows.index), *odd]))
         metrics = recognise.run(opened, settings, vocabulary, rows, folder)
+        nearest.keep(opened, settings, vocabulary, folder)
     write_report([path], path, title=f"rar {verb}: {config_file.stem}")
     return told(metrics, folder, settings)
 

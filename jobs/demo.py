@@ -115,7 +115,7 @@ def _run_arms(out: Path, seed: int, started: float, drawn: Future[None]) -> tupl
 
 def _run_task(opened: Session, out: Path, seed: int, task: str, metrics: dict[str, float]) -> list[Path]:
     """Embed a task's images once, then send them through every arm."""
-    from rar.run import recognise, steps
+    from rar.run import nearest, recognise, steps
     from rar.run.work import classify_work, detect_work
     from rar.runfolder import RunFolder
 
@@ -132,6 +132,8 @@ def _run_task(opened: Session, out: Path, seed: int, task: str, metrics: dict[st
         began = time.monotonic()
         vocabulary = recognise.prepare(opened, settings)
         values = recognise.run(opened, settings, vocabulary, own, folder, embedded if own is work else None)
+        if arm == "rar":  # the page unfolds its pictures
+            nearest.keep(opened, settings, vocabulary, folder)
         say(f"  {task} {arm}: " + _headline(values) + f" ({time.monotonic() - began:.1f} s)")
         metrics |= _keys(task, arm, values)
         folders.append(folder.path)

@@ -1,4 +1,4 @@
-"""The pictures of the report: cards of predictions won, lost and failed; whole scenes with their boxes; every way to crop.
+"""The pictures of the report: cards of predictions won, lost, wrong and right; whole scenes with their boxes; crops.
 
 A run's pictures are read one at a time, and only those that are shown, so that neither their number nor their size matters. A
 box's crop is computed again from the picture by the code that made it for the ranker (`windows.crops` with the run's own
@@ -24,48 +24,82 @@ from rar.corpus.frame import SAME, Frame, frame_of
 from rar.corpus.listing import read_many
 from rar.crops import windows
 from rar.fusion import Calibration, n_shown
-from rar.report.view import BoxView, RunView
+from rar.report.view import BoxView, Neighbor, RunView
 from rar.schema import Candidate, RankStatus, RowError
 
 THUMBNAIL = 144  # longest side of a picture and of a crop, pixels: sharp at 96 CSS pixels on a phone's dense screen
 CARD_SCENE, SCENE = 320, 640  # longest side of a whole picture on a card, and on its own
-PICTURES = 12  # a gallery shows at most this many
+PICTURES, RIGHT = 12, 6  # a gallery shows at most this many, and of what is merely right
 SCENES = 6
 DRAWN = 40  # boxes drawn into a picture at most
 SHOWN_CANDIDATES = 6
+JPEG = "data:image/jpeg;base64,"
 
 
-def sections(run: RunView) -> list[dict[str, Any]]:
-    """The galleries of one run. Without labels nothing is won or lost: a look at some predictions instead."""
+class Gallery(NamedTuple):
+    """Some predictions of a kind. total: how many of it there are; rows: those that are shown, evenly spread."""
+
+    kind: str
+    title: str
+    meaning: str
+    total: int
+    rows: np.ndarray
+
+
+def galleries(run: RunView) -> list[Gallery]:
+    """What is shown of a run; a kind without predictions is left out. Without labels nothing is won or lost: a look at some."""
     found = run.found
     kinds = [
-        ("won", "Won", "The retriever's first candidate was wrong, the final prediction is right.", run.won),
-        ("lost", "Lost", "The retriever's first candidate was right, the final prediction is wrong.", run.lost),
-        ("failed", "Failed", "Wrong before and after ranking.", found.labelled & ~found.correct & ~found.retriever_correct),
+        ("won", "Won", "The retriever's first candidate was wrong, the final prediction is right.", run.won, PICTURES),
+        ("lost", "Lost", "The retriever's first candidate was right, the final prediction is wrong.", run.lost, PICTURES),
+        (
+            "wrong",
+            "Wrong throughout",
+            "Neither the retriever's first candidate nor the final prediction is right.",
+            found.labelled & ~found.correct & ~found.retriever_correct,
+            PICTURES,
+        ),
+        ("right", "Right throughout", "The retriever's first candidate, kept.", found.correct & found.retriever_correct, RIGHT),
     ]
     if not found.labelled.any():
-        kinds = [("predicted", "Predictions", "No labels to judge by.", np.ones(len(run.truth), dtype=bool))]
+        kinds = [("predicted", "Predictions", "No labels to judge by.", np.ones(len(run.truth), dtype=bool), PICTURES)]
     shown = []
-    for kind, title, meaning, chosen in kinds:
-        rows = np.flatnonzero(chosen)
-        shown.append({"kind": kind, "title": title, "meaning": meaning, "total": len(rows), "cards": cards(run, _spread(rows))})
+    for kind, title, meaning, chosen, most in kinds:
+        if len(rows := np.flatnonzero(chosen)):
+            shown.append(Gallery(kind, title, meaning, len(rows), spread(rows, most)))
     return shown
 
 
-def _spread(rows: np.ndarray) -> np.ndarray:
-    """At most PICTURES of some rows, evenly spread."""
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(PICTURES, len(rows))).round().astype(int))]
+def sections(run: RunView) -> list[dict[str, Any]]:
+    """The galleries of one run with their cards."""
+    return [{**one._asdict(), "cards": cards(run, one.rows)} for one in galleries(run)]
+
+
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of some rows, evenly spread."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int))]
 
 
 def cards(run: RunView, rows: np.ndarray) -> list[dict[str, Any]]:
-    """What a card shows of each of some predictions."""
+    """What a card shows of each of some predictions, its pictures included; what cannot be read says why."""
+    made = []
+    for row, card in zip(rows.tolist(), told(run, rows), strict=True):
+        try:
+            made.append(card | _pictures(run, row))
+        except RowError as reason:
+            made.append(card | {"unreadable": str(reason)})
+    return made
+
+
+def told(run: RunView, rows: np.ndarray) -> list[dict[str, Any]]:
+    """Cards of some predictions without the pictures that were looked at."""
     records = run.predictions.take(pa.array(rows, pa.int64())).to_pylist()
-    return [_card(run, row, record) for row, record in zip(rows.tolist(), records, strict=True)]
+    return [_told(run, row, record) for row, record in zip(rows.tolist(), records, strict=True)]
 
 
-def _card(run: RunView, row: int, record: dict[str, Any]) -> dict[str, Any]:
+def _told(run: RunView, row: int, record: dict[str, Any]) -> dict[str, Any]:
     candidates = candidates_of(record, run.truth[row], run.calibration)
-    card = {
+    return {
         "truth": run.truth[row],
         "predicted": record["class_name"],
         "proposed": bool(run.found.proposed[row]),
@@ -76,27 +110,27 @@ def _card(run: RunView, row: int, record: dict[str, Any]) -> dict[str, Any]:
         "uri": record["uri"],
         "file": str(record["uri"]).rsplit("/", 1)[-1],
         "pictures": [],
+        "neighbors": [_neighbor(run.truth[row], one) for one in run.neighbors.get((record["row"], record["place"]), [])],
         "scene": None,
         "unreadable": None,
         "candidates": candidates[:SHOWN_CANDIDATES],
         "more": max(0, len(candidates) - SHOWN_CANDIDATES),
     }
-    try:
-        return card | _pictures(run, row)
-    except RowError as reason:
-        return card | {"unreadable": str(reason)}
+
+
+def _neighbor(truth: str | None, one: Neighbor) -> dict[str, Any]:
+    src = JPEG + base64.b64encode(one.picture).decode()
+    return {"name": one.class_name, "score": one.score, "true": one.class_name == truth, "src": src}
 
 
 def _pictures(run: RunView, row: int) -> dict[str, Any]:
     """The picture; for a box its crop, and the picture with all boxes drawn in. Raises RowError where there is none."""
     seen = picture(run, int(run.places[row]))
+    small = {"pictures": [thumbnail(run, row, seen)]}
     if run.boxes is None:
-        return {"pictures": [{"what": "picture", "src": data_uri(seen.image, THUMBNAIL)}]}
+        return small
     around = drawing(run, _of_picture(run, int(run.places[row])), seen, CARD_SCENE)
-    return {
-        "pictures": [{"what": "crop as the ranker sees it", "src": data_uri(seen_crop(run.boxes, row, seen), THUMBNAIL)}],
-        "scene": around | {"mark": _mark(run, row, seen)},
-    }
+    return small | {"scene": around | {"mark": _mark(run, row, seen)}}
 
 
 class Seen(NamedTuple):
@@ -125,6 +159,13 @@ def picture(run: RunView, place: int) -> Seen:
     return Seen(image, frame_of(stated, (image.shape[1], image.shape[0]), data))
 
 
+def thumbnail(run: RunView, row: int, seen: Seen) -> dict[str, str]:
+    """A prediction's picture for an <img>, or of a box its crop. Raises RowError as `seen_crop` does."""
+    if run.boxes is None:
+        return {"what": "picture", "src": data_uri(seen.image, THUMBNAIL)}
+    return {"what": "crop as the ranker sees it", "src": data_uri(seen_crop(run.boxes, row, seen), THUMBNAIL)}
+
+
 def seen_crop(view: BoxView, row: int, seen: Seen) -> np.ndarray:
     """(S, S, 3) uint8: a box as the ranker sees it. Raises RowError for a box that is not in this picture."""
     height, width = seen.image.shape[:2]
@@ -136,11 +177,16 @@ def seen_crop(view: BoxView, row: int, seen: Seen) -> np.ndarray:
 
 def data_uri(image: np.ndarray, side: int) -> str:
     """(H, W, 3) uint8 as a JPEG of at most `side` pixels a side, for an <img>'s src."""
+    return JPEG + base64.b64encode(jpeg(image, side)).decode()
+
+
+def jpeg(image: np.ndarray, side: int) -> bytes:
+    """(H, W, 3) uint8 as a JPEG of at most `side` pixels a side."""
     small = Image.fromarray(image)
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=82, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def _of_picture(run: RunView, place: int) -> np.ndarray:

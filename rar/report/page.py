@@ -1,4 +1,4 @@
-"""One self-contained HTML page from one or more run folders: tables, plots, pictures of what was won, lost and failed.
+"""One self-contained HTML page from one or more run folders: tables, plots, pictures of what was won, lost and wrong.
 
 The page holds everything (pictures as small data URIs, plots as inline SVG, no script) and forbids itself the network, so that
 it can be mailed, archived and opened anywhere. Names, paths and model answers are foreign text: the template escapes them.
@@ -22,7 +22,8 @@ import pyarrow as pa
 
 from rar import identity, storage
 from rar.evaluation import metrics
-from rar.report import cards, figures
+from rar.report import cards, classes, figures
+from rar.report.against import comparison
 from rar.report.view import RunView, number, read_run
 from rar.schema import UserError
 
@@ -54,23 +55,35 @@ BY_GROUP = (
     ("proposal_recall", "Proposal recall", ("proposal_recall",)),
     ("ar", "AR", ("ar_100", "ar_300")),
 )
-NO_CALLS = {"calls": 0, "candidates": None, "prompt_tokens": 0, "output_tokens": 0}
+MLLM = (
+    ("calls", "MLLM calls"),
+    ("candidates", "Candidates shown"),
+    ("prompt_tokens", "Prompt tokens"),
+    ("output_tokens", "Output tokens"),
+)
+NO_CALLS = dict.fromkeys((key for key, _ in MLLM), 0)
 SIZES, FREQUENCIES = ("small", "medium", "large"), ("rare", "common", "frequent")
 AP_BY_FREQUENCY = {"AP": "ap", "rare": "ap_rare", "common": "ap_common", "frequent": "ap_frequent"}
 
 
-def write_report(runs: Sequence[Path], out: Path, title: str = "Report") -> None:
+def write_report(runs: Sequence[Path], out: Path, title: str = "Report", against: Path | None = None) -> None:
     """Write the page of these run folders (design 4.2) to `out`, an .html file or a folder that gets `report.html`.
 
     Runs are grouped by the `group` of their run.json (default: the verb), in the order given; memories are shown by what they
-    hold. Raises UserError for a folder
-    that is not a run. A picture that cannot be read any more becomes a placeholder that says why.
+    hold. against: a run that each of the others is compared with, picture by picture. Raises UserError for a folder that is not
+    a run, and for one that shares no picture with `against`. A picture that cannot be read any more becomes a placeholder that
+    says why.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    folders = [read_run(run) for run in runs]
+    folders = [read_run(run) for run in runs if run != against]
     if not folders:
-        raise UserError("no run folder to report on")
+        raise UserError("no run folder to report on" + (", other than that of --against" if against else ""))
+    comparisons = []
+    if against is not None:
+        other = read_run(against)
+        comparisons = [comparison(run, other) for run in folders if run.info["verb"] != "memory"]
+        folders.append(other)
     environment = Environment(
         loader=PackageLoader("rar.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -82,7 +95,10 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Report") -> None
     summaries = [_summary(run) for run in folders]
     stages = list(dict.fromkeys(name for summary in summaries for name in summary["stages"]))
     template = environment.get_template("report.html.j2")
-    page = template.render(title=title, groups=groups, memories=memories, runs=summaries, stages=stages)
+    asked = [column for column in MLLM if any(summary["mllm"][column[0]] for summary in summaries)]
+    page = template.render(
+        title=title, groups=groups, comparisons=comparisons, memories=memories, runs=summaries, stages=stages, asked=asked
+    )
     target = out / "report.html" if out.is_dir() else out
     target.parent.mkdir(parents=True, exist_ok=True)
     storage.write(target, (page.strip() + "\n").encode())
@@ -93,7 +109,7 @@ def _group(name: str, folders: Sequence[RunView]) -> dict[str, Any]:
     runs = [run for run in folders if run.group == name]
     best = max(runs, key=lambda run: (not math.isnan(run.main), run.main))
     asking = [run for run in runs if run.found.asked.any()]
-    columns = [column for column in COLUMNS if _known(runs, column[0])]
+    columns = [column for column in COLUMNS if _telling(runs, column)]
     low, high = _axis(runs)
     opened = max(asking, key=lambda run: (not math.isnan(run.main), run.main)) if asking else best
     return {
@@ -111,6 +127,8 @@ def _group(name: str, folders: Sequence[RunView]) -> dict[str, Any]:
         "drawn": [(run.name, len(run.truth), run.info["counts"]["ok"]) for run in runs],
         "names": [] if opened.found.labelled.any() else _frequent_names(opened),
         "opened": opened.name,
+        "weakest": classes.weakest(opened),
+        "pairs": classes.pairs(opened),
         "scenes": cards.scenes(opened),
         "galleries": [{"name": run.name, "open": run is opened, "sections": cards.sections(run)} for run in asking or [best]],
     }
@@ -151,6 +169,13 @@ def _by_group(runs: Sequence[RunView]) -> dict[str, Any] | None:
             rows = [{"name": "every arm", "cells": [{**_cell(runs[0], runs, column), "best": False} for column in columns]}]
         parts.append({"heading": heading, "rows": rows})
     return {"groups": groups, "parts": parts} if parts else None
+
+
+def _telling(runs: Sequence[RunView], column: tuple[str, str, str, bool]) -> bool:
+    """Whether a column of the table of arms says anything: one of no ranker's doings is 0 in all runs."""
+    key, _, _, mark = column
+    values = [number(run.values.get(key)) for run in runs]
+    return any(not math.isnan(value) and (mark or value != 0) for value in values)
 
 
 def _known(runs: Sequence[RunView], key: str) -> bool:

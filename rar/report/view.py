@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ from rar.evaluation import metrics
 from rar.runfolder import RunFolder, read_table
 from rar.schema import INDEX, SCHEMA_VERSION, UserError
 
+NEIGHBORS = "neighbors.parquet"  # of a run folder: what the memory holds near the predictions that are shown
 SHOWN = 20_000  # predictions that plots and pictures are drawn from
 BOX_OVERLAP = 0.5  # least IoU at which a proposal takes the label of an object
 GIVEN = "Boxes are the given ones, with their labels."
@@ -47,6 +48,14 @@ class BoxView:
     scores: np.ndarray  # (N,) float32: the proposal's score; NaN for a given box
     shown: config.Shown  # how the ranker saw a box
     note: str  # what the boxes are, and how they are judged
+
+
+class Neighbor(NamedTuple):
+    """A picture of the memory near to one that was looked up. score: their cosine. picture: a small JPEG."""
+
+    class_name: str
+    score: float
+    picture: bytes
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class RunView:
     found: metrics.Outcomes
     boxes: BoxView | None  # of a detection run
     calibration: fusion.Calibration | None  # decides how many candidates the ranker saw; None in folders that lack it
+    neighbors: dict[tuple[int, int | None], list[Neighbor]]  # row and place -> nearest pictures of the memory, of some rows
 
     @property
     def main(self) -> float:
@@ -118,7 +128,18 @@ def read_run(path: Path) -> RunView:
     name, group = str(info.get("name", path.name)), str(info.get("group", info["verb"]))
     values = _metrics(path / "metrics.json")
     calibration = _calibration(path / "calibration.json")
-    return RunView(name, group, info, values, predictions, folder.errors(), index, places, truth, found, seen, calibration)
+    near = _neighbors(path / NEIGHBORS)
+    return RunView(
+        name, group, info, values, predictions, folder.errors(), index, places, truth, found, seen, calibration, near
+    )
+
+
+def _neighbors(file: Path) -> dict[tuple[int, int | None], list[Neighbor]]:
+    found: dict[tuple[int, int | None], list[Neighbor]] = {}
+    for one in read_table(file).to_pylist() if file.is_file() else []:
+        near = Neighbor(one["class_name"], one["score"], one["picture"])
+        found.setdefault((one["row"], one["place"]), []).append(near)
+    return found
 
 
 def number(value: float | None) -> float:

@@ -159,6 +159,31 @@ def check_cells(row: str, values: dict[str, float | None]) -> set[str]:
     return {key for key, _ in cells}
 
 
+def test_what_no_run_has_is_no_column(runs: list[Path], tmp_path: Path) -> None:
+    """Of a run without a ranker nothing is said of one; failed is a word for rows alone."""
+    write_report([runs[0]], tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    values = json.loads((runs[0] / "metrics.json").read_text())
+    shown = check_cells(text, values)
+    none = {key for key in ("ranked_fraction", "flips_won", "flips_lost", "parse_failures", "rank_gain") if values[key] == 0}
+    assert len(none) == 5 and not none & shown and {"top1", "top5", "candidate_recall"} <= shown
+    assert "MLLM calls" not in text and "Prompt tokens" not in text
+    assert "3 failed, 0 skipped" in text and not re.search(r'data-kind="(failed|won|lost)"', text)
+
+
+def test_neighbors_of_the_memory_are_shown_where_they_were_kept(runs: list[Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(runs[1], tmp_path / "run")
+    view = read_run(folder)
+    row = int(cards.galleries(view)[0].rows[0])
+    truth, picture = view.truth[row], cards.jpeg(cards.picture(view, int(view.places[row])).image, 96)
+    near = {"row": view.predictions["row"][row].as_py(), "place": None, "score": 0.875, "picture": picture}
+    pq.write_table(pa.Table.from_pylist([near | {"class_name": truth}]), folder / "neighbors.parquet")
+    write_report([folder], tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("nearest in the memory") == 1 and f'alt="{truth} in the memory"' in text and "0.875" in text
+    Page(text)
+
+
 def test_the_best_arm_is_bold_and_one_arm_alone_is_not(runs: list[Path], page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     values = [json.loads((folder / "metrics.json").read_text())["top1"] for folder in runs[:2]]
@@ -170,7 +195,7 @@ def test_galleries_show_each_kind_with_its_pictures(runs: list[Path], page: Path
     text = page.read_text(encoding="utf-8")
     won = int(read_run(runs[1]).won.sum())
     assert won > cards.PICTURES and f"({cards.PICTURES} of {won}, evenly spread)" in text
-    assert {"won", "lost", "failed"} <= set(re.findall(r'data-kind="(\w+)"', text))
+    assert {"won", "lost", "wrong", "right"} <= set(re.findall(r'data-kind="(\w+)"', text))
     assert 'alt="crop as the ranker sees it, true class' in text and 'class="placeholder"' in text
     assert 'alt="scene_0.jpg with 2 boxes, listed below"' in text and 'alt="whole picture; this box is predicted' in text
 
@@ -191,7 +216,7 @@ def test_arms_that_share_their_numbers_share_a_row(runs: list[Path], tmp_path: P
 def test_only_the_pictures_shown_are_read(runs: list[Path], tmp_path: Path) -> None:
     write_report([runs[1]], tmp_path / "all.html")
     before = (tmp_path / "all.html").read_text()
-    shown = set(re.findall(r'class="file" title="([^"]+)"', before))
+    shown = set(re.findall(r'title="([^"]+\.jpg)"', before))
     pictures = sorted(Path(runs[1]).parent.glob("pictures/*.jpg"))
     hidden = [picture for picture in pictures if str(picture) not in shown]
     assert len(hidden) > 20
@@ -264,7 +289,14 @@ def test_the_same_runs_give_the_same_page(runs: list[Path], page: Path, tmp_path
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the chromium browser")
-def test_a_browser_renders_it_without_a_complaint(page: Path, tmp_path: Path) -> None:
+def test_a_browser_renders_it_without_a_complaint(runs: list[Path], page: Path, tmp_path: Path) -> None:
+    write_report([runs[1]], tmp_path / "against.html", against=runs[0])
+    for one in (page, tmp_path / "against.html"):
+        rendered(one, tmp_path)
+
+
+def rendered(page: Path, tmp_path: Path) -> None:
+    """Chromium draws the page, and its console stays empty."""
     command = [
         "chromium",
         "--headless",

@@ -22,14 +22,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rar import config, miniature
+from rar.corpus.decode import decode, fit_square
+from rar.encoder.towers import ClipEncoder
 from rar.engine import pipeline
 from rar.engine.session import Session
+from rar.report import cards
 from rar.report.page import write_report
 from rar.report.view import read_run
-from rar.run import build, recognise
+from rar.run import build, nearest, recognise
 from rar.run.vocabulary import collection, open_memory
 from rar.runfolder import RunFolder
-from rar.schema import PREDICTIONS, UserError
+from rar.schema import PREDICTIONS, UserError, content_id
 from tests.chat_server import serving, token_model, tokenizer
 from tests.conftest import ROOT
 from tests.run.lab import Lab
@@ -61,17 +64,41 @@ def test_every_image_is_predicted_and_rankings_are_permutations(classified: tupl
     assert (metrics["leaked"], metrics["near_leaked"]) == (0, 0)
 
 
+def test_the_memory_s_nearest_pictures_are_kept_for_the_page(
+    lab: Lab, classified: tuple[RunFolder, dict[str, float]], tmp_path: Path
+) -> None:
+    """Held against an exact search over the stored vectors, and against the support photos themselves."""
+    folder = RunFolder(shutil.copytree(classified[0].path, tmp_path / "run"))
+    nearest.keep(lab.session, lab.settings(), open_memory(lab.session, lab.settings()), folder)
+    run = read_run(folder.path)
+    shown = np.concatenate([gallery.rows for gallery in cards.galleries(run)])
+    assert set(run.neighbors) == {(run.predictions["row"][row].as_py(), None) for row in shown.tolist()}
+    entries = collection(lab.settings(), lab.session.memory_address, "images").fetch()
+    photos = {content_id(file.read_bytes()): file for file in (lab.world / "novel" / "support").rglob("*.png")}
+    for row in shown[:5].tolist():
+        scores = entries.vectors @ vector_of(Path(run.predictions["uri"][row].as_py()))
+        best = np.argsort(-scores, kind="stable")[: nearest.COUNT]
+        near = run.neighbors[run.predictions["row"][row].as_py(), None]
+        assert [one.score for one in near] == pytest.approx(scores[best].tolist(), abs=1e-4)
+        assert [one.class_name for one in near] == [entries.class_names[place] for place in best]
+        files = [photos[entries.entry_ids[place].partition("-")[0]] for place in best]
+        assert [one.picture for one in near] == [cards.jpeg(decode(file.read_bytes()), nearest.SIDE) for file in files]
+
+
+def vector_of(file: Path) -> np.ndarray:
+    """(D,) as the encoder alone makes it."""
+    encoder = ClipEncoder(config.Encoder())
+    pixels = fit_square(decode(file.read_bytes()), encoder.side, encoder.resize_mode, encoder.interpolation)
+    return encoder.embed_images(pixels[None])[0]
+
+
 def test_candidates_are_the_exact_head_scores(lab: Lab, classified: tuple[RunFolder, dict[str, float]]) -> None:
-    from rar.corpus.decode import decode, fit_square
-    from rar.encoder.towers import ClipEncoder
     from rar.retriever.modes import Head
 
-    encoder = ClipEncoder(config.Encoder())
     one = collection(lab.settings(), lab.session.memory_address, "head_fused")
     head = Head.from_entries(one.fetch(), {})
     row = rows(classified[0])[7]
-    pixels = fit_square(decode(Path(row["uri"]).read_bytes()), encoder.side, encoder.resize_mode, encoder.interpolation)
-    scores = head.scores(encoder.embed_images(pixels[None]))[0]
+    scores = head.scores(vector_of(Path(row["uri"]))[None])[0]
     best = np.argsort(-scores, kind="stable")[:5]
     assert [candidate["class_id"] for candidate in row["candidates"]] == head.class_ids[best].tolist()
     shares = scores[best] - np.logaddexp.reduce(scores)
