@@ -222,6 +222,12 @@ class Ranker(Placed):
         None,
         description="endpoint: e.g. http://host:8000/v1, or several servers of one model; key: the environment's RAR_API_KEY",
     )
+    engine: Literal["vllm", "sglang", "transformers"] | None = Field(
+        None, description="endpoint: instead of base_url, an engine whose min_replicas servers the command starts and ends"
+    )
+    engine_args: dict[str, Any] = Field(
+        {}, description="of the engine's own server, e.g. {tensor_parallel_size: 2, max_model_len: 8192}; see its manual"
+    )
     tokenizer: str | None = Field(
         None, description="endpoint: folder or hub name of the model's tokenizer, for servers that have no /tokenize"
     )
@@ -248,6 +254,11 @@ class Ranker(Placed):
         False, description="on a cluster: the application outlives the job, for others, without replicas while nobody asks"
     )
     in_flight: int = Field(4, ge=1, description="batches each pipeline worker keeps in flight at the replicas of a local model")
+
+    @property
+    def starts_models(self) -> bool:
+        """Whether a command that ranks starts processes with the model."""
+        return self.engine is not None or self.method not in ("none", "endpoint")
 
 
 class Route(Strict):
@@ -469,8 +480,10 @@ class Config(Strict):
                 f"ranker.method letters has {LETTERS} labels, too few for retriever.top_k {self.retriever.top_k}"
                 f"{' with ranker.none_of_these' * self.ranker.none_of_these}: lower it, or set ranker.method to likelihood"
             )
-        if self.ranker.method == "endpoint" and self.ranker.base_url is None:
-            raise ValueError("ranker.method endpoint needs ranker.base_url, e.g. http://host:8000/v1")
+        if self.ranker.method == "endpoint" and (self.ranker.base_url is None) == (self.ranker.engine is None):
+            raise ValueError("ranker.method endpoint needs ranker.base_url, e.g. http://host:8000/v1, or ranker.engine")
+        if self.ranker.engine is not None and self.ranker.method != "endpoint":
+            raise ValueError("ranker.engine is of ranker.method endpoint")
         return self
 
 

@@ -185,7 +185,7 @@ def _short(value: Any) -> str:
 
 
 def _ranker_weights(settings: config.Ranker) -> dict[str, str | None]:
-    if settings.method in ("none", "endpoint"):  # an endpoint's weights are its own affair
+    if not settings.starts_models:  # an endpoint's weights are its own affair
         return {}
     found = {"ranker": folder_digest(miniature.MLLM) if settings.model == "miniature" else _weights(settings.model)}
     return found if settings.adapter is None else {**found, "adapter": _weights(settings.adapter)}

@@ -26,7 +26,7 @@ from ray.serve.schema import ApplicationStatus
 from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from rar import config, identity
-from rar.engine import direct, waiting
+from rar.engine import direct, hosted, waiting
 from rar.engine.actors import free_resources
 from rar.engine.exemplars import Exemplars
 from rar.engine.isolate import reason
@@ -62,11 +62,11 @@ def deploy(session: Session, settings: config.Ranker) -> None:
     """Start the application for a ranker in batch jobs and return when it answers, or when the one that is there does.
 
     It ends with this session; with `ranker.keep`, on a cluster, it stays for other jobs, without a replica while nobody asks.
-    Raises UserError where its model cannot be loaded, Unavailable where it does not come, and for an endpoint what asking it
-    for its offers raises.
+    Raises UserError where its model cannot be loaded, Unavailable where it does not come, and for an endpoint what starting its
+    engine (`hosted.located`) and asking for its offers raise.
     """
     if settings.method == "endpoint":
-        direct.offers(settings.model_dump_json())
+        direct.offers(hosted.located(session, settings).model_dump_json())
         return
     serve.start(proxy_location="Disabled", logging_config=QUIET)  # called by handle: no HTTP proxy
     limits = {"max_ongoing_requests": 4, "max_queued_requests": 64}
@@ -91,7 +91,7 @@ def deploy_online(session: Session, settings: config.Ranker, online: config.Serv
         "look_back_period_s": online.upscale_delay_s + 2.0,
     }
     name = app_name(settings, online, beside)
-    _deploy(session, name, [settings, online], {**limits, "autoscaling_config": scale}, beside)
+    _deploy(session, name, [hosted.located(session, settings), online], {**limits, "autoscaling_config": scale}, beside)
 
 
 def _deploy(session: Session, name: str, sections: list[Any], options: dict[str, Any], beside: Beside = (None, None)) -> None:
@@ -244,7 +244,8 @@ def ask(
     if settings.method == "endpoint":
         limits = (settings.max_calls, settings.token_budget)
         budget = direct.Budget.remote(*limits) if limited and limits != (None, None) else None  # type: ignore[attr-defined]
-        return direct.AskServers(settings, direct.offers(settings.model_dump_json()), kept, budget)
+        there = hosted.located(session, settings)
+        return direct.AskServers(there, direct.offers(there.model_dump_json()), kept, budget)
     return Ask(app_name(settings), settings.in_flight, session.patience_s, kept, prior, exemplars)
 
 

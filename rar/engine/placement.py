@@ -22,7 +22,7 @@ def check(session: Session, settings: Config, *, ranks: bool, detects: bool) -> 
         wants["encoder"] = _of(session, settings.encoder, settings.encoder.workers)
     if detects and (detector := settings.detect.detector) is not None:
         wants["detect.detector"] = _of(session, detector, detector.workers)
-    if ranks and settings.ranker.method not in ("none", "endpoint"):
+    if ranks and settings.ranker.starts_models:
         ranker = settings.ranker
         wants["ranker"] = _of(session, ranker, ranker.min_replicas)
         if ranker.num_gpus == 0 and ranker.model != "miniature" and ray.cluster_resources().get("GPU"):

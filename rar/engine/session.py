@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import ray
@@ -36,7 +37,8 @@ class Session:
     """memory: the address that workers reach it at; None where the command needs none.
 
     threads: of a model on a laptop whose cores all models share; None on a cluster, where Ray decides. patience_s: for what
-    stays away. endings: called when the session closes.
+    stays away. endings: called when the session closes. engines: addresses of those that run (see hosted), one at a time
+    starting.
     """
 
     memory: str | None
@@ -44,6 +46,8 @@ class Session:
     patience_s: float = 300.0
     pools: dict[tuple[str, str], Pool] = field(default_factory=dict, repr=False)
     endings: ExitStack = field(default_factory=ExitStack, repr=False)
+    engines: dict[str, list[str]] = field(default_factory=dict, repr=False)
+    starting: Lock = field(default_factory=Lock, repr=False)
 
     @property
     def memory_address(self) -> str:

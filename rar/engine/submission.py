@@ -82,7 +82,7 @@ def pack(folder: Path, config_file: Path, settings: Config, code: bool) -> list[
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / file)
     if code:
-        asks = settings.ranker.method not in ("none", "endpoint")
+        asks = settings.ranker.starts_models
         weights = "miniature" in (settings.encoder.model, settings.ranker.model if asks else "")
         left_out = shutil.ignore_patterns("__pycache__", *(() if weights else ("weights",)))
         for package in ("rar", "jobs"):
