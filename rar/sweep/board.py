@@ -7,6 +7,7 @@ other arm there with all comparisons of the table in view: sign flips over class
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -66,12 +67,16 @@ def _read(folder: Path, cell: Cell, metric: str) -> Result:
 
 @dataclass(frozen=True)
 class Entry:
-    """An arm in a row of a table. value: mean over the row's cells; bold: best, and significantly so."""
+    """An arm in a row of a table. value: mean over the row's cells; bold: best, and significantly so.
+
+    low, high: over classes. over_seeds: half of the 95 % interval over draws of the shots; NaN of one draw, and of an average.
+    """
 
     value: float
     low: float
     high: float
     asked: float
+    over_seeds: float = math.nan
     bold: bool = False
 
 
@@ -111,7 +116,7 @@ def board(grid: Grid, found: Sequence[Result]) -> Board:
     """Arms side by side. Cells of a second encoder or top_k are arms of their own, `arm/encoder/k10`."""
     pooled, arms = _pooled(grid, found), []
     for one in found:
-        if (name := _arm(grid, one.cell)) not in arms:
+        if (name := arm_of(grid, one.cell)) not in arms:
             arms.append(name)
     rows = [_row(key, by_arm) for key, by_arm in pooled.items()]
     rows = _bold(rows + _averages(pooled), pooled)
@@ -120,7 +125,8 @@ def board(grid: Grid, found: Sequence[Result]) -> Board:
     return Board(arms, rows, claims, list(dict.fromkeys(name for row in rows for name in row.published)), differs)
 
 
-def _arm(grid: Grid, cell: Cell) -> str:
+def arm_of(grid: Grid, cell: Cell) -> str:
+    """What an arm is called in the tables: with the encoder and top_k, where the grid has several."""
     parts = [cell.arm, *[cell.encoder] * bool(cell.encoder), *[f"k{cell.top_k}"] * (len(grid.top_k) > 1)]
     return "/".join(parts)
 
@@ -137,7 +143,7 @@ def _pooled(grid: Grid, found: Sequence[Result]) -> Pooled:
             by_arm = pooled.setdefault((dataset, count), {})
             for one in found:
                 if one.cell.dataset == dataset and one.cell.shots in (count, 0):
-                    by_arm.setdefault(_arm(grid, one.cell), []).append(one)
+                    by_arm.setdefault(arm_of(grid, one.cell), []).append(one)
     return pooled
 
 
@@ -152,7 +158,9 @@ def _row(key: tuple[str, int], by_arm: dict[str, list[Result]]) -> Row:
         value, low, high = (float(np.mean([getattr(one, name) for one in cells])) for name in ("value", "low", "high"))
         if len(correct):
             value, low, high = intervals.accuracy(correct, labels, seed=0)
-        entries[arm] = Entry(value, low, high, float(np.mean([one.values.get("ranked_fraction") or 0.0 for one in cells])))
+        asked = float(np.mean([one.values.get("ranked_fraction") or 0.0 for one in cells]))
+        mean, _, most = intervals.over_seeds([one.value for one in cells])
+        entries[arm] = Entry(value, low, high, asked, most - mean)
     cells = next(iter(by_arm.values()))
     return Row(*key, cells[0].metric, max(len(one) for one in by_arm.values()), entries)
 
@@ -221,24 +229,34 @@ def _class_gains(a: Sequence[Result], b: Sequence[Result]) -> np.ndarray:
 
 
 def _claims(grid: Grid, rows: Sequence[Row], pooled: Pooled) -> list[str]:
-    """Whether ours is at or above all arms on average, and nowhere below its retriever beyond the interval."""
-    ours, said = grid.ours, []
-    if ours is None:
+    """Whether ours is at or above all arms on average, and nowhere below its retriever beyond the interval.
+
+    With several encoders or top_k, each is told apart, and compared with arms of its own.
+    """
+    if grid.ours is None:
         return []
+    every = dict.fromkeys(name for row in rows for name in row.entries)
+    variants = [name.removeprefix(grid.ours) for name in every if name.partition("/")[0] == grid.ours]
+    return [line for variant in variants for line in _claims_of(grid, variant, rows, pooled)]
+
+
+def _claims_of(grid: Grid, variant: str, rows: Sequence[Row], pooled: Pooled) -> list[str]:
+    ours, retriever, said = f"{grid.ours}{variant}", f"{grid.retriever}{variant}", []
     for row in rows:
         if row.dataset != "average" or ours not in row.entries:
             continue
-        above = [arm for arm, one in row.entries.items() if one.value > row.entries[ours].value]
+        others = {arm: one for arm, one in row.entries.items() if arm.removeprefix(arm.partition("/")[0]) == variant}
+        above = [arm for arm, one in others.items() if one.value > row.entries[ours].value]
         at = f"{row.shots} shots" if row.shots else "no shots"
         named = ", ".join(f"{arm} ({row.entries[arm].value:.3f})" for arm in above)
         value = f"{row.entries[ours].value:.3f}"
         said.append(f"On average at {at}: `{ours}` {value} " + (f"is below {named}." if above else "is at or above all arms."))
     below, judged = [], 0
     for (dataset, shots), by_arm in pooled.items():
-        if grid.retriever is None or ours not in by_arm or grid.retriever not in by_arm:
+        if ours not in by_arm or retriever not in by_arm:
             continue
-        pairs = [_joined(by_arm[arm]) for arm in (ours, grid.retriever)]
-        seeds = [[one.cell.seed for one in by_arm[arm]] for arm in (ours, grid.retriever)]
+        pairs = [_joined(by_arm[arm]) for arm in (ours, retriever)]
+        seeds = [[one.cell.seed for one in by_arm[arm]] for arm in (ours, retriever)]
         if len(pairs[0][0]) and seeds[0] == seeds[1]:
             judged += 1
             mean, low, high = intervals.paired_difference(pairs[0][0], pairs[1][0], pairs[0][1], seed=0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,20 +18,12 @@ import uvicorn
 from PIL import Image
 
 from rar.miniature.world import render, rng_of, vocabulary
+from tests.browser import browser, needs_chromium
 from tests.gateway.test_api import NAMES, TOKEN, app_of
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
+__all__ = ["browser"]  # a fixture
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium. Playwright's sync API keeps an event loop, so it lives in no thread that has one."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
