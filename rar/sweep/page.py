@@ -117,7 +117,7 @@ def _frontier(made: Board) -> list[dict[str, str]]:
 
 
 def _gains(sweep: Sweep, found: Sequence[Result]) -> list[dict[str, Any]]:
-    """Ours against its retriever, by data set (of several encoders or top_k, with it) and shots, the weakest retriever first."""
+    """Ours against its retriever, by data set (with encoder and top_k, of several) and shots, the weakest retriever first."""
     from rar.evaluation import intervals
 
     ours, retriever = sweep.grid.ours, sweep.grid.retriever
