@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +55,11 @@ class DataSet(Strict):
     arms: list[str] | None = Field(None, description="of the grid's arms; default: all")
     published: str | None = Field(None, description="its name in the paper's tables, for reference columns")
 
+    @property
+    def replayed(self) -> bool:
+        """Whether its cells are recorded answers, of which no model is asked."""
+        return self.recorded is not None and self.recorded.endswith(".json")
+
 
 class Arm(Strict):
     """One way to recognise. `per_shots: false` looks at no support picture: one cell a data set, with 0 shots."""
@@ -68,7 +74,7 @@ class Grid(Strict):
 
     title: str = "rar sweep"
     base: Piece = Field({}, description="sections of a config that all cells share")
-    root: str = Field("", description="of data sets by name: the folder that holds them")
+    root: str = Field("", description="the folder that holds data sets by name; {root} in a uri stands for it")
     datasets: dict[str, DataSet] = Field(min_length=1)
     shots: list[int] = Field([1, 2, 4, 8, 16], min_length=1, description="support pictures a class; 0: names alone")
     seeds: list[int] = Field([0, 1, 2], min_length=1)
@@ -157,8 +163,11 @@ def settings_of(grid: Grid, cell: Cell, source: Piece, memory: str | None = None
     ):
         data = merged(data, piece)
     for corpus in (data.get("corpus"), data.get("memory", {}).get("support")):
-        if isinstance(corpus, dict) and corpus.get("dataset") and not corpus.get("root"):
-            corpus["root"] = grid.root
+        if isinstance(corpus, dict):
+            if corpus.get("dataset") and not corpus.get("root"):
+                corpus["root"] = grid.root
+            if "uri" in corpus:
+                corpus["uri"] = str(corpus["uri"]).replace("{root}", grid.root)
     data = merged(data, {"memory": _drawn(data.get("memory", {}), cell.shots), "run": {"seed": cell.seed}})
     data["retriever"] = {"top_k": cell.top_k, **data.get("retriever", {})}
     if memory is not None and "://" in data["memory"].get("uri", ""):  # a server holds all memories, by name
@@ -177,9 +186,14 @@ def _drawn(memory: Piece, shots: int) -> Piece:
         return {"shots": shots}
     if "classes" in memory or not memory.get("support"):
         return {"support": None}
+    return {"support": None, "classes": list(_class_names(config.Corpus(**memory["support"]).model_dump_json()))}
+
+
+@lru_cache(maxsize=64)  # a sweep asks for each cell, and ImageNet's folders take a minute to list
+def _class_names(corpus: str) -> tuple[str, ...]:
     from rar.corpus.datasets import named
 
-    return {"support": None, "classes": list(named.read(config.Corpus(**memory["support"])).classes)}
+    return tuple(named.read(config.Corpus.model_validate_json(corpus)).classes)
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Piece:

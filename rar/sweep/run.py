@@ -64,7 +64,7 @@ def run(
                 refresh()
                 last[0] = time.monotonic()
 
-    recorded = [cell for cell in pending if _answers(sweep, cell)]
+    recorded = [cell for cell in pending if sweep.grid.datasets[cell.dataset].replayed]
     for cell in recorded:
         _guarded(sweep, cell, told, partial(_replay, sweep, cell))
     rest = [cell for cell in pending if cell not in set(recorded)]
@@ -258,13 +258,8 @@ def questions(settings: Config, rows: int) -> int:
 
 def _replay(sweep: Sweep, cell: Cell) -> dict[str, float]:
     group = f"{cell.dataset}, recorded, seed {cell.seed}"
-    return replay.run(sweep.folder(cell), (cell.arm, group), Path(_answers(sweep, cell)), sweep.settings(cell))
-
-
-def _answers(sweep: Sweep, cell: Cell) -> str:
-    """The file of recorded answers of a cell; "" where its models are to be asked."""
-    recorded = sweep.grid.datasets[cell.dataset].recorded or ""
-    return recorded if recorded.endswith(".json") else ""
+    file = Path(str(sweep.grid.datasets[cell.dataset].recorded))
+    return replay.run(sweep.folder(cell), (cell.arm, group), file, sweep.settings(cell))
 
 
 def _raise(error: Exception) -> dict[str, float]:

@@ -14,13 +14,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rar import identity, storage
+from rar.config import Config
+from rar.corpus import support
 from rar.miniature.data import DRAWN
 from rar.miniature.world import Spec, render, rng_of, vocabulary
+from rar.run.work import classify_work, detect_work
 from rar.schema import UserError
+from rar.sweep import replay
 from rar.sweep.grid import DataSet, Piece, World
 
 Source = Callable[[int], Piece]  # seed -> sections of a config
@@ -35,14 +40,44 @@ def prepare(name: str, dataset: DataSet, folder: Path, seeds: Sequence[int]) -> 
     if dataset.miniature is not None:
         piece = draw(dataset.miniature, folder / f"{name}-{identity.fingerprint(dataset.miniature.model_dump())[:8]}")
         return lambda seed: piece
-    if dataset.recorded is not None and dataset.recorded.endswith(".npz"):
-        pieces = {seed: split(Path(dataset.recorded), folder / f"{name}-{seed}", seed, dataset.guesses) for seed in seeds}
-        return lambda seed: pieces[seed]
-    if dataset.recorded is not None:
-        if not Path(dataset.recorded).is_file():
-            raise UserError(f"there is no {dataset.recorded}; name recorded answers, or leave the data set out with --only")
-        return lambda seed: {"corpus": {"uri": dataset.recorded}, "encoder": {"model": "ViT-B-16/openai"}, "ranker": RECORDED}
-    return lambda seed: {}
+    if dataset.recorded is None:
+        return lambda seed: {}
+    if dataset.replayed:
+        piece = answers(dataset.recorded)
+        return lambda seed: piece
+    pieces = {seed: split(Path(dataset.recorded), folder / f"{name}-{seed}", seed, dataset.guesses) for seed in seeds}
+    return lambda seed: pieces[seed]
+
+
+def placeholder(dataset: DataSet) -> Piece:
+    """Sections as `prepare` will give them, for a plan: nothing is laid out, so that of a drawn world no file is there."""
+    if dataset.miniature is not None:
+        return {"corpus": {"uri": "drawn"}, "memory": {"support": {"uri": "drawn"}, "classes": ["drawn"]}}
+    if dataset.recorded is None:
+        return {}
+    if dataset.replayed:
+        return answers(dataset.recorded)
+    return {"corpus": {"uri": dataset.recorded}, "memory": {"support": {"uri": dataset.recorded}}}
+
+
+def test_pictures(dataset: DataSet, settings: Config) -> int:
+    """How many pictures, or boxes, a cell of these settings tests on; a user's data set is listed, its support set, too.
+
+    Raises UserError for what is not there.
+    """
+    assert settings.corpus is not None
+    if dataset.miniature is not None:
+        count = dataset.miniature.classes * dataset.miniature.tests
+    elif dataset.replayed:
+        return len(replay.halves(len(json.loads(Path(str(dataset.recorded)).read_text())["truth"]), 0)[1])
+    elif dataset.recorded is not None:
+        count = int(tested(recorded_arrays(Path(dataset.recorded))[1], 0).sum())
+    else:
+        if settings.memory.support is not None:
+            support.read(settings.memory)
+        work = detect_work(settings) if dataset.verb == "detect" else classify_work(settings)
+        return int(work.rows_of_images.sum())
+    return min(count, settings.corpus.limit or count)
 
 
 def draw(world: World, folder: Path) -> Piece:
@@ -77,26 +112,43 @@ def _photos(world: World, folder: Path, specs: Sequence[Spec], task: tuple[int, 
         Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).save(folder / part / f"{number:03d}-{photo:03d}.png")
 
 
-def split(file: Path, folder: Path, seed: int, guesses: bool = False) -> Piece:
-    """Support and test embeddings of one seed. guesses: the support's labels are first guesses, of NAME.json."""
+def answers(file: str) -> Piece:
+    """Sections of recorded answers. Raises UserError where there are none."""
+    if not Path(file).is_file():
+        raise UserError(f"there is no {file}; name recorded answers, or leave the data set out with --only")
+    return {"corpus": {"uri": file}, "encoder": {"model": "ViT-B-16/openai"}, "ranker": RECORDED}
+
+
+def recorded_arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (N, D) and class ids (N,). Raises UserError."""
     if not file.is_file():
         raise UserError(f"there is no {file}; name recorded embeddings, or leave the data set out with --only")
     with np.load(file, allow_pickle=False) as stored:
         if missing := [name for name in ("embeddings", "class_id") if name not in stored.files]:
             raise UserError(f"{file} holds no array {missing[0]!r}; it needs embeddings (N, D) and class_id (N,)")
-        vectors, class_ids = stored["embeddings"], stored["class_id"].astype(np.int64)
-    names = class_names(file, class_ids)
-    rng, tested = np.random.default_rng([seed, 17]), np.zeros(len(vectors), bool)
+        return stored["embeddings"], stored["class_id"].astype(np.int64)
+
+
+def tested(class_ids: np.ndarray, seed: int) -> np.ndarray:
+    """(N,) bool: a random third of each class, at least one picture."""
+    rng, chosen = np.random.default_rng([seed, 17]), np.zeros(len(class_ids), bool)
     for class_id in np.unique(class_ids):
         rows = rng.permutation(np.flatnonzero(class_ids == class_id))
-        tested[rows[: max(1, round(TESTED * len(rows)))]] = True
+        chosen[rows[: max(1, round(TESTED * len(rows)))]] = True
+    return chosen
+
+
+def split(file: Path, folder: Path, seed: int, guesses: bool = False) -> Piece:
+    """Support and test embeddings of one seed. guesses: the support's labels are first guesses, of NAME.json."""
+    vectors, class_ids = recorded_arrays(file)
+    names, held = class_names(file, class_ids), tested(class_ids, seed)
     folder.mkdir(parents=True, exist_ok=True)
     guessed = np.array(first_guesses(file)) if guesses else names
-    for part, chosen, labels in (("support", ~tested, guessed), ("test", tested, names)):
+    for part, chosen, labels in (("support", ~held, guessed), ("test", held, names)):
         rows = np.flatnonzero(chosen)
         target = folder / f"{part}.npz"
         if not target.exists():
-            arrays = {"embeddings": vectors[rows], "ids": rows.astype(str), "label": labels[rows]}
+            arrays: dict[str, Any] = {"embeddings": vectors[rows], "ids": rows.astype(str), "label": labels[rows]}
             with storage.writing(target) as stream:
                 np.savez(stream, **arrays)
     return {

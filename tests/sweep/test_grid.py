@@ -99,9 +99,21 @@ def test_what_only_leaves_out_has_not_failed(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_counts_and_touches_nothing(tmp_path: Path) -> None:
-    said = dry_run(tiny(), tmp_path / "out", [], None)
+    made = tiny()
+    for part, name in (("corpus", "x"), ("support", "y")):
+        (tmp_path / f"{name}.csv").write_text("uri,label\n" + "".join(f"{n}.jpg,one\n" for n in range(3)))
+        config_ = made.datasets["a"].config
+        (config_ if part == "corpus" else config_["memory"])[part] = {"uri": str(tmp_path / f"{name}.csv")}
+    said = dry_run(made, tmp_path / "out", [], None)
     assert "5 cells, 0 done" in said and "5 memories" in said and "no rate is measured yet" in said
-    assert not (tmp_path / "out").exists()
+    assert "  a: 3 test pictures" in said and not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text('{"done": {"a-1shot-seed0-knn-k5": 360.0}}')
+    said = dry_run(made, tmp_path / "out", [], None)
+    assert "5 cells, 1 done" in said and "about 0.40 hours" in said  # four more of three pictures, at two minutes each
+    (tmp_path / "y.csv").unlink()
+    said = dry_run(made, tmp_path / "out", [], None)
+    assert "would run 0 cells" in said and "a is not there, and its cells would fail: " in said and "y.csv" in said
 
 
 sections = st.dictionaries(st.sampled_from("abc"), st.dictionaries(st.sampled_from("xyz"), st.integers()))
