@@ -123,6 +123,22 @@ def retrieve(
 
 
 @bench.command()
+def fit(
+    classes: Annotated[list[int] | None, typer.Option("--classes", help="Repeatable. Default: 120, 1,203, 13,204.")] = None,
+    shots: int = 4,
+    repeats: Repeats = 3,
+) -> None:
+    """Seconds and memory of fitting a head, by mode and number of classes."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import fit as module
+
+        return module.run(sorted(classes or module.CLASSES), shots, repeats=repeats)
+
+    _run(work)
+
+
+@bench.command()
 def scale(
     rows: Annotated[list[int] | None, typer.Option("--rows", help="A size; repeatable. Default: 10,000 to 100,000.")] = None,
     server: bool = False,

@@ -4,8 +4,8 @@ What grows is told by a line through the sizes: `slope` (seconds a row), `interc
 row) and `r2`. Memory is that of the driver and, as proportional set size, of all processes of the command, each at its greatest
 (Linux). The store is a process of its own here: a folder of Milvus Lite would be owned by the driver and counted with it.
 
-The reference of a build is pymilvus as one writes it by hand, upserting the same vectors from one process into the same store,
-without ids by content, resuming, heads or a digest; it is held against rows a second past the intercept.
+The reference of a build is pymilvus as one writes it by hand, upserting the same vectors from one process into the same store
+and flushing them, without ids by content, resuming, heads or a digest; it is held against rows a second past the intercept.
 """
 
 from __future__ import annotations
@@ -91,12 +91,13 @@ def at_size(folder: Path, store: Server, size: int, dim: int | None, mode: str) 
     if dim is None:
         return rows
     collection = Collection(store.address, f"raw_{size}")
-    collection.create(dim, Index(), {"fingerprint": "bench"}, size)
+    collection.create(dim, Index(kind="auto" if mode in ("knn", "tip") else "FLAT"), {"fingerprint": "bench"}, size)  # as ours
     client, started = connect(store.address, None), time.perf_counter()
     for file in sorted((folder / "support").iterdir()):
         table = pq.read_table(file, columns=["row", "vector"])
         vectors = np.stack(table["vector"].to_numpy()).astype(np.float32)
         raw.upsert(client, collection.name, table["row"].to_numpy(), vectors)
+    client.flush(collection.name)
     rows["pymilvus"] = {"seconds": time.perf_counter() - started}
     collection.drop()
     return rows

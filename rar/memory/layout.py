@@ -76,7 +76,7 @@ def create_index(client: MilvusClient, name: str, meta: dict[str, Any]) -> None:
     indexes = client.prepare_index_params()
     indexes.add_index("vector", index_type=IN_MILVUS[meta["index"]], index_name="vector", metric_type=METRIC, params=params)
     try:
-        client.create_index(name, indexes)
+        client.create_index(name, indexes, sync=False)  # else pymilvus sleeps half a second; `seal` waits for the index
     except MilvusException as error:
         if meta["index"] != "HNSW_SQ8" or "index" not in str(error):
             raise

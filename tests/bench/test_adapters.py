@@ -34,6 +34,7 @@ def write_set(folder: Path, name: str, counts: list[int], dim: int = 8) -> np.nd
     return labels
 
 
+@pytest.mark.long
 def test_run_measures_every_mode_of_every_set(tmp_path: Path) -> None:
     write_set(tmp_path, "even", [5] * 6)
     write_set(tmp_path, "uneven", [3, 3, 4, 9, 9])
@@ -109,6 +110,7 @@ def test_recorded_nearest_neighbor_figures_are_reproduced(name: str, collection:
     assert round(float(top1), 3) == README_LEAVE_ONE_OUT[name]
 
 
+@pytest.mark.long
 @needs_data
 @pytest.mark.parametrize(
     ("name", "nearest", "lda"), [("cub200", 0.440, 0.512), ("cars196", 0.463, 0.537), ("dogs120", 0.236, 0.314)]

@@ -48,6 +48,7 @@ def throughputs(value: Any) -> Iterator[dict[str, float]]:
             yield from throughputs(one)
 
 
+@pytest.mark.long
 def test_every_index_is_measured(result: dict[str, Any]) -> None:
     lite = result["stores"]["lite"]
     assert set(lite) == {"FLAT", "HNSW", "REDUCED", "pipeline"}
@@ -63,6 +64,7 @@ def test_every_index_is_measured(result: dict[str, Any]) -> None:
     assert all(min(row["ours"], row["reference"], row["ratio"]) > 0 for row in rows)
 
 
+@pytest.mark.long
 def test_recall_bytes_and_memory(result: dict[str, Any]) -> None:
     lite = result["stores"]["lite"]
     assert lite["FLAT"]["recall"] == {"ours": 1.0, "faiss": 1.0}
@@ -108,6 +110,7 @@ def test_recorded_embeddings_are_found_by_folder() -> None:
     assert works["grocery"].entries.shape == (2640 - 264, 1024)
 
 
+@pytest.mark.long
 @needs_data
 def test_recall_on_recorded_embeddings(tmp_path: Path) -> None:
     work = recorded(SHARED_DATA)["clip_b16_memories"]

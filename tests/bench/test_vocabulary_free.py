@@ -40,6 +40,7 @@ def test_a_stray_guess_is_a_cluster_of_its_own_until_ranked(tmp_path: Path) -> N
     assert result["ranked"]["cacc"] == 1.0
 
 
+@pytest.mark.long
 def test_similarity_by_a_text_tower(tmp_path: Path) -> None:
     """By the miniature's, in words that it knows; by words that it does not know, it says nothing."""
     known = [["red star", "star", "red sun"]] * 3 + [["blue ring", "ring", "blue moon"]] * 3
@@ -58,6 +59,7 @@ def test_nothing_there_is_one_line(tmp_path: Path) -> None:
         run(tmp_path)
 
 
+@pytest.mark.long
 @needs_shared_data
 def test_recorded_guesses_run_end_to_end(tmp_path: Path) -> None:
     """Every arm predicts a guessed name for every picture of the smallest of the three sets."""

@@ -145,6 +145,7 @@ def pool_of(load: type[fussy.Slow], most: int) -> Pool:
     return Pool(start, (1, most), "encoder", load.failed, 60, delays_s=(0.1, 1.0))
 
 
+@pytest.mark.long
 def test_a_pool_grows_while_shards_wait_and_shrinks_when_none_do(ray_session: Session) -> None:
     pool = pool_of(fussy.Slow, 3)
     first = pool.facts
@@ -158,6 +159,7 @@ def test_a_pool_grows_while_shards_wait_and_shrinks_when_none_do(ray_session: Se
     assert told(pool, 1)[0]["process"].to_pylist()
 
 
+@pytest.mark.long
 def test_a_shard_that_kills_takes_no_other_with_it(ray_session: Session) -> None:
     poisoned, *others = told(pool_of(fussy.Mortal, 1), 6)
     assert "the encoder's process died 3 times on this shard" in poisoned["error"][0].as_py()

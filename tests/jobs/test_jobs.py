@@ -20,6 +20,7 @@ from jobs.demo import ARMS, settings_of, table
 from rar import config
 from rar.engine import session
 from rar.engine.session import Session
+from rar.memory import store
 from rar.run import build, recognise
 from rar.run.work import classify_work
 from rar.runfolder import RunFolder
@@ -106,7 +107,8 @@ def test_an_unknown_encoder_leaves_no_memory(world: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
 
-def test_an_unreachable_milvus_exits_with_1(world: Path, tmp_path: Path) -> None:
+def test_an_unreachable_milvus_exits_with_1(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "REACH_SECONDS", 1.0)
     file = write_config(tmp_path, world, memory={"uri": "http://127.0.0.1:9"})
     result = typed("classify", file, "--out", tmp_path / "run")
     assert result.exit_code == 1 and "127.0.0.1:9" in one_line(result)

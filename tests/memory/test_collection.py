@@ -263,6 +263,7 @@ def test_a_sealed_memory_is_searched_by_its_own_index(served: str) -> None:
     assert recall_at_10 >= 0.99
 
 
+@pytest.mark.long
 @needs_data
 def test_reduced_recall_on_real_embeddings(collection: Collection) -> None:
     """Queries that the projection was not fitted on; the scores are those of the full vectors."""
@@ -270,6 +271,7 @@ def test_reduced_recall_on_real_embeddings(collection: Collection) -> None:
     assert_reduced_is_good(collection, vectors)
 
 
+@pytest.mark.long
 @needs_data
 def test_reduced_recall_on_another_encoder(collection: Collection) -> None:
     assert_reduced_is_good(collection, grocery()[::2])

@@ -6,6 +6,8 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
+
 from rar import config
 from rar.engine import session as sessions
 from rar.evaluation.clustering import cluster_accuracy
@@ -13,6 +15,7 @@ from rar.run import build, recognise, work
 from rar.runfolder import RunFolder
 
 
+@pytest.mark.long
 def test_guessed_names_through_retrieval_and_ranking(world: Path, ray_session: None, tmp_path: Path) -> None:
     """Support pictures stand under another class's name, always the same one: clusters are right where names are not."""
     names = sorted(folder.name for folder in (world / "novel/support").iterdir())[::15]

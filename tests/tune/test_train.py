@@ -102,6 +102,7 @@ def test_the_last_step_is_judged_too(job: Callable[..., Job]) -> None:
     assert judged == [3, 4] and train.last_checkpoint(Path(given.folder)) == Path(given.folder) / "checkpoint-4"
 
 
+@pytest.mark.long
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(job: Callable[..., Job]) -> None:
     whole, parts = job("whole"), job("parts")
     for one in (whole, parts):
@@ -120,6 +121,7 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(job: Callable[...,
     assert all(np.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ranker", "tune"),
     [
@@ -141,6 +143,7 @@ def test_every_way_to_train_takes_a_step(job: Callable[..., Job], ranker: dict[s
         assert any("vision" in name for name in load_file(written / "adapter_model.safetensors"))
 
 
+@pytest.mark.long
 def test_accumulated_passes_are_one_batch(job: Callable[..., Job]) -> None:
     one, cut = job("one", mass=0.5), job("cut", mass=0.5, accumulate=4)
     for given in (one, cut):
@@ -157,6 +160,7 @@ def test_a_loss_that_is_no_number_ends_it_and_keeps_the_last_checkpoint(job: Cal
     assert all(np.isfinite(value.numpy()).all() for value in load_file(last / "adapter_model.safetensors").values())
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(job: Callable[..., Job]) -> None:
     given = job(max_steps=3)
     train.work(given)

@@ -1,0 +1,57 @@
+"""What fitting a head costs by the number of classes: seconds and memory of `modes.fit_head`, each in a process of its own.
+
+Vectors are drawn around a centre a class, and so are the names'. Nothing is read from a store: that is in `rar bench scale`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rar.bench.server import memory_mib
+from rar.memory.entries import Entries
+from rar.retriever.modes import Mode, fit_head
+
+CLASSES = (120, 1_203, 13_204)  # the miniature's, LVIS's, V3Det's
+MODES: tuple[Mode, ...] = ("text", "centroid", "lda", "fused")
+NOISE = 2.0  # standard deviation of a picture about its class's centre; centres have 1
+
+Row = dict[str, Any]
+
+
+def run(
+    classes: Sequence[int] = CLASSES, shots: int = 4, dim: int = 512, repeats: int = 3, modes: Sequence[Mode] = MODES
+) -> Row:
+    """sizes.N.MODE: `seconds` (median), and `peak_mib`, the most that the process held, of it `vectors_mib` before the fit."""
+    result: Row = {"shots": shots, "dim": dim, "repeats": repeats, "sizes": {}}
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process a fit: a peak is forgotten
+        for count in classes:
+            rows = {mode: pool.apply(fitted, (mode, count, shots, dim, repeats)) for mode in modes}
+            result["sizes"][str(count)] = rows
+    return result
+
+
+def fitted(mode: Mode, classes: int, shots: int, dim: int, repeats: int) -> Row:
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(classes, dim)).astype(np.float32)
+    names = entries(centres + random.normal(size=centres.shape).astype(np.float32), 1)
+    images = entries(np.repeat(centres, shots, axis=0) + NOISE * random.normal(size=(classes * shots, dim)), shots)
+    before, seconds = memory_mib(os.getpid()), []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        fit_head(mode, images, names)
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(seconds), "vectors_mib": before, "peak_mib": memory_mib(os.getpid(), "VmHWM")}
+
+
+def entries(vectors: np.ndarray, shots: int) -> Entries:
+    """Unit vectors (classes * shots, D), the `shots` of a class one after the other."""
+    unit = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    labels = np.arange(len(unit)) // shots
+    return Entries([f"e{row:08d}" for row in range(len(unit))], labels, [f"class {label}" for label in labels.tolist()], unit)
