@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor
@@ -11,14 +9,13 @@ from transformers.utils import logging
 
 from rar.device import PRECISIONS
 from rar.schema import UserError, first_line
-
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+from rar.storage import is_model_folder
 
 
 def model_type(path: str, key: str) -> str:
     """The `model_type` in a checkpoint's config, before any weight is read. path: a local folder or a hub name."""
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=_is_local(path, key)).model_type
+        return AutoConfig.from_pretrained(path, local_files_only=is_model_folder(path, key)).model_type
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{key} {path!r} cannot be loaded: {first_line(error)}") from None
 
@@ -28,7 +25,7 @@ def load(path: str, key: str, auto_model: Any, precision: str, **weights: Any) -
 
     A checkpoint with weights missing is refused: transformers would fill them with random numbers.
     """
-    options = {"trust_remote_code": weights.pop("trust_remote_code", False), "local_files_only": _is_local(path, key)}
+    options = {"trust_remote_code": weights.pop("trust_remote_code", False), "local_files_only": is_model_folder(path, key)}
     logging.disable_progress_bar()
     try:
         processor = AutoProcessor.from_pretrained(path, **options)
@@ -41,11 +38,3 @@ def load(path: str, key: str, auto_model: Any, precision: str, **weights: Any) -
     if missing:
         raise UserError(f"{key} {path!r} lacks {len(missing)} of its weights, the first is {missing[0]!r}")
     return processor, model
-
-
-def _is_local(path: str, key: str) -> bool:
-    if Path(path).is_dir():
-        return True
-    if not HUB_NAME.fullmatch(path):
-        raise UserError(f"{key} {path!r} is no folder; give a local model folder or a hub name")
-    return False

@@ -35,6 +35,7 @@ OF_A_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirector
 REFUSED = (errno.EINVAL, errno.EPERM, errno.ENOSYS)  # what a store says of a request that it will never like
 CLIENTS = ("aiohttp", "botocore", "urllib3", "gcsfs", "google", "azure")  # whose errors are no OSError
 T = TypeVar("T")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NUMBER = re.compile(r"([0-9]+)")
 NUMBER_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -162,6 +163,15 @@ def patiently(fs: fsspec.AbstractFileSystem, name: str, action: Callable[[], T])
             raise
         said = " ".join(str(error).split()) or type(error).__name__
         raise Unavailable(f"{name} did not answer for {PATIENCE_S:g} s: {said[:200]}") from None
+
+
+def is_model_folder(path: str, key: str) -> bool:
+    """Whether a model is a folder here; else it is the name of one on a hub. Raises UserError for what can be neither."""
+    if Path(path).is_dir():
+        return True
+    if not HUB_NAME.fullmatch(path) or path.startswith("."):
+        raise UserError(f"{key} {path!r} is no folder; give a local model folder or a hub name")
+    return False
 
 
 def place(name: str | Path) -> Path:

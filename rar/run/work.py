@@ -18,6 +18,7 @@ from rar.engine import pipeline
 from rar.run import build
 from rar.runfolder import RunFolder
 from rar.schema import ERRORS, UserError
+from rar.storage import is_model_folder
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Work:
 def classify_work(settings: Config) -> Work:
     if settings.corpus is None:
         raise UserError("config: `corpus.uri` is missing; name the images to classify")
+    _check_models(settings)
     build.check_kind(settings, settings.corpus)
     return Work(named.read(settings.corpus).index, False, ERRORS.empty_table())
 
@@ -66,6 +68,7 @@ def detect_work(settings: Config) -> Work:
         raise UserError("config: `corpus.uri` is missing; name the COCO or LVIS JSON of the images to detect in")
     corpus = named.as_file(settings.corpus)
     check_name(settings.encoder.model)
+    _check_models(settings)
     if settings.detect.detector is not None:  # its boxes are found in the run
         listed = coco.is_json(corpus)
         pictures = coco.list_pictures(corpus) if listed else coco.without_boxes(named.read(corpus).index)
@@ -74,6 +77,14 @@ def detect_work(settings: Config) -> Work:
         raise UserError(f"{corpus.uri} is a folder, no JSON of boxes; name a COCO or LVIS JSON, or set detect.detector")
     index, faults = coco.read_boxes(corpus, settings.detect)
     return Work(index, True, pa.Table.from_pylist(faults, ERRORS))
+
+
+def _check_models(settings: Config) -> None:
+    """A mistyped folder is told at once, and not by a process that was started to load it. Raises UserError."""
+    if settings.ranker.starts_models and settings.ranker.model != "miniature":
+        is_model_folder(settings.ranker.model, "ranker.model")
+    if settings.detect.detector is not None:
+        is_model_folder(settings.detect.detector.model, "detect.detector.model")
 
 
 def dry_run(settings: Config, work: Work, path: Path) -> str:

@@ -69,6 +69,8 @@ def one_line(result: Result | subprocess.CompletedProcess[str]) -> str:
         ("classify", {"retriever": {"topk": 3}}, "did you mean 'retriever.top_k'"),
         ("classify", {"corpus": {"uri": "no/such/folder"}}, "no/such/folder"),
         ("classify", {"retriever": {"top_k": 30}}, "has 26 labels, too few for retriever.top_k 30"),
+        ("classify", {"ranker": {"model": "./no_such_folder"}}, "ranker.model './no_such_folder' is no folder"),
+        ("detect", {"detect": {"detector": {"model": "a/b/c"}}}, "detect.detector.model 'a/b/c' is no folder"),
         ("classify", {}, "rar memory"),  # no memory was built
         ("memory", {"memory": {"support": None}}, "memory needs"),
         ("detect", {}, "JSON"),

@@ -330,9 +330,10 @@ def test_a_memory_that_was_never_built_is_refused(lab: Lab) -> None:
         open_memory(lab.session, lab.settings(memory={"name": "other"}))
 
 
+@pytest.mark.long
 def test_an_unknown_ranker_is_one_line(lab: Lab) -> None:
-    with pytest.raises(UserError, match="no_such_folder") as caught:
-        recognise.prepare(lab.session, lab.settings(ranker={"model": "./no_such_folder"}))
+    with pytest.raises(UserError, match="nobody/nothing") as caught:
+        recognise.prepare(lab.session, lab.settings(ranker={"model": "nobody/nothing"}))
     assert "\n" not in str(caught.value)
 
 
