@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import Dataset
 
@@ -27,7 +28,7 @@ from rar.run.calibrate import calibrate, exemplars, label_prior
 from rar.run.vocabulary import Vocabulary, open_memory
 from rar.run.work import Work
 from rar.runfolder import RunFolder
-from rar.schema import ERRORS, Unavailable, UserError, entry_id
+from rar.schema import ERRORS, Unavailable, UserError
 
 
 def prepare(session: Session, settings: Config) -> Vocabulary:
@@ -131,12 +132,17 @@ def propose(session: Session, settings: Config, work: Work, folder: RunFolder) -
 
 
 def leaked(folder: RunFolder, images: Collection, fingerprint: str) -> int:
-    """How many rows are of pictures that are in the memory, by content: each shard asks for its own."""
+    """How many rows are of pictures that are in the memory, by content.
+
+    A memory of no more entries than the run has rows is read once, which is the quicker by far; of a larger one, each shard asks
+    for its own.
+    """
+    held = pa.array(images.entry_ids(), pa.string()) if images.count() <= folder.progress()[0] else None
     count = 0
     for part in folder.parts_of_predictions(("image_id",)):
-        ids = [entry_id(image_id, fingerprint) for image_id in part["image_id"].to_pylist()]
-        held = images.labels_of(sorted(set(ids)))
-        count += sum(one in held for one in ids)
+        ids = pc.binary_join_element_wise(part["image_id"], fingerprint, "-")  # schema.entry_id
+        known = pa.array(list(images.labels_of(pc.unique(ids).to_pylist())), pa.string()) if held is None else held
+        count += pc.sum(pc.is_in(ids, value_set=known)).as_py() or 0
     return count
 
 
@@ -161,7 +167,7 @@ def finish(
         raise RuntimeError(f"{folder.path}: {total} rows went in, {predicted} + {failed} + {work.empty_images} came out")
     values = measure.measured(settings, folder, work.index, work.boxed)
     if not work.boxed and (images := vocabulary.retrieve.images).exists():
-        values["leaked"] = float(leaked(folder, images, vocabulary.facts.fingerprint))
+        values["leaked"] = float(pipeline.in_a_worker(leaked, folder, images, vocabulary.facts.fingerprint))
     if (near := folder.stats().get("near_duplicates")) is not None:
         values["near_leaked"] = near
     if not work.boxed and settings.run.vocabulary_free:

@@ -134,9 +134,12 @@ def test_a_snapshot_stays_as_it_was(session: Session, tmp_path: Path) -> None:
 
 
 def test_pictures_that_the_memory_holds_are_counted(session: Session, tmp_path: Path) -> None:
-    given = settings("leaks", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1), corpus={"uri": str(tmp_path / "a.npz")})
+    support = write(tmp_path / "a.npz", ["bee", "dog"], 3, 1)
+    given = settings("leaks", support, corpus={"uri": support})
     build.build_memory(session, given, fresh=False)
     assert run(given, session, tmp_path / "run")[1]["leaked"] == 6
+    few = settings("leaks", support, corpus={"uri": support, "limit": 4})  # fewer than there are entries
+    assert run(few, session, tmp_path / "few")[1]["leaked"] == 4
 
 
 def test_a_run_is_not_resumed_on_a_memory_that_changed(session: Session, tmp_path: Path) -> None:
