@@ -215,6 +215,7 @@ def test_uris_that_pymilvus_would_misread_are_refused(uri: str) -> None:
         pass
 
 
+@pytest.mark.long
 def test_a_server_behind_tls(tmp_path: Path) -> None:
     """In a process of its own: gRPC reads its certificates once. A store is served in the clear to a proxy that speaks TLS."""
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"

@@ -35,6 +35,7 @@ def brute_force(vectors: np.ndarray, row: int) -> set[str]:
     return {name for _, name in sorted(others)[:K]}
 
 
+@pytest.mark.long
 def test_neighbors_are_those_of_brute_force(address: str) -> None:
     vectors = clustered(ROWS, DIM, 60)
     queries, own = tuning.drawn(Collection(address, "graph_images"))

@@ -57,6 +57,7 @@ def test_a_corpus_becomes_parquet_and_comes_back_as_vectors(ray_session: Session
     np.testing.assert_allclose(found[3], encoder.embed_images(square[None])[0], atol=2e-3)
 
 
+@pytest.mark.long
 def test_a_folder_is_taken_up_and_no_other_is(ray_session: Session, pictures: Path, tmp_path: Path) -> None:
     given, out = settings(pictures), tmp_path / "out"
     embed(ray_session, given, str(out), fresh=False)

@@ -23,7 +23,6 @@ from PIL import Image
 
 from rar import config, miniature
 from rar.corpus.decode import decode, fit_square
-from rar.encoder.towers import ClipEncoder
 from rar.engine import pipeline
 from rar.engine.session import Session
 from rar.report import cards
@@ -87,6 +86,8 @@ def test_the_memory_s_nearest_pictures_are_kept_for_the_page(
 
 def vector_of(file: Path) -> np.ndarray:
     """(D,) as the encoder alone makes it."""
+    from rar.encoder.towers import ClipEncoder  # workers import this module: torch would cost each of them seconds
+
     encoder = ClipEncoder(config.Encoder())
     pixels = fit_square(decode(file.read_bytes()), encoder.side, encoder.resize_mode, encoder.interpolation)
     return encoder.embed_images(pixels[None])[0]
@@ -136,6 +137,7 @@ def test_a_second_run_changes_no_byte_loads_no_model_and_starts_no_ray(lab: Lab,
     assert every_file(folder.path) == before
 
 
+@pytest.mark.long
 def test_a_run_whose_weights_were_replaced_is_refused_by_name(lab: Lab, tmp_path: Path) -> None:
     weights = Path(shutil.copytree(miniature.CLIP, tmp_path / "clip"))
     sections = {"encoder": {"model": str(weights)}, "ranker": {"method": "none"}, "route": {"mode": "always"}}
@@ -202,6 +204,7 @@ def test_workers_ask_a_server_themselves_within_a_budget_of_calls(lab: Lab, tmp_
     assert folder.read("run.json")["mllm"]["calls"] == 120
 
 
+@pytest.mark.long
 def test_a_budget_of_tokens_begins_no_shard_after_it_is_spent(lab: Lab, tmp_path: Path) -> None:
     """10 images of 43 tokens a shard: three shards spend it, those under way then are finished, and the rest is not begun."""
     with serving() as server:
@@ -266,6 +269,7 @@ def test_shards_without_boxes_are_done_and_boxes_that_stand_twice_keep_their_lab
     assert metrics["duplicates"] == 2 and {one["image_id"] for one in folder.read("detections.json")} == {12, 14}
 
 
+@pytest.mark.long
 def test_a_detector_proposes_and_a_killed_run_keeps_its_boxes(lab: Lab, tmp_path: Path) -> None:
     from tests.crops.test_detector import save_owlv2  # workers import this module: torch would cost each of them seconds
 
@@ -319,6 +323,7 @@ def test_exemplars_are_shown_beside_their_names(
     assert tokens[1] > 2 * tokens[0], "five pictures more are read with each question"
 
 
+@pytest.mark.long
 def test_a_memory_of_other_templates_is_refused(lab: Lab) -> None:
     settings = lab.settings(encoder={"templates": ["{}"]})
     with pytest.raises(UserError, match="rebuild it"):
