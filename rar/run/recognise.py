@@ -134,8 +134,7 @@ def propose(session: Session, settings: Config, work: Work, folder: RunFolder) -
 def leaked(folder: RunFolder, images: Collection, fingerprint: str) -> int:
     """How many rows are of pictures that are in the memory, by content.
 
-    A memory of no more entries than the run has rows is read once, which is the quicker by far; of a larger one, each shard asks
-    for its own.
+    The ids of a memory of no more entries than the run has rows are read once; of a larger one, each shard asks for its own.
     """
     held = pa.array(images.entry_ids(), pa.string()) if images.count() <= folder.progress()[0] else None
     count = 0
