@@ -30,6 +30,11 @@ needs_shared_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs .
 needs_shared_cases = pytest.mark.skipif(not SHARED_CASES.exists(), reason="needs ../shared/cases")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The gateway's tests come last: they end the Serve that others share, which takes twenty seconds to come up again."""
+    items.sort(key=lambda item: "tests/gateway/" in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn miniature world of seed 0: two support and one test photo a class, four scenes."""

@@ -122,7 +122,7 @@ def test_a_process_that_is_gone_is_one_line(ray_session: Session) -> None:
     assert "\n" not in str(gone.value)
 
 
-@pytest.mark.slow  # in the default run tests/run ask after tests/gateway has ended Serve
+@pytest.mark.long
 def test_a_worker_finds_the_serve_that_replaced_the_one_it_knew(ray_session: Session) -> None:
     worker = fussy.Worker.remote()  # type: ignore[attr-defined]
     for _ in range(2):
