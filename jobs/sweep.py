@@ -19,7 +19,10 @@ Search = Annotated[
     int | None,
     typer.Option("--search", min=1, help="Instead: so many trials over the grid's `search`, judged on the memory alone."),
 ]
-Budget = Annotated[int | None, typer.Option("--max-calls", min=0, help="MLLM questions that this start may ask.")]
+Budget = Annotated[
+    int | None,
+    typer.Option("--max-calls", min=0, help="MLLM calls that this start may make; a cell that may need more is left."),
+]
 
 
 def sweep(

@@ -205,8 +205,9 @@ class Pool:
     @property
     def facts(self) -> Any:
         """What the stage tells of its model, asked for once. Raises UserError for a model that cannot be loaded."""
-        if self._facts is None:
-            asked = [actor.facts.remote() for actor in self.first]
+        first = self.first  # which another thread may let go of
+        if self._facts is None and first is not None:
+            asked = [actor.facts.remote() for actor in first]
             waiting.until(
                 lambda seconds: bool(ray.wait(asked, timeout=seconds)[0]), free_resources, f"the {self.what}", self.patience_s
             )

@@ -68,7 +68,8 @@ def deploy(session: Session, settings: config.Ranker) -> None:
     if settings.method == "endpoint":
         direct.offers(hosted.located(session, settings).model_dump_json())
         return
-    serve.start(proxy_location="Disabled", logging_config=QUIET)  # called by handle: no HTTP proxy
+    with session.lock:
+        serve.start(proxy_location="Disabled", logging_config=QUIET)  # called by handle: no HTTP proxy
     limits = {"max_ongoing_requests": 4, "max_queued_requests": 64}
     scale = {"target_ongoing_requests": 2, "upscale_delay_s": 10.0, "downscale_delay_s": 60.0}
     name = app_name(settings)
@@ -97,19 +98,20 @@ def deploy_online(session: Session, settings: config.Ranker, online: config.Serv
 def _deploy(session: Session, name: str, sections: list[Any], options: dict[str, Any], beside: Beside = (None, None)) -> None:
     """sections: config.Ranker, and config.Serve or None."""
     settings: config.Ranker = sections[0]
-    if name not in serve.status().applications:
-        replicas = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
-        options["autoscaling_config"] = replicas | options["autoscaling_config"]
-        deployment = serve.deployment(
-            name="ranker",
-            ray_actor_options=session.options(settings),
-            graceful_shutdown_timeout_s=DRAIN_S,
-            logging_config=QUIET,
-            **options,
-        )(RankerReplica)
-        parts = [part and part.model_dump(mode="json") for part in sections]
-        bound = deployment.bind(*parts, session.threads_of(settings.max_replicas), *beside)
-        serve.run_many([serve.RunTarget(bound, name, None)], wait_for_applications_running=False)
+    with session.lock:
+        if name not in serve.status().applications:
+            replicas = {"min_replicas": settings.min_replicas, "max_replicas": settings.max_replicas}
+            options["autoscaling_config"] = replicas | options["autoscaling_config"]
+            deployment = serve.deployment(
+                name="ranker",
+                ray_actor_options=session.options(settings),
+                graceful_shutdown_timeout_s=DRAIN_S,
+                logging_config=QUIET,
+                **options,
+            )(RankerReplica)
+            parts = [part and part.model_dump(mode="json") for part in sections]
+            bound = deployment.bind(*parts, session.threads_of(settings.max_replicas), *beside)
+            serve.run_many([serve.RunTarget(bound, name, None)], wait_for_applications_running=False)
     try:
         waiting.until(
             lambda seconds: _runs(name, seconds), lambda: _state(name)[1], "the ranker's application", session.patience_s

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any
 
 import ray
@@ -46,6 +46,7 @@ class Session:
     patience_s: float = 300.0
     pools: dict[tuple[str, str], Pool] = field(default_factory=dict, repr=False)
     endings: ExitStack = field(default_factory=ExitStack, repr=False)
+    lock: RLock = field(default_factory=RLock, repr=False)  # of threads that start what all share
     engines: dict[str, list[str]] = field(default_factory=dict, repr=False)
     starting: Lock = field(default_factory=Lock, repr=False)
 
@@ -97,11 +98,12 @@ class Session:
 
     def _pool(self, kind: str, load: type[models.Model], settings: Any, model: config.Encoder | config.Detector) -> Pool:
         key = (kind, settings.model_dump_json())
-        if key not in self.pools:
-            most = max(model.workers, model.max_workers or 0)
-            start = partial(_start_actor, self.options(model), load, settings, self.threads_of(most))
-            self.pools[key] = Pool(start, (model.workers, most), kind, load.failed, self.patience_s)
-        return self.pools[key]
+        with self.lock:
+            if key not in self.pools:
+                most = max(model.workers, model.max_workers or 0)
+                start = partial(_start_actor, self.options(model), load, settings, self.threads_of(most))
+                self.pools[key] = Pool(start, (model.workers, most), kind, load.failed, self.patience_s)
+            return self.pools[key]
 
 
 def _start_actor(options: dict[str, Any], *arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a sweep would do (`--dry-run`): cells, shared steps, MLLM questions, and hours by the rates measured in its folder."""
+"""What a sweep would do (`--dry-run`): cells, shared steps, MLLM calls, and hours by the rates measured in its folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rar.config import Config
 from rar.schema import UserError
 from rar.sweep.grid import Cell, Grid, cells, group_of, groups, settings_of
-from rar.sweep.run import questions
+from rar.sweep.run import calls
 from rar.sweep.sources import placeholder, test_pictures
 from rar.sweep.state import chosen
 
@@ -19,7 +19,7 @@ READS: Any = {"corpus": True, "detect": True, "memory": {"support", "min_side"}}
 
 
 class Foretold(NamedTuple):
-    """A cell that could run. rows: test pictures, or boxes. asks: questions to the MLLM at most, its calibration included."""
+    """A cell that could run. rows: test pictures, or boxes. asks: calls of the MLLM at most, its calibration included."""
 
     cell: Cell
     settings: Config
@@ -48,7 +48,7 @@ def dry_run(grid: Grid, out: Path, only: Sequence[str], limit: int | None) -> st
     lines.append(f"would run {len(able):,} cells over {memories:,} memories of {sets:,} data sets and encoders")
     lines.append(f"  shared steps: {sets} embeddings, {memories} memories, {lists} candidate lists")
     asks = [one.asks for one in able if one.asks]
-    lines.append(f"  {len(asks):,} cells ask the MLLM, {sum(asks):,} questions at most; equal ones are asked once")
+    lines.append(f"  {len(asks):,} cells ask the MLLM, in {sum(asks):,} calls at most; equal questions are asked once")
     hours = _seconds(able, [known[cell] for cell in every if cell.name in done and cell in known], done) / 3600
     lines.append(f"  about {hours:.2f} hours by the cells done so far" if hours else NO_RATE)
     return "\n".join(lines)
@@ -71,7 +71,7 @@ def _foretold(grid: Grid, some: set[Cell], every: Sequence[Cell]) -> tuple[dict[
         except UserError as error:
             missing[cell.dataset] = str(error).removeprefix(f"{cell.dataset}: ")
             continue
-        found[cell] = Foretold(cell, settings, counts[read], 0 if dataset.replayed else questions(settings, counts[read]))
+        found[cell] = Foretold(cell, settings, counts[read], 0 if dataset.replayed else calls(settings, counts[read]))
     return {cell: one for cell, one in found.items() if cell.dataset not in missing}, missing
 
 

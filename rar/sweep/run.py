@@ -23,6 +23,7 @@ from rar.config import Config
 from rar.corpus import support
 from rar.memory import catalog
 from rar.memory.store import open_store
+from rar.run.calibrate import PRIOR_IMAGES
 from rar.run.work import Work, classify_work, detect_work
 from rar.runfolder import RunFolder
 from rar.schema import first_line
@@ -33,10 +34,11 @@ from rar.sweep.state import Sweep
 if TYPE_CHECKING:
     from rar.engine.session import Session
     from rar.run.shared import Kept
+    from rar.run.vocabulary import Vocabulary
 
 
 class Spent(Exception):
-    """The budget of MLLM questions does not allow a cell; it is left."""
+    """The budget of MLLM calls does not allow a cell; it is left."""
 
 
 REFRESH_S = 30.0  # the tables and the page are written again after so long
@@ -50,7 +52,7 @@ def run(
     say: Callable[[str], None],
     refresh: Callable[[], None],
 ) -> None:
-    """Work off the pending cells. budget: MLLM questions that may be asked. refresh: writes the tables and the page."""
+    """Work off the pending cells. budget: MLLM calls that may be made. refresh: writes the tables and the page."""
     total, began = len(sweep.done) + len(pending), time.monotonic()
     worked, last = [0], [time.monotonic()]
 
@@ -191,24 +193,31 @@ class Worker:
         sweep, settings = self.sweep, self.sweep.settings(cell)
         verb = sweep.grid.datasets[cell.dataset].verb
         work = self._work(verb, settings)
-        self._spend(cell, settings, work)
+        reserved = self._reserve(settings, int(work.rows_of_images.sum()))
         group = f"{cell.dataset}, {cell.shots} shots, seed {cell.seed}"
         folder = RunFolder.open(sweep.folder(cell), verb, settings, fresh=False, name=cell.arm, group=group)
         vocabulary = recognise.prepare(opened, settings)
-        rows = None
+        rows, before = None, folder.stats()["mllm.calls"]
         if settings.retriever.mode != "all":
-            embedded = None
-            if settings.encoder.model != "precomputed":
-                embedded = self._kept("test", cell, settings, shared.listed(work.index))
-                with self._turn(embedded.folder.name):
-                    self._count(f"test of {cell.dataset}", shared.embed_images(opened, settings, work, embedded), embedded)
-            retriever = settings.retriever.model_dump(mode="json")
-            kept = self._kept(
-                "candidates", cell, settings, shared.listed(work.index), vocabulary.digest, retriever, settings.run.seed
-            )
+            rows = shared.proposed(settings, work, self._candidates(opened, cell, settings, work, vocabulary))
+        values = recognise.run(opened, settings, vocabulary, work, folder, proposed=rows)
+        with sweep.lock:  # what was routed past the MLLM, or answered before, is free for others
+            sweep.calls -= reserved - int(folder.stats()["mllm.calls"] - before)
+        return values
+
+    def _candidates(self, opened: Session, cell: Cell, settings: Config, work: Work, vocabulary: Vocabulary) -> Kept:
+        from rar.run import shared
+
+        listed, embedded = shared.listed(work.index), None
+        if settings.encoder.model != "precomputed":
+            embedded = self._kept("test", cell, settings, listed)
+            with self._turn(embedded.folder.name):
+                self._count(f"test of {cell.dataset}", shared.embed_images(opened, settings, work, embedded), embedded)
+        retriever = settings.retriever.model_dump(mode="json")
+        kept = self._kept("candidates", cell, settings, listed, vocabulary.digest, retriever, settings.run.seed)
+        with self._turn(kept.folder.name):  # memories of two cells may be equal
             self._count("candidates", shared.propose(settings, work, vocabulary, embedded, kept))
-            rows = shared.proposed(settings, work, kept)
-        return recognise.run(opened, settings, vocabulary, work, folder, proposed=rows)
+        return kept
 
     def _work(self, verb: str, settings: Config) -> Work:
         assert settings.corpus is not None
@@ -217,13 +226,17 @@ class Worker:
             self.works[name] = detect_work(settings) if verb == "detect" else classify_work(settings)
         return self.works[name]
 
-    def _spend(self, cell: Cell, settings: Config, work: Work) -> None:
-        """Raises Spent where a cell may ask more than the budget has left."""
-        asks = questions(settings, int(work.rows_of_images.sum()))
+    def _reserve(self, settings: Config, rows: int) -> int:
+        """Calls for the rows of a cell, which are given back as far as they are not made; those before them are not.
+
+        Raises Spent where the budget does not have so many left.
+        """
+        most = calls(settings, rows)
         with self.sweep.lock:
-            if self.budget is not None and self.sweep.calls + asks > self.budget:
-                raise Spent(f"may ask {asks:,} questions, and the budget has {self.budget - self.sweep.calls:,} left")
-            self.sweep.calls += asks
+            if self.budget is not None and self.sweep.calls + most > self.budget:
+                raise Spent(f"it may make {most:,} calls, and {max(0, self.budget - self.sweep.calls):,} are left")
+            self.sweep.calls += most
+        return rows * calls_a_row(settings)
 
     def _kept(self, part: str, cell: Cell, settings: Config, *decides: Any) -> Kept:
         from rar.run import shared
@@ -248,12 +261,21 @@ class Worker:
                 storage.write(kept.folder / "run.json", json.dumps(data, indent=1).encode())
 
 
-def questions(settings: Config, rows: int) -> int:
-    """The most that a cell may ask the MLLM, its calibration included."""
-    if settings.ranker.method == "none":
-        return 0
+def calls(settings: Config, rows: int) -> int:
+    """The most MLLM calls that a cell may make: for its rows, its calibration and its label prior."""
+    each, ranker = calls_a_row(settings), settings.ranker
     fits = settings.route.mode == "calibrated" and settings.memory.support is not None
-    return rows + (settings.route.max_calibration_images if fits else 0)
+    lists = range(2, settings.retriever.top_k + 1)
+    prior = PRIOR_IMAGES * sum(lists) if ranker.method == "letters" and ranker.debias == "prior" else 0
+    return each * (rows + (settings.route.max_calibration_images if fits else 0)) + prior
+
+
+def calls_a_row(settings: Config) -> int:
+    """At most: a rotation of the labels, or a candidate, is a call, as the method has it; a server may be asked either way."""
+    ranker, listed = settings.ranker, settings.retriever.top_k
+    rotations = min(ranker.permutations, listed)
+    most = {"none": 0, "letters": rotations, "yes_no": listed, "endpoint": listed}
+    return most.get(ranker.method, 1)
 
 
 def _replay(sweep: Sweep, cell: Cell) -> dict[str, float]:

@@ -33,7 +33,7 @@ class Sweep:
     failed: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     shared: dict[str, dict[str, int]] = field(default_factory=dict)
-    calls: int = 0  # MLLM questions of this start, calibration included, at most
+    calls: int = 0  # of the MLLM in this start, those of calibrations at most
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def folder(self, cell: Cell) -> Path:
@@ -56,7 +56,7 @@ class Sweep:
         """sweep.json: cells done, failed and left, with reasons; shared steps."""
         with self.lock:
             state = {"title": self.grid.title, "done": self.done, "failed": self.failed, "left": self.left}
-            data = {**state, "shared": self.shared, "mllm_questions": self.calls}
+            data = {**state, "shared": self.shared, "mllm_calls": self.calls}
             storage.write(self.out / "sweep.json", json.dumps(data, indent=1).encode())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from rar.config import Corpus
 from rar.corpus.datasets import named
-from rar.sweep import grid
+from rar.engine.session import Session
+from rar.sweep import grid, state, tables
+from rar.sweep import run as sweeping
 from tests.conftest import ROOT, needs_shared_data
 from tests.corpus.datasets import trees
 
@@ -26,14 +29,18 @@ def planned(name: str, out: Path, *more: str) -> str:
     return done.stdout
 
 
-def laid_out(name: str, root: Path) -> dict[str, trees.Made]:
+def laid_out(name: str, root: Path, only: str = "") -> dict[str, trees.Made]:
     """The trees of a preset's data sets, and for guessed names a manifest of three pictures a class."""
     made = {}
     for dataset, one in grid.load(name).datasets.items():
+        if only not in ("", dataset):
+            continue
         made[dataset] = trees.make(str(one.config["corpus"]["dataset"]), root)
         if "{root}" in str(one.config.get("memory", "")):
             rows = [f"{number}.jpg,guess {number % 7}" for number in range(21)]
             trees.put(root / "guesses" / f"{dataset}.csv", "\n".join(["uri,label", *rows]))
+            for number in range(21):
+                trees.put(root / "guesses" / f"{number}.jpg", trees.picture(number))
     return made
 
 
@@ -53,7 +60,7 @@ def test_a_preset_of_data_sets_by_name_is_planned_and_names_what_is_missing(name
     assert counted(said, "boxes" if boxed else "test pictures") == expected and "is not there" not in said
     cells = grid.cells(made)
     assert f"would run {len(cells):,} cells" in said
-    assert f"  {len(asked(made, cells)):,} cells ask the MLLM, {questions(made, cells, expected):,} questions at most" in said
+    assert f"  {len(asked(made, cells)):,} cells ask the MLLM, in {questions(made, cells, expected):,} calls at most" in said
     first, split = next(iter(splits.items()))
     place = named.place_of(Corpus(dataset=first, root=str(root), split=split))
     file = Path(place.folder) / next(iter(place.files()))
@@ -95,3 +102,35 @@ def test_the_recorded_preset_is_planned_over_the_recorded_files(tmp_path: Path, 
     said = planned("recorded", tmp_path / "out")
     assert len(counted(said, "test pictures")) == len(grid.load("recorded").datasets) and "is not there" not in said
     assert counted(said, "test pictures")["aircraft"] == 2666 and "  0 cells ask the MLLM" in said
+
+
+SMALL = ["base.encoder.model=miniature", "base.encoder.precision=fp32", "base.encoder.batch_size=64"]
+SMALL += ["base.ranker.model=miniature", "base.ranker.precision=fp32", "base.ranker.num_gpus=0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dataset", "shots", "metric"),
+    [
+        ("paper-fewshot", "eurosat", 1, "top1"),
+        ("paper-fgvr", "stanford_dogs", 3, "cluster_accuracy"),
+        ("paper-lvis", "lvis", 0, "ap"),
+        ("paper-v3det", "v3det", 0, "ap"),
+    ],
+)
+def test_a_preset_runs_to_its_end_on_a_small_tree_with_the_miniature_models(
+    name: str, dataset: str, shots: int, metric: str, ray_session: Session, tmp_path: Path
+) -> None:
+    root = tmp_path / "data"
+    laid_out(name, root, dataset)
+    pictures = [file for file in sorted(root.rglob("*")) if file.suffix in (".jpg", ".JPEG") and "guesses" not in file.parts]
+    for number, file in enumerate(pictures):  # as wide as the boxes in them say, and no two alike
+        file.write_bytes(trees.picture(number))
+    made = grid.load(name, [f"root={root}", f"shots=[{shots}]", "seeds=[0]", *SMALL])
+    made = made.model_copy(update={"datasets": {dataset: made.datasets[dataset]}})
+    sweep, every = state.open_sweep(made, tmp_path / "out")
+    sweeping.run(sweep, every, every, None, print, lambda: None)
+    tables.write(sweep, every)
+    assert sweep.failed == {} and set(sweep.done) == {cell.name for cell in every} and len(every) >= 3
+    rows = list(csv.DictReader((tmp_path / "out" / "leaderboard.csv").open()))
+    assert [row["metric"] for row in rows] == [metric] * len(every) and all(row["top1"] for row in rows)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rar import config
 from rar.engine.session import Session
@@ -15,6 +20,7 @@ from rar.run.shared import Kept
 from rar.runfolder import RunFolder
 from rar.sweep import grid, state, tables
 from rar.sweep import run as sweeping
+from tests.conftest import ROOT
 
 DATA: dict[str, Any] = {
     "base": {"run": {"shard_size": 8}, "ranker": {"batch_size": 16}, "route": {"max_calibration_images": 24}},
@@ -37,13 +43,15 @@ DATA: dict[str, Any] = {
 }
 
 
-def swept(out: Path, limit: int | None, tell: Callable[[str], None] = lambda line: None, **changes: Any) -> state.Sweep:
+def swept(
+    out: Path, limit: int | None, tell: Callable[[str], None] = lambda line: None, budget: int | None = None, **changes: Any
+) -> state.Sweep:
     """What `rar sweep` does, in the tests' Ray."""
     made = config.validated(grid.Grid, {**DATA, **changes})
     sweep, every = state.open_sweep(made, out)
     done = set(state.finished(sweep, every))
     pending = [cell for cell in every if cell not in done and cell.name not in sweep.failed]
-    sweeping.run(sweep, every, pending[:limit], None, tell, lambda: tables.write(sweep, every))
+    sweeping.run(sweep, every, pending[:limit], budget, tell, lambda: tables.write(sweep, every))
     tables.write(sweep, every)
     return sweep
 
@@ -101,3 +109,60 @@ def test_a_cell_is_what_an_ordinary_run_gives(ray_session: Session, tmp_path: Pa
             assert mine[column].to_pylist() == plain[column].to_pylist(), (cell.name, column)
         names = [[[one["class_name"] for one in row] for row in table["candidates"].to_pylist()] for table in (mine, plain)]
         assert names[0] == names[1]
+
+
+ARMS: dict[str, Any] = {
+    **DATA["arms"],
+    "routed": {"config": {}},
+    "each": {"config": {"ranker": {"permutations": 5}, "route": {"mode": "always"}}},
+    "broken": {"config": {"retriever": {"mode": "all"}}},  # it has no candidates to fit the routing on
+}
+
+
+@pytest.mark.slow
+def test_a_budget_holds_while_memories_are_worked_on_beside_each_other_and_a_broken_arm_stops_nobody(
+    ray_session: Session, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"datasets": {"drawn": DATA["datasets"]["drawn"]}, "arms": ARMS, "parallel": 2}
+    said: list[str] = []
+    budget = 12 * 2 + 12 + 24  # the two cells of `rar`, and one of `routed` that calibrates; one of `each` alone may need 60
+    first = swept(tmp_path, None, said.append, budget, **changes)
+    made = {name: RunFolder(tmp_path / "cells" / name).read("run.json")["mllm"]["calls"] for name in first.done}
+    assert 0 < sum(made.values()) <= first.calls <= budget
+    assert set(first.left) >= {f"drawn-{shots}shot-seed0-each-k5" for shots in (1, 2)}
+    assert all(reason.startswith("budget: it may make ") for reason in first.left.values())
+    assert set(first.failed) <= {f"drawn-{shots}shot-seed0-broken-k5" for shots in (1, 2)}
+    second = swept(tmp_path, None, said.append, **changes)
+    assert len(second.done) == 1 + 2 * 4 and not second.left and len(second.failed) == 2
+    assert all("needs a retriever that prefers some classes" in reason for reason in second.failed.values())
+    assert all("Traceback" in (tmp_path / "failed" / f"{name}.txt").read_text() for name in second.failed)
+    whole = {name: RunFolder(tmp_path / "cells" / name).read("run.json")["mllm"]["calls"] for name in second.done}
+    assert {name: whole[name] for name in made} == made  # nothing was asked again
+    each = [calls for name, calls in whole.items() if "-each-" in name]
+    assert each == [12 * 5] * 2  # a call a rotation, as it was reckoned
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_twice_ends_with_the_same_tables(ray_session: Session, tmp_path: Path) -> None:
+    """SIGKILL to the command once so many shards are done, drawn at random; then the same command to its end."""
+    data = {**DATA, "datasets": {"drawn": DATA["datasets"]["drawn"]}, "parallel": 2, "shots": [1, 2, 4]}
+    file, out = tmp_path / "grid.yaml", tmp_path / "killed"
+    file.write_text(yaml.safe_dump(data, sort_keys=False))
+    swept(tmp_path / "whole", None, **{key: data[key] for key in ("datasets", "parallel", "shots")})
+    shards = len(list((tmp_path / "whole" / "cells").glob("*/done/*.json")))
+    seed = int(time.time())
+    moments = sorted(random.Random(seed).sample(range(1, shards - 1), 2))
+    command = [sys.executable, "-m", "jobs.cli", "sweep", str(file), "--out", str(out)]
+    for moment in moments:
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+            while len(list((out / "cells").glob("*/done/*.json"))) < moment:
+                assert process.poll() is None, f"ended by itself; seed {seed}"
+                time.sleep(0.01)
+            process.kill()
+        time.sleep(5)  # its workers notice that they are orphans
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert written(tmp_path / "whole") == written(out), f"seed {seed}"
+    for kept in (out / "shared" / "embeddings").glob("*"):
+        rows = Kept(kept).rows()["row"].to_pylist()
+        assert len(rows) == len(set(rows)) == Kept(kept).stages()["embed.rows"], kept
