@@ -192,8 +192,11 @@ def boxes(name: str, folder: Path, classes: int) -> Made:
             put(folder / file)
             named = {"coco_url": f"http://images.cocodataset.org/{file}"} if name == "lvis" else {"file_name": file}
             named = {"file_name": Path(file).name} if name == "coco" else named
-            images.append({"id": number, "width": 4, "height": 4, **named})
-        categories = [{"id": 2 * number + 1, "name": f"thing {number}"} for number in range(classes)]
+            federated = {"neg_category_ids": [], "not_exhaustive_category_ids": []} if name == "lvis" else {}
+            images.append({"id": number, "width": 4, "height": 4, **named, **federated})
+        categories = [
+            {"id": 2 * number + 1, "name": f"thing {number}", "frequency": "rcf"[number % 3]} for number in range(classes)
+        ]
         box = {"id": 1, "image_id": 0, "category_id": 3, "bbox": [0, 0, 3, 3], "area": 9, "iscrowd": 0}
         labels = one.labels if isinstance(one.labels, str) else one.labels[split]
         put(
