@@ -7,6 +7,7 @@ import io
 import json
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,9 @@ def picture(colour: str, side: int = 24) -> np.ndarray:
 
 
 class Response(NamedTuple):
-    """What the server does with a request. drip_s: seconds between single bytes of the body; drop: hang up without a word."""
+    """What the server does with a request. drip_s: seconds between single bytes of the body; drop: hang up without a word;
+    reset_after: bytes of the body after which the connection is reset.
+    """
 
     body: bytes
     status: int = 200
@@ -38,6 +41,7 @@ class Response(NamedTuple):
     wait_s: float = 0.0
     drip_s: float = 0.0
     drop: bool = False
+    reset_after: int | None = None
 
 
 Answer = Callable[[dict[str, Any]], Response]
@@ -112,6 +116,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(response.body)))
         self.end_headers()
+        if response.reset_after is not None:
+            self.wfile.write(response.body[: response.reset_after])
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return
         for start in range(0, len(response.body), 1 if response.drip_s else 1 << 20):
             time.sleep(response.drip_s)
             self.wfile.write(response.body[start : start + (1 if response.drip_s else 1 << 20)])

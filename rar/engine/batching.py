@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class Batcher(Generic[Item, Result]):
-    """Calls `work` with lists of items, one list at a time, and hands each caller its own result.
+    """Calls `work` with lists of items, `lanes` of them at a time, and hands each caller its own result.
 
     work(items) -> one result, or exception to be raised, an item. fits(items): whether so many are one batch; a first item is
     taken whatever it says. `work` itself must not raise; where it does, all callers of that batch get the error.
@@ -30,16 +30,17 @@ class Batcher(Generic[Item, Result]):
         work: Callable[[list[Item]], Awaitable[Sequence[Result | Exception]]],
         fits: Callable[[list[Item]], bool],
         wait_s: float,
+        lanes: int = 1,
     ) -> None:
-        self.work, self.fits, self.wait_s = work, fits, wait_s
+        self.work, self.fits, self.wait_s, self.lanes = work, fits, wait_s, lanes
         self.waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
-        self.worker: asyncio.Task[None] | None = None
+        self.workers: set[asyncio.Task[None]] = set()
 
     async def __call__(self, item: Item) -> Result:
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self.waiting.append((item, future))
-        if self.worker is None:
-            self.worker = asyncio.create_task(self._run())
+        if len(self.workers) < self.lanes:
+            self.workers.add(asyncio.create_task(self._run()))
         return await future
 
     async def _run(self) -> None:
@@ -49,8 +50,8 @@ class Batcher(Generic[Item, Result]):
             while batch := self._take():
                 await self._answer(*batch)
                 await asyncio.sleep(0)  # callers that come back at once are part of the next batch
-        finally:
-            self.worker = None
+        finally:  # at once: a caller who sees a full house must not be left to one that is leaving
+            self.workers = {worker for worker in self.workers if worker is not asyncio.current_task()}
 
     def _take(self) -> tuple[list[Item], list[asyncio.Future[Result]]] | None:
         """The longest run of waiting items that fits, those whose caller went away left out."""

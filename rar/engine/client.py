@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -23,19 +24,21 @@ from ray.exceptions import RayActorError
 from ray.serve.context import _check_cached_client_alive
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import ApplicationStatus
-from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from rar import config, identity
 from rar.engine import direct, hosted, waiting
 from rar.engine.actors import free_resources
+from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.exemplars import Exemplars
 from rar.engine.isolate import reason
-from rar.engine.replica import FAULTS, Batch, Prior, RankerReplica
+from rar.engine.replica import Batch, One, Prior, RankerReplica
 from rar.engine.session import Session
 from rar.ranker.cache import AnswerCache
 from rar.schema import Ranking, Unavailable, UserError
 
 DRAIN_S = 30.0
+MESSAGE_BYTES = 64 << 20  # of pictures in one message to a replica
 SERVED = {"min_replicas", "max_replicas", "num_gpus", "num_cpus", "resources", "timeout_s", "attempts"}
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY, ApplicationStatus.DELETING)
@@ -81,11 +84,11 @@ def deploy(session: Session, settings: config.Ranker) -> None:
 
 
 def deploy_online(session: Session, settings: config.Ranker, online: config.Serve, beside: Beside = (None, None)) -> None:
-    """The same for single requests; Serve must run already. A replica is sent two batches: one to work on, one to come."""
-    batch = settings.batch_size
-    limits = {"max_ongoing_requests": 2 * batch, "max_queued_requests": online.max_queued}
+    """The same for single requests; Serve must run already. A replica is sent two messages: one to work on, one to come."""
+    messages = 2 * online.max_gateways
+    limits = {"max_ongoing_requests": messages, "max_queued_requests": -1}  # it is the gateways that refuse
     scale = {
-        "target_ongoing_requests": batch,
+        "target_ongoing_requests": messages,
         "upscale_delay_s": online.upscale_delay_s,
         "downscale_delay_s": online.downscale_delay_s,
         "metrics_interval_s": 1.0,
@@ -265,24 +268,50 @@ def estimate_prior(settings: config.Ranker, images: list[bytes], names: list[lis
     return serve.get_app_handle(app_name(settings)).prior.remote(images, names, counts).result()
 
 
-@dataclass
-class AskOne:
-    """Sends single requests from an event loop. Raises the request's own faults, and BackPressureError for a full queue.
+class Full(Exception):
+    """More single requests wait than may."""
 
-    A replica that dies with a request costs it another try: ranking changes nothing and may be repeated.
+
+class AskOne:
+    """Sends single requests from an event loop, those that wait together in one message. Raises the request's own faults.
+
+    A replica that dies with a message costs it another try: ranking changes nothing and may be repeated. A message is answered
+    when its last request is.
     """
 
-    app: str
+    def __init__(self, app: str, settings: config.Ranker, online: config.Serve) -> None:
+        """app: its name. A gateway has as many messages under way as keep all replicas at work while as many are on the way."""
+        self.app, self.batch, self.lanes = app, settings.batch_size, 2 * settings.max_replicas
+        self.most, self.waiting = self.lanes * self.batch + online.max_queued, 0
+        self.handles: dict[str, Any] = {}
+        self.batchers: dict[str, Batcher[One, Ranking]] = {}
 
-    @retry(
-        retry=retry_if_exception_type(GONE),
-        stop=stop_after_delay(60),
-        wait=wait_random_exponential(multiplier=0.1, max=2),
-        reraise=True,
-    )
     async def __call__(self, image: bytes, names: list[str], adapter: str = "") -> Ranking:
-        handle = serve.get_app_handle(self.app).options(multiplexed_model_id=adapter)
-        answer = await handle.rank_one.remote(image, names, adapter)
-        if isinstance(answer, FAULTS):
-            raise answer
-        return answer
+        """Raises Full where `serve.max_queued` wait beyond those under way."""
+        if self.waiting >= self.most:
+            raise Full
+        if adapter not in self.batchers:
+            self.batchers[adapter] = Batcher(partial(self._send, adapter), self._fits, WAIT_S, self.lanes)
+        self.waiting += 1
+        try:
+            return await self.batchers[adapter]((image, names))
+        finally:
+            self.waiting -= 1
+
+    def _fits(self, requests: list[One]) -> bool:
+        return len(requests) <= self.batch and sum(len(image) for image, _ in requests) <= MESSAGE_BYTES
+
+    async def _send(self, adapter: str, requests: list[One]) -> list[Ranking | Exception]:
+        patiently = AsyncRetrying(
+            retry=retry_if_exception_type(GONE),
+            stop=stop_after_delay(60),
+            wait=wait_random_exponential(multiplier=0.1, max=2),
+            before_sleep=lambda _: self.handles.clear(),
+            reraise=True,
+        )
+        return await patiently(self._sent, adapter, requests)
+
+    async def _sent(self, adapter: str, requests: list[One]) -> list[Ranking | Exception]:
+        if adapter not in self.handles:  # asking for a handle asks Serve's controller
+            self.handles[adapter] = serve.get_app_handle(self.app).options(multiplexed_model_id=adapter)
+        return await self.handles[adapter].rank_several.remote(requests, adapter)

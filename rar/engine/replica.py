@@ -5,10 +5,10 @@ arrival would make what shares a forward pass depend on timing, and with it the 
 could not be told to give the same predictions. It also costs one message an image. The callers are patient: when the queue
 is full they wait and ask again.
 
-`rank_one` is for the HTTP gateway: a request is one image, and what waits together is ranked together, as many as
-`ranker.batch_size` and `serve.batch_tokens` allow. The gateway is told of a full queue, and passes it on as 429. The two are
-different applications of the same class because a batch is worth a hundred single requests: no queue limit and no
-autoscaling target would fit both. Cost: a cluster that does both holds the model twice.
+`rank_several` is for the HTTP gateways: single requests that waited together in one of them travel in one message, as a message
+costs more than a small model's answer. Here they meet those of other gateways, and what waits together is ranked together, as
+many as `ranker.batch_size` and `serve.batch_tokens` allow. The two are different applications of the same class, as no queue
+limit and no autoscaling target would fit both. Cost: a cluster that does both holds the model twice.
 
 In a replica one thread runs the model, others decode; the event loop stays free for health checks. A batch that fails is halved
 until the image is found that fails alone (isolate), so that one image cannot spoil its neighbors'.
@@ -141,6 +141,12 @@ class RankerReplica:
         good = [row for row, picture in enumerate(pixels) if not isinstance(picture, RowError)]
         shown = ([pixels[row] for row in good], [names[row] for row in good], counts)
         return await asyncio.get_running_loop().run_in_executor(self.worker, self.ranker.estimate_prior, *shown)
+
+    async def rank_several(self, requests: list[One], adapter: str = "") -> list[Ranking | Exception]:
+        """`rank_one` of each; what they raise is told in a RuntimeError of one line, as it must not cost the others theirs."""
+        found = await asyncio.gather(*(self.rank_one(*one, adapter) for one in requests), return_exceptions=True)
+        known = (Ranking, *FAULTS)
+        return [one if isinstance(one, known) else RuntimeError(reason(one)) for one in found]  # type: ignore[arg-type]
 
     async def rank_one(self, image: bytes, names: list[str], adapter: str = "") -> Ranking | Exception:
         """Rank one image together with others that wait. adapter: a name of `serve.adapters`; "" is the model as it is.

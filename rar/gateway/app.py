@@ -1,10 +1,10 @@
 """The gateway on Ray Serve: the HTTP API in front of a memory, a retriever and the ranker; and starting all of it.
 
-A request goes through Serve's proxy to a gateway, where images that wait together are embedded and looked up together, and then
-to a ranker replica, one message an image, where they are batched again. The memory is opened, the encoders are loaded and the
-calibration is fitted by the process that starts the server (`rar serve`), with the functions of the batch jobs; gateways get
-the result. Ranking is pure, so a request whose ranker replica dies is asked again; a gateway that dies takes its own requests
-with it (500), so clients of a cluster should try again once.
+A request goes through Serve's proxy to a gateway, where images that wait together are embedded and looked up together, and
+then, those that wait together in one message, to a ranker replica, where they are batched again. The memory is opened, the
+encoders are loaded and the calibration is fitted by the process that starts the server (`rar serve`), with the functions of
+the batch jobs; gateways get the result. Ranking is pure, so a request whose ranker replica dies is asked again; a gateway
+that dies takes its own requests with it (500), so clients of a cluster should try again once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from fastapi import FastAPI
 from PIL import Image
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
 
 from rar import fusion
 from rar.columns import candidates_of
@@ -77,7 +76,7 @@ class Cluster:
     def __init__(self, settings: Config, known: Known | None, ranker: str | None) -> None:
         """ranker: its application; None where there is none."""
         self.settings, self.known, self.app = settings, known, ranker
-        self.ask = client.AskOne(ranker) if ranker else None
+        self.ask = client.AskOne(ranker, settings.ranker, settings.serve) if ranker else None
         self.worker = ThreadPoolExecutor(1)
         self.pictures = Pictures(SUPPORT_BYTES)
         self.propose = Batcher(self._propose, self._fits, WAIT_S)
@@ -146,7 +145,7 @@ class Cluster:
                 yield
         except TimeoutError:
             raise Unavailable(f"no answer within {self.settings.serve.timeout_s:g} s") from None
-        except BackPressureError:
+        except client.Full:
             raise api.Busy from None
         except client.GONE:
             raise Unavailable("the ranker is not there") from None

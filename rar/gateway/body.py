@@ -12,6 +12,7 @@ import binascii
 import codecs
 import json
 import re
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -94,6 +95,8 @@ def picture_bytes(value: Any) -> Any:
     """Base64 as people write it (data: URI, URL-safe letters, line ends, no padding) decoded. Raises ValueError."""
     if not isinstance(value, str):
         return value
+    with suppress(ValueError):  # as most send it: large strings are not looked through twice
+        return base64.b64decode(value, validate=True)
     text, quoted = value.strip(), False
     if text[:5].lower() == "data:":
         head, comma, text = text[5:].partition(",")

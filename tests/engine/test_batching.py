@@ -46,6 +46,37 @@ def test_what_arrives_during_one_batch_is_the_next_one() -> None:
     assert asyncio.run(run()) == [[0], [2, 4, 6, 8], [10, 12]]
 
 
+def test_two_lanes_work_at_the_same_time_and_no_more() -> None:
+    async def run() -> list[list[int]]:
+        work = Slow()
+        batcher = Batcher(work, lambda items: len(items) <= 2, 0.0, lanes=2)
+        asking = [asyncio.create_task(batcher(2 * number)) for number in range(5)]
+        await settle()
+        assert work.batches == [[0, 2], [4, 6]]
+        work.go.set()
+        assert await asyncio.gather(*asking, batcher(10)) == [0, 4, 8, 12, 16, 20]
+        await settle()
+        assert not batcher.workers
+        return work.batches
+
+    assert asyncio.run(run())[2:] == [[8, 10]]
+
+
+def test_who_comes_while_the_last_worker_leaves_is_answered() -> None:
+    async def run() -> None:
+        work = Slow()
+        work.go.set()
+        batcher = Batcher(work, lambda items: True, 0.0)
+
+        async with asyncio.timeout(5):
+            for turns in range(8):
+                assert await batcher(2) == 4
+                for _ in range(turns):  # of the loop, after an answer
+                    await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
 def test_one_fault_is_its_own_callers_alone_and_the_batcher_goes_on() -> None:
     async def run() -> None:
         work = Slow()

@@ -99,6 +99,20 @@ def test_single_requests_share_batches_and_a_faulty_one_spoils_no_other(replica:
     assert replica.failures == 0, "a user's mistake is no illness"
 
 
+def test_requests_of_one_message_have_faults_of_their_own(replica: RankerReplica, fussy: Fussy) -> None:
+    requests: list[One] = [(png(), ["a", "b"]), (png(), list("abcd")), (b"no picture", ["a"]), (png(), list("abcde"))]
+    found = asyncio.run(replica.rank_several(requests))
+    assert [type(answer) for answer in found] == [Ranking, UserError, RowError, RuntimeError]
+    assert str(found[3]) == "RuntimeError: out of memory"
+
+
+def test_a_gateway_refuses_what_it_has_no_room_for() -> None:
+    ask = client.AskOne("no such application", config.Ranker(batch_size=3, max_replicas=2), config.Serve(max_queued=5))
+    ask.waiting = 4 * 3 + 5
+    with pytest.raises(client.Full):
+        asyncio.run(ask(png(), ["a", "b"]))
+
+
 def test_no_batch_is_larger_than_batch_size(replica: RankerReplica, fussy: Fussy) -> None:
     assert len(together(replica, [(png(), ["a", "b"])] * 20)) == 20
     assert fussy.batches == [8, 8, 4]

@@ -526,6 +526,7 @@ FAULTS = {
     "garbage": (Response(b"\xff\xfe<html>bad gateway"), "no JSON"),
     "empty": (Response(b""), "no JSON"),
     "cut": (Response(GOOD[:-9]), "no JSON"),
+    "reset": (Response(GOOD, reset_after=20), "Client"),
     "other JSON": (Response(b'{"error": "overloaded"}'), "no chat completion"),
     "deep": (Response(b"[" * 100_000), "no JSON"),
     "huge": (Response(b" " * (5 << 20)), "longer than"),
@@ -572,6 +573,13 @@ def test_a_picture_that_the_server_refuses_is_a_fallback_at_once(server: Server)
     (ranking,) = asker.rank([picture("red")], [NAMES])
     assert (ranking.status, ranking.calls, len(server.seen)) == ("fallback", 0, 5)
     assert "image too large" in ranking.response
+
+
+@pytest.mark.parametrize("kind", ["text/html; charset=latin-1", "image/png", ""])
+def test_an_answer_under_a_wrong_type_is_an_answer(server: Server, kind: str) -> None:
+    model, asker = colour_model(), ranker(server)
+    server.answer = lambda body: model(body)._replace(headers=(("Content-Type", kind),))
+    assert asker.rank([picture("red")], [NAMES])[0].order[0] == BEST["red"] and len(server.seen) == 4 + 1
 
 
 def test_retry_after_is_honoured(server: Server) -> None:
