@@ -192,7 +192,7 @@ def boxes(name: str, folder: Path, classes: int) -> Made:
             put(folder / file)
             named = {"coco_url": f"http://images.cocodataset.org/{file}"} if name == "lvis" else {"file_name": file}
             named = {"file_name": Path(file).name} if name == "coco" else named
-            federated = {"neg_category_ids": [], "not_exhaustive_category_ids": []} if name == "lvis" else {}
+            federated: dict[str, Any] = {"neg_category_ids": [], "not_exhaustive_category_ids": []} if name == "lvis" else {}
             images.append({"id": number, "width": 4, "height": 4, **named, **federated})
         categories = [
             {"id": 2 * number + 1, "name": f"thing {number}", "frequency": "rcf"[number % 3]} for number in range(classes)
