@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,3 +21,11 @@ def browser() -> Iterator[Any]:
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
         found.close()
+
+
+def wait_until(page: Any, expression: str, seconds: float = 30.0) -> None:
+    """Until a JavaScript expression holds. Playwright's own wait evaluates it inside the page, which a strict page forbids."""
+    ends = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < ends, f"{expression} does not hold after {seconds:g} s"
+        page.wait_for_timeout(20)

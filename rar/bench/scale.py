@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from rar.columns import vectors_column
 from rar.config import Index
 from rar.memory.collection import Collection
 from rar.memory.store import connect
+from rar.miniature.data import two_processes
 from rar.miniature.world import render, rng_of, vocabulary
 from rar.schema import Unavailable
 
@@ -121,7 +121,7 @@ def write_pictures(folder: Path, size: int) -> None:
     specs = vocabulary("novel", 0)
     for spec in specs:
         (folder / spec.name).mkdir(parents=True)
-    with ProcessPoolExecutor(2) as pool:
+    with two_processes() as pool:
         list(pool.map(partial(_write_pictures, folder, len(specs), size), range(len(specs))))
 
 

@@ -8,6 +8,7 @@ are novel and appear a quarter as often. `noisy_proposals` stands in for a detec
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +28,11 @@ GROUPS = ("novel", "seen")
 MISSED, TWICE, JITTER, STRAY = 0.05, 1 / 3, 0.08, 3  # of `noisy_proposals`
 
 
+def two_processes() -> ProcessPoolExecutor:
+    """They begin anew: the fork of a process with threads (Ray's, gRPC's) may inherit a lock that nobody ever frees."""
+    return ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+
+
 def write_world(folder: Path, seed: int, *, shots: int, tests: int, scenes: int) -> None:
     """Draw a world: folder/{novel,seen}/{support,test}/<class>/*.png, folder/scenes/*.jpg and their boxes folder/scenes.json.
 
@@ -36,7 +42,7 @@ def write_world(folder: Path, seed: int, *, shots: int, tests: int, scenes: int)
     if (folder / "world.json").exists() and json.loads((folder / "world.json").read_text()) == stamp:
         return
     shutil.rmtree(folder, ignore_errors=True)
-    with ProcessPoolExecutor(2) as pool:
+    with two_processes() as pool:
         tasks = []
         for group in GROUPS:
             specs = vocabulary("novel" if group == "novel" else "train", seed)
@@ -95,7 +101,7 @@ def render_all(specs: list[Spec], split: str, per_class: int, seed: int, cache: 
     """(len(specs) * per_class, 64, 64, 3) uint8, ordered by class, drawn by two processes; memory-mapped when cached."""
     if cache is not None and cache.exists():
         return np.load(cache, mmap_mode="r")
-    with ProcessPoolExecutor(2) as pool:
+    with two_processes() as pool:
         parts = pool.map(partial(_pixels, split, per_class, seed), specs, chunksize=32)
         pixels = np.concatenate(list(parts))
     if cache is None:

@@ -11,7 +11,6 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from rar import identity, storage
 from rar.config import Config
 from rar.corpus import support
-from rar.miniature.data import DRAWN
+from rar.miniature.data import DRAWN, two_processes
 from rar.miniature.world import Spec, render, rng_of, vocabulary
 from rar.run.work import classify_work, detect_work
 from rar.schema import UserError
@@ -84,7 +83,7 @@ def draw(world: World, folder: Path) -> Piece:
     specs, parts = vocabulary("novel", world.seed)[: world.classes], {"support": world.support, "test": world.tests}
     if not (folder / "classes.txt").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        with ProcessPoolExecutor(2) as pool:
+        with two_processes() as pool:
             tasks = [(number, part) for number in range(len(specs)) for part in parts]
             list(pool.map(partial(_photos, world, folder, specs), tasks, chunksize=4))
         for part, count in parts.items():

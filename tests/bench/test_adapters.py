@@ -66,6 +66,7 @@ def test_nearest_other_entry_is_that_of_a_loop(tmp_path: Path, collection: Colle
     assert adapters._nearest_others(collection, entries).tolist() == expected
 
 
+@pytest.mark.long
 def test_the_left_out_image_is_not_in_what_scores_it(tmp_path: Path, collection: Collection) -> None:
     """Labels at random: whoever has seen an image does better than chance, which is a fifth."""
     rng = np.random.default_rng(0)

@@ -118,6 +118,7 @@ def test_recall_on_recorded_embeddings(tmp_path: Path) -> None:
     assert found["FLAT"] == 1.0 and found["HNSW"] >= 0.99 and found["REDUCED"] >= 0.98 and found["HNSW_SQ8"] > 0.9
 
 
+@pytest.mark.long
 def test_the_raw_side_writes_and_finds_the_same(tmp_path: Path) -> None:
     """What is compared does equal work: entries, hits and the rows of faiss agree."""
     work = drawn(300, 16, 10)

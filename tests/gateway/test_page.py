@@ -18,12 +18,12 @@ import uvicorn
 from PIL import Image
 
 from rar.miniature.world import render, rng_of, vocabulary
-from tests.browser import browser, needs_chromium
+from tests.browser import browser, needs_chromium, wait_until
 from tests.gateway.test_api import NAMES, TOKEN, app_of
 
 __all__ = ["browser"]  # a fixture
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def page(browser: Any, site: str) -> Iterator[Any]:
         "request", lambda request: None if request.url.startswith((site, "blob:", "data:")) else complaints.append(request.url)
     )
     page.goto(site)
-    page.wait_for_function("document.getElementById('about').textContent.includes('Ranker')")
+    wait_until(page, "document.getElementById('about').textContent.includes('Ranker')")
     yield page
     context.close()
     assert [text for text in complaints if "401" not in text and "422" not in text] == []
@@ -111,7 +111,7 @@ def test_a_dropped_picture_is_shown(page: Any, photo: Path) -> None:
         }""",
         list(photo.read_bytes()),
     )
-    page.wait_for_function("document.getElementById('shown').naturalWidth === 192")
+    wait_until(page, "document.getElementById('shown').naturalWidth === 192")
     assert page.is_enabled("#go")
 
 
@@ -127,7 +127,7 @@ def test_several_pictures_are_asked_at_once_and_looked_through(page: Any, photo:
     assert page.locator("#answers button").all_inner_texts() == ["blue star"] * 2
     assert page.inner_text("#error").startswith("broken.png: image: ") and page.is_visible("#result")
     page.locator("#answers button").nth(1).press("Enter")
-    page.wait_for_function("document.getElementById('shown').naturalWidth === 40")
+    wait_until(page, "document.getElementById('shown').naturalWidth === 40")
     pressed = "all => all.map(button => button.getAttribute('aria-pressed'))"
     assert page.eval_on_selector_all("#pictures button", pressed) == ["false", "false", "true"]
     assert page.eval_on_selector_all("#answers button", pressed) == ["false", "true"]
@@ -136,7 +136,7 @@ def test_several_pictures_are_asked_at_once_and_looked_through(page: Any, photo:
 def test_boxes_are_drawn_or_written_and_named(page: Any, photo: Path) -> None:
     """A wide box is a star to the backend, a high one a ring. The drawing is read as a line, which may be edited."""
     page.set_input_files("#file", photo)
-    page.wait_for_function("document.getElementById('shown').naturalWidth === 192")
+    wait_until(page, "document.getElementById('shown').naturalWidth === 192")
     page.fill("#token", TOKEN)
     area = page.locator("#shown").bounding_box()
     page.mouse.move(area["x"] + area["width"] * 0.75, area["y"] + area["height"] * 0.5)
@@ -176,7 +176,7 @@ def test_a_pasted_picture_is_shown_and_pasted_text_is_not(page: Any, photo: Path
     page.evaluate(paste, [])
     assert page.is_hidden("#stage")
     page.evaluate(paste, list(photo.read_bytes()))
-    page.wait_for_function("document.getElementById('shown').naturalWidth === 192")
+    wait_until(page, "document.getElementById('shown').naturalWidth === 192")
 
 
 def keep(page: Any, name: str) -> None:

@@ -245,6 +245,7 @@ def test_leave_one_out_nearest_neighbor_accuracy_of_real_memories(collection: Co
     assert round(float(np.mean(predicted == class_ids)), 3) == accuracy
 
 
+@pytest.mark.long
 @needs_data
 def test_hnsw_recall_on_real_embeddings(collection: Collection) -> None:
     vectors = np.concatenate([real(name)[0] for name in ("cub200", "cars196", "dogs120")])
@@ -277,6 +278,7 @@ def test_reduced_recall_on_another_encoder(collection: Collection) -> None:
     assert_reduced_is_good(collection, grocery()[::2])
 
 
+@pytest.mark.long
 def test_reduced_recall_on_clusters(collection: Collection) -> None:
     assert_reduced_is_good(collection, clustered(3000, 256, clusters=100))
 

@@ -117,6 +117,7 @@ def test_folders_that_are_no_store_are_refused(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.long
 def test_an_unreachable_server_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(store, "REACH_SECONDS", 1.0)
     monkeypatch.setattr(rar.memory.collection, "PATIENCE_SECONDS", 1.0)
@@ -131,6 +132,7 @@ def test_an_unreachable_server_is_named(monkeypatch: pytest.MonkeyPatch, capfd: 
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_a_server_that_is_away_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The owner stops and starts again on the same port while a worker keeps its collection."""
     vectors, port = unit(20, 8), free_port()

@@ -114,6 +114,7 @@ def write_many(folder: str, own: int) -> None:
         cache.put(images, [NAMES] * 20, [answer] * 20)
 
 
+@pytest.mark.long
 def test_two_processes_write_the_same_entries_while_a_third_reads(tmp_path: Path) -> None:
     """A reader sees one writer's whole answer or the other's, never a mixture, and after the first of them never a miss."""
     context = multiprocessing.get_context("spawn")

@@ -70,6 +70,7 @@ def rate(kind: str, pace: Pace, seed: int = 0) -> float:
     return answered / (SECONDS / 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["places", "shared", "thrashing", "refusing"])
 def test_the_pace_is_within_a_fifth_of_the_best_fixed_number(kind: str) -> None:
     best = max(rate(kind, Fixed(number)) for number in FIXED)

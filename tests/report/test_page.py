@@ -288,6 +288,7 @@ def test_the_same_runs_give_the_same_page(runs: list[Path], page: Path, tmp_path
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the chromium browser")
 def test_a_browser_renders_it_without_a_complaint(runs: list[Path], page: Path, tmp_path: Path) -> None:
     write_report([runs[1]], tmp_path / "against.html", against=runs[0])

@@ -448,6 +448,7 @@ def test_real_clip_memories_beat_one_nearest_neighbor() -> None:
     assert np.mean(list(gains.values())) >= 0.13, gains
 
 
+@pytest.mark.long
 @needs_data
 @pytest.mark.parametrize(("shots", "gain"), [pytest.param(1, 0.0, marks=SLOW), (4, 0.07), pytest.param(16, 0.03, marks=SLOW)])
 def test_real_grocery_embeddings_beat_one_nearest_neighbor(shots: int, gain: float) -> None:

@@ -23,6 +23,7 @@ def settings(lab: Lab, **sections: Any) -> Config:
     return lab.settings(**{name: {**known.get(name, {}), **sections.get(name, {})} for name in {**known, **sections}})
 
 
+@pytest.mark.long
 def test_boxes_find_themselves_in_a_memory_of_boxes(lab: Lab, tmp_path: Path) -> None:
     own = settings(lab)
     built = build.build_memory(lab.session, own, fresh=True)

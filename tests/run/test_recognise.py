@@ -304,6 +304,7 @@ def test_building_twice_changes_nothing(lab: Lab) -> None:
     np.testing.assert_array_equal(again.vectors, entries.vectors)
 
 
+@pytest.mark.long
 def test_coverage_shortens_the_lists(lab: Lab, tmp_path: Path) -> None:
     folder, _ = lab.run(lab.settings(corpus={"limit": 40}, route={"coverage": 0.6}), tmp_path / "run")
     asked = [row for row in rows(folder) if row["rank_status"] == "ranked"]

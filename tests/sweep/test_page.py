@@ -17,7 +17,7 @@ from tests.browser import browser, needs_chromium
 from tests.sweep.test_board import GRID, results
 
 __all__ = ["browser"]  # a fixture
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.long]
 FOUND = results({"text": 0.3, "retriever": 0.4, "rar": 0.9})
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 

@@ -14,6 +14,7 @@ from rar.sweep import grid, replay, sources
 from tests.conftest import SHARED_DATA, needs_shared_data
 
 
+@pytest.mark.long
 @needs_shared_data
 def test_cells_of_recorded_answers_agree_with_the_bench(tmp_path: Path) -> None:
     made = grid.load("recorded")

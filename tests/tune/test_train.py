@@ -95,6 +95,7 @@ def test_an_adapter_is_trained_and_serves(job: Callable[..., Job], llava: str, t
     assert len(lines) == 7 and lines[0].startswith("step,loss") and lines[3].count(",") == 5 and lines[6].split(",")[4]
 
 
+@pytest.mark.long
 def test_the_last_step_is_judged_too(job: Callable[..., Job]) -> None:
     given = job(max_steps=4)
     train.work(given)
@@ -151,6 +152,7 @@ def test_accumulated_passes_are_one_batch(job: Callable[..., Job]) -> None:
     assert losses_of(cut) == pytest.approx(losses_of(one), abs=1e-4)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_ends_it_and_keeps_the_last_checkpoint(job: Callable[..., Job]) -> None:
     wild = job(max_steps=9, check_every=1, learning_rate=1e30, warmup=0.0, patience=99)
     with pytest.raises(UserError, match=r"is no number at step \d+: lower tune.learning_rate; .* the last good checkpoint"):
