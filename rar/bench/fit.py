@@ -28,7 +28,7 @@ Row = dict[str, Any]
 def run(
     classes: Sequence[int] = CLASSES, shots: int = 4, dim: int = 512, repeats: int = 3, modes: Sequence[Mode] = MODES
 ) -> Row:
-    """sizes.N.MODE: `seconds` (median), and `peak_mib`, the most that the process held, of it `vectors_mib` before the fit."""
+    """sizes.N.MODE: `seconds` (median), and what the process held before (`before_mib`, vectors and libraries) and at most."""
     result: Row = {"shots": shots, "dim": dim, "repeats": repeats, "sizes": {}}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process a fit: a peak is forgotten
         for count in classes:
@@ -47,7 +47,7 @@ def fitted(mode: Mode, classes: int, shots: int, dim: int, repeats: int) -> Row:
         started = time.perf_counter()
         fit_head(mode, images, names)
         seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds), "vectors_mib": before, "peak_mib": memory_mib(os.getpid(), "VmHWM")}
+    return {"seconds": statistics.median(seconds), "before_mib": before, "peak_mib": memory_mib(os.getpid(), "VmHWM")}
 
 
 def entries(vectors: np.ndarray, shots: int) -> Entries:

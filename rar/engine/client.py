@@ -88,7 +88,7 @@ def deploy_online(session: Session, settings: config.Ranker, online: config.Serv
     messages = 2 * online.max_gateways
     limits = {"max_ongoing_requests": messages, "max_queued_requests": -1}  # it is the gateways that refuse
     scale = {
-        "target_ongoing_requests": messages,
+        "target_ongoing_requests": 2,  # of however many gateways run
         "upscale_delay_s": online.upscale_delay_s,
         "downscale_delay_s": online.downscale_delay_s,
         "metrics_interval_s": 1.0,

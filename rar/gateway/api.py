@@ -178,8 +178,7 @@ def create_app(backend: Backend, online: config.Serve, token_digest: bytes | Non
             """Rank candidates by how well they name what the image shows."""
             query = await body.read(request, RankRequest)
             check_names(query.candidates, online)
-            image = await picture(query, online)
-            ranking = await backend.rank(image, query.candidates, query.adapter)
+            ranking = await backend.rank(await picture(query, online), query.candidates, query.adapter)
             return ranked(query.candidates, ranking)
 
     if "recognize" in online.endpoints:
@@ -193,21 +192,7 @@ def create_app(backend: Backend, online: config.Serve, token_digest: bytes | Non
         @app.post("/classify", responses=wrong, dependencies=bearer, openapi_extra=_accepts(ClassifyRequest))
         async def classify(request: Request) -> ClassifyResponse:
             """Name what several images show; one that cannot be read costs the others nothing."""
-            query = await body.read(request, ClassifyRequest)
-            if len(query.images) > online.max_pictures:
-                raise HTTPException(422, f"images: {len(query.images):,}; this server takes at most {online.max_pictures}")
-            check_adapter(query.adapter, online)
-
-            async def one(image: bytes) -> Classified:
-                try:
-                    found = await backend.recognize(sized(image, online), query.adapter)
-                except RowError as error:
-                    return Classified(answer=None, error=f"image: {error}")
-                except HTTPException as error:
-                    return Classified(answer=None, error=str(error.detail))
-                return Classified(answer=recognized(found), error=None)
-
-            return ClassifyResponse(pictures=list(await asyncio.gather(*map(one, query.images))))
+            return await classified(await body.read(request, ClassifyRequest), backend, online)
 
     if "detect" in online.endpoints:
 
@@ -318,6 +303,23 @@ async def picture(query: Picture, online: config.Serve) -> bytes:
     if (query.image is None) == (query.image_url is None):
         raise HTTPException(422, "give one of `image` (base64) and `image_url`")
     return sized(query.image if query.image is not None else await fetch(str(query.image_url), online), online)
+
+
+async def classified(query: ClassifyRequest, backend: Backend, online: config.Serve) -> ClassifyResponse:
+    if len(query.images) > online.max_pictures:
+        raise HTTPException(422, f"images: {len(query.images):,}; this server takes at most {online.max_pictures}")
+    check_adapter(query.adapter, online)
+
+    async def one(image: bytes) -> Classified:
+        try:
+            found = await backend.recognize(sized(image, online), query.adapter)
+        except RowError as error:
+            return Classified(answer=None, error=f"image: {error}")
+        except HTTPException as error:
+            return Classified(answer=None, error=str(error.detail))
+        return Classified(answer=recognized(found), error=None)
+
+    return ClassifyResponse(pictures=list(await asyncio.gather(*map(one, query.images))))
 
 
 def check_adapter(name: str, online: config.Serve) -> None:

@@ -24,7 +24,7 @@ from rar.run import build, steps
 from rar.run.vocabulary import Vocabulary
 from rar.run.work import Work
 from rar.runfolder import RunFolder
-from rar.schema import ERRORS, RowError
+from rar.schema import ERRORS, RowError, Unavailable, UserError
 
 COUNT, SIDE = 4, 96  # neighbors of a prediction; longest side of a picture, pixels
 NEIGHBORS = pa.schema(
@@ -77,8 +77,10 @@ def _pictures(settings: Config, vocabulary: Vocabulary, hits: Hits) -> dict[str,
     """Content id -> small JPEG of the entries found, as far as the support set still has them."""
     contents = {_content(entry) for row in hits.entry_ids for entry in row}
     names = {vocabulary.names[one] for one in np.unique(hits.class_ids).tolist() if one in vocabulary.names}
-    support = build.plan(settings).support
-    support = support.filter(pc.is_in(support["label"], pa.array(sorted(names), pa.string())))
+    try:
+        support = pipeline.in_a_worker(_support_of, settings, sorted(names))
+    except (UserError, Unavailable):  # it served to build the memory, and may be gone since
+        return {}
     if not support.num_rows:
         return {}
     shards = pipeline.shards_of(support, pipeline.evenly(support, settings.run.shard_size))
@@ -96,6 +98,11 @@ def _pictures(settings: Config, vocabulary: Vocabulary, hits: Hits) -> dict[str,
 
     table = pipeline.collect(pipeline.plainly(read, small))
     return dict(zip(*(table[name].to_pylist() for name in table.column_names), strict=True)) if table.num_rows else {}
+
+
+def _support_of(settings: Config, names: list[str]) -> pa.Table:
+    support = build.plan(settings).support
+    return support.filter(pc.is_in(support["label"], pa.array(names, pa.string())))
 
 
 def _content(entry: str) -> str:

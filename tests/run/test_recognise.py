@@ -82,6 +82,9 @@ def test_the_memory_s_nearest_pictures_are_kept_for_the_page(
         assert [one.class_name for one in near] == [entries.class_names[place] for place in best]
         files = [photos[entries.entry_ids[place].partition("-")[0]] for place in best]
         assert [one.picture for one in near] == [cards.jpeg(decode(file.read_bytes()), nearest.SIDE) for file in files]
+    gone = lab.settings(memory={"support": {"uri": str(tmp_path / "gone")}})
+    nearest.keep(lab.session, gone, open_memory(lab.session, lab.settings()), folder)
+    assert not read_run(folder.path).neighbors  # the run is as good without
 
 
 def vector_of(file: Path) -> np.ndarray:
