@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from rar.engine.session import Session
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # before ray is imported, as the commands do
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is: two processes of tests share the cores
 
 # A busy machine is no fault of an example: none is timed, neither by itself nor by how long all took to draw.
 hypothesis_settings.register_profile("rar", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("rar")
 
+DEFAULT_MARKS = "not long and not slow and not server"  # as in pyproject.toml
+SHARE_RAY = tuple(f"tests/{folder}/" for folder in ("engine", "gateway", "jobs", "run", "sweep", "tune"))
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 SHARED_CASES = ROOT.parent / "shared" / "cases"
@@ -30,9 +34,27 @@ needs_shared_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs .
 needs_shared_cases = pytest.mark.skipif(not SHARED_CASES.exists(), reason="needs ../shared/cases")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole default suite runs in two processes; what is named, or measures, in this one."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return 2 if whole and config.option.markexpr == DEFAULT_MARKS else 0
+
+
+class Halves(LoadScopeScheduling):
+    """The folders that share one Ray go to one process, in order; modules of the others to whoever is free."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith(SHARE_RAY) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Halves:
+    return Halves(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The gateway's tests come last: they end the Serve that others share, which takes twenty seconds to come up again."""
-    items.sort(key=lambda item: "tests/gateway/" in item.nodeid)
+    """What shares Ray comes first, as it takes longest; the gateway's last of it: they end the Serve that others share, which
+    takes twenty seconds to come up again."""
+    items.sort(key=lambda item: (not item.nodeid.startswith(SHARE_RAY), "tests/gateway/" in item.nodeid))
 
 
 @pytest.fixture(scope="session")

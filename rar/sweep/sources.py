@@ -32,6 +32,7 @@ Source = Callable[[int], Piece]  # seed -> sections of a config
 RECORDED = {"model": "recorded"}  # no hub has such a model
 
 TESTED = 1 / 3  # of each class of recorded embeddings
+FEW = 16  # classes' photos that are drawn before two processes have begun
 
 
 def prepare(name: str, dataset: DataSet, folder: Path, seeds: Sequence[int]) -> Source:
@@ -83,9 +84,13 @@ def draw(world: World, folder: Path) -> Piece:
     specs, parts = vocabulary("novel", world.seed)[: world.classes], {"support": world.support, "test": world.tests}
     if not (folder / "classes.txt").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        with two_processes() as pool:
-            tasks = [(number, part) for number in range(len(specs)) for part in parts]
-            list(pool.map(partial(_photos, world, folder, specs), tasks, chunksize=4))
+        tasks = [(number, part) for number in range(len(specs)) for part in parts]
+        drawing = partial(_photos, world, folder, specs)
+        if len(tasks) < FEW:
+            list(map(drawing, tasks))
+        else:
+            with two_processes() as pool:
+                list(pool.map(drawing, tasks, chunksize=4))
         for part, count in parts.items():
             with (folder / f"{part}.csv").open("w", newline="") as stream:
                 rows = [(f"{part}/{n:03d}-{photo:03d}.png", one.name) for photo in range(count) for n, one in enumerate(specs)]

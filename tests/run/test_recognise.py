@@ -159,6 +159,7 @@ def test_a_run_whose_weights_were_replaced_is_refused_by_name(lab: Lab, tmp_path
 def test_a_resumed_run_gives_the_same_predictions(
     lab: Lab, classified: tuple[RunFolder, dict[str, float]], tmp_path: Path
 ) -> None:
+    shutil.copytree(classified[0].path, tmp_path / "resumed")
     folder, _ = lab.run(lab.settings(), tmp_path / "resumed")
     kept = folder.part("predictions", 0)
     lost = [folder.part("predictions", shard) for shard in (1, 3, 4)]
