@@ -42,7 +42,7 @@ from rar.miniature.data import DRAWN
 from rar.miniature.world import render, rng_of, vocabulary
 from rar.ranker.rank import MllmRanker
 from rar.runfolder import RunFolder
-from rar.schema import Ranking
+from rar.schema import Ranking, Unavailable
 
 QUESTIONS = 96
 CANDIDATES = 5
@@ -134,14 +134,17 @@ def bare_ranker(settings: config.Ranker, questions: Sequence[Question]) -> tuple
 
 
 async def _load(
-    url: str, app: str, questions: list[Question], truth: list[Ranking], seconds: float, clients: int, tally: Tally
+    url: str, name: str, questions: list[Question], truth: list[Ranking], seconds: float, clients: int, tally: Tally
 ) -> None:
     bodies = [one.body for one in questions]
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
+    token = os.environ.get(app.TOKEN, "").strip()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    endless = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=endless) as session:
         until = time.monotonic() + seconds
         asking = [_client(session, f"{url}/rank", bodies, truth, number, until, tally) for number in range(clients)]
-        await asyncio.gather(_watch(app, until, seconds, tally), *asking)
+        await asyncio.gather(_watch(name, until, seconds, tally), *asking)
 
 
 async def _client(
@@ -249,6 +252,8 @@ def _seconds_until_one(app: str, tally: Tally) -> float | None:
 
 
 def _summary(tally: Tally, clients: int) -> dict[str, Any]:
+    if not tally.ended:
+        raise Unavailable(f"the server answered nothing: {dict(tally.statuses)} {tally.lost[:3]}")
     until, begun = tally.killed_at, tally.ended[0]
     calm = sum((begun + until) / 2 <= ended < until for ended in tally.ended)  # the second half of the time before the kill
     growth = {

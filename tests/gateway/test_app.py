@@ -1,6 +1,6 @@
 """The ranker replica in process, and the whole service on a real Ray over real HTTP. The API's own rules are in test_api.
 
-Not covered: GPUs, several nodes and gateways. The load test and the killed replicas are `slow` (rar/bench/load.py).
+Not covered: GPUs, several nodes and gateways. Load and killed replicas are test_load's.
 """
 
 from __future__ import annotations
@@ -335,17 +335,6 @@ def test_batch_jobs_are_served_beside_it(service: Service, ray_session: Session)
     ((ranking,),) = ask([([png()], [["a", "b", "c"]])])
     assert sorted(ranking.order) == [0, 1, 2]
     ray_serve.delete(client.app_name(service.settings.ranker))
-
-
-@pytest.mark.slow
-def test_under_load_nothing_is_lost_and_replicas_come_and_go(ray_session: Session) -> None:
-    ray_serve.shutdown()
-    found = load.run(seconds=60, clients=200)
-    ray_serve.shutdown()
-    assert found["lost"] == found["wrong"] == found["refused_without_retry_after"] == 0, found
-    assert found["killed"] == 1 and found["refused"] > 0 and found["answered"] > 0
-    assert max(found["replicas"]) == 2 and found["seconds_until_one_replica"] is not None
-    assert all(growth < 30 for growth in found["growth_mb"].values()), found["growth_mb"]
 
 
 @pytest.mark.slow
