@@ -113,11 +113,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def harmonic_mean(base: float, novel: float) -> float:
-    """H of base-to-novel work: 2 * base * novel / (base + novel); 0 where both are."""
-    return 2 * base * novel / (base + novel) if base + novel else 0.0
-
-
 def _per_class(values: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
     """Sums of the values and counts, one a class."""
     names, group = np.unique(np.asarray(groups), return_inverse=True)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from rar.evaluation.intervals import (
     accuracy,
-    harmonic_mean,
     holm,
     mcnemar,
     mean_per_class,
@@ -137,7 +136,3 @@ def test_holm_against_its_stepwise_rule(p_values: list[float]) -> None:
 
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-
-
-def test_harmonic_mean() -> None:
-    assert harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3) and harmonic_mean(0, 0) == 0
