@@ -74,7 +74,7 @@ def test_claims_say_where_ours_falls_short() -> None:
     good = board.board(GRID, results({"text": 0.3, "retriever": 0.4, "rar": 0.9})).claims
     assert any("is at or above all arms" in one for one in good) and "is nowhere below its retriever" in good[-1]
     bad = board.board(GRID, results({"text": 0.95, "retriever": 0.9, "rar": 0.4})).claims
-    assert "is below text" in bad[0] and "is below its retriever on easy at 1 shots" in bad[-1]
+    assert "is below `text`" in bad[0] and "is below its retriever on easy at 1 shots" in bad[-1]
 
 
 def test_each_top_k_is_compared_with_its_own_retriever() -> None:
@@ -84,7 +84,7 @@ def test_each_top_k_is_compared_with_its_own_retriever() -> None:
     found = [one._replace(cell=replace(one.cell, top_k=k)) for k, some in ((3, bad), (5, good)) for one in some]
     said = board.board(grid, found).claims
     assert len(said) == 2 * (2 + 1)
-    assert all("`rar/k3`" in line and "below" in line for line in said[:3]) and "retriever/k3 (" in said[0]
+    assert all("`rar/k3`" in line and "below" in line for line in said[:3]) and "`retriever/k3` (" in said[0]
     assert all("`rar/k5`" in line for line in said[3:]) and "is at or above all arms" in said[3]
     assert "is nowhere below its retriever" in said[5]
 
