@@ -70,7 +70,8 @@ CODE = (
     *ANSWERING,
     *("boxes.py", "columns.py", "fusion.py", "crops", "encoder", "memory", "retriever"),
     *("engine/stages.py", "engine/reading.py", "engine/models.py", "engine/entering.py", "engine/choosing.py"),
-    *("corpus/listing.py", "corpus/tars.py", "corpus/vectors.py", "run/calibrate.py", "run/recognise.py", "run/steps.py"),
+    *("corpus/frame.py", "corpus/listing.py", "corpus/tars.py", "corpus/vectors.py"),
+    *("run/calibrate.py", "run/fitting.py", "run/recognise.py", "run/steps.py"),
 )
 MEASURING = ("evaluation", "run/measure.py", "fusion.py")
 WHOLE_BYTES = 64 << 20

@@ -262,10 +262,14 @@ def waiters(session: Session, settings: config.Ranker) -> int | None:
     return 2 * settings.max_replicas if session.joined and settings.method not in ("none", "endpoint") else None
 
 
-def estimate_prior(settings: config.Ranker, images: list[bytes], names: list[list[str]]) -> Prior:
+def estimate_prior(session: Session, settings: config.Ranker, images: list[bytes], names: list[list[str]]) -> Prior:
     """The label prior by a ranker application that runs, for lists of every length up to the longest."""
     counts = list(range(2, max(map(len, names), default=1) + 1))
-    return serve.get_app_handle(app_name(settings)).prior.remote(images, names, counts).result()
+    asked = serve.get_app_handle(app_name(settings)).prior.remote(images, names, counts)
+    try:
+        return asked.result(timeout_s=session.patience_s)
+    except TimeoutError:
+        raise Unavailable(f"the ranker gave no label prior within run.patience_s {session.patience_s:g}") from None
 
 
 class Full(Exception):

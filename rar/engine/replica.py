@@ -136,11 +136,32 @@ class RankerReplica:
         ]
 
     async def prior(self, images: list[bytes], names: list[list[str]], counts: list[int]) -> Prior:
-        """The label prior of `ranker.debias: prior`, estimated on images of no known class; counts: lengths of lists."""
+        """The label prior of `ranker.debias: prior`, estimated on images of no known class; counts: lengths of lists.
+
+        Pictures that cannot be decoded, or that the model fails on by themselves, are left out.
+        """
         pixels = await self._decoded(images)
         good = [row for row, picture in enumerate(pixels) if not isinstance(picture, RowError)]
-        shown = ([pixels[row] for row in good], [names[row] for row in good], counts)
-        return await asyncio.get_running_loop().run_in_executor(self.worker, self.ranker.estimate_prior, *shown)
+        shown: list[Any] = [[pixels[row] for row in good], [names[row] for row in good], counts]
+        return await asyncio.get_running_loop().run_in_executor(self.worker, self._estimated, *shown)
+
+    def _estimated(self, images: list[np.ndarray], names: list[list[str]], counts: list[int]) -> Prior:
+        try:
+            return self.ranker.estimate_prior(images, names, counts)
+        except FAULTS:
+            raise
+        except Exception:
+            good = [row for row, picture in enumerate(images) if self._survives(picture, names[row], counts)]
+            if len(good) == len(images):
+                raise
+        return self.ranker.estimate_prior([images[row] for row in good], [names[row] for row in good], counts)
+
+    def _survives(self, picture: np.ndarray, listed: list[str], counts: list[int]) -> bool:
+        try:
+            self.ranker.estimate_prior([picture], [listed], counts)
+        except Exception:
+            return False
+        return True
 
     async def rank_several(self, requests: list[One], adapter: str = "") -> list[Ranking | Exception]:
         """`rank_one` of each; what they raise is told in a RuntimeError of one line, as it must not cost the others theirs."""

@@ -140,5 +140,5 @@ def label_prior(session: Session, settings: Config, work: Work, vocabulary: Voca
         table = pipeline.collect(pipeline.through(rows, "retrieve", vocabulary.retrieve))
         table = table.filter(pc.is_null(table["error"])).sort_by("image_id").slice(0, PRIOR_IMAGES)
         names = [[candidate.class_name for candidate in row] for row in candidates_of(table)]
-        folder.write("prior.json", client.estimate_prior(settings.ranker, table["bytes"].to_pylist(), names))
+        folder.write("prior.json", client.estimate_prior(session, settings.ranker, table["bytes"].to_pylist(), names))
     return folder.read("prior.json")

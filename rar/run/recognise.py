@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from ray.data import Dataset
 
 from rar.columns import fitted, positions
-from rar.config import Config
+from rar.config import LETTERS, Config
 from rar.corpus import coco, looks
 from rar.engine import choosing, client, pipeline, placement, reading
 from rar.engine.session import Session
@@ -34,12 +34,24 @@ from rar.schema import ERRORS, Unavailable, UserError
 def prepare(session: Session, settings: Config) -> Vocabulary:
     """Load the models and open the memory, before anything is written. Raises UserError for what the user must mend."""
     placement.check(session, settings, ranks=True, detects=settings.detect.detector is not None)
+    vocabulary = open_memory(session, settings) if settings.retriever.mode == "all" else None  # it loads no encoder
+    if vocabulary is not None:
+        check_labels(settings, len(vocabulary.names))
     with ThreadPoolExecutor(1) as pool:  # the replica loads while the encoder does
         deployed = pool.submit(client.deploy, session, settings.ranker) if settings.ranker.method != "none" else None
-        vocabulary = open_memory(session, settings)
+        vocabulary = vocabulary or open_memory(session, settings)
         if deployed is not None:
             deployed.result()
     return vocabulary
+
+
+def check_labels(settings: Config, classes: int) -> None:
+    """Raises UserError where letters are too few to show all classes."""
+    if settings.ranker.method == "letters" and classes + settings.ranker.none_of_these > LETTERS:
+        raise UserError(
+            f"ranker.method letters has {LETTERS} labels, too few for retriever.mode all over {classes:,} classes: choose "
+            "another mode, or set ranker.method to likelihood"
+        )
 
 
 def run(

@@ -176,7 +176,7 @@ def test_a_shard_that_kills_its_process_again_and_again_becomes_errors(ray_sessi
     assert "the encoder's process died 3 times on this shard" in found[0]["error"] and found[1]["error"] == "gone"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_application_that_cannot_start_is_one_line_each_time(ray_session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.Ranker(max_new_tokens=9)
     monkeypatch.setattr(client, "RankerReplica", fussy.Faulty)

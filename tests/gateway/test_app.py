@@ -106,6 +106,24 @@ def test_requests_of_one_message_have_faults_of_their_own(replica: RankerReplica
     assert str(found[3]) == "RuntimeError: out of memory"
 
 
+def test_a_picture_that_the_model_fails_on_is_left_out_of_the_label_prior(
+    replica: RankerReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, estimate = [list("abc")] * 3, replica.ranker.estimate_prior
+    without = asyncio.run(replica.prior([png("red"), png("blue")], listed[:2], [2, 3]))
+
+    def fussy(images: Sequence[np.ndarray], names: Sequence[Sequence[str]], counts: Sequence[int]) -> dict[str, list[float]]:
+        if any(image[0, 0].tolist() == [0, 128, 0] for image in images):
+            raise RuntimeError("out of memory")
+        return estimate(images, names, counts)
+
+    monkeypatch.setattr(replica.ranker, "estimate_prior", fussy)
+    assert asyncio.run(replica.prior([png("red"), png("green"), png("blue")], listed, [2, 3])) == without
+    monkeypatch.setattr(replica.ranker, "estimate_prior", lambda *_: 1 / 0 if len(_[0]) > 1 else {})
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(replica.prior([png("red"), png("blue")], listed[:2], [2, 3]))
+
+
 def test_a_gateway_refuses_what_it_has_no_room_for() -> None:
     ask = client.AskOne("no such application", config.Ranker(batch_size=3, max_replicas=2), config.Serve(max_queued=5))
     ask.waiting = 4 * 3 + 5

@@ -173,6 +173,11 @@ def test_a_resumed_run_gives_the_same_predictions(
     assert rows(folder) == rows(classified[0])
 
 
+def test_letters_that_are_too_few_for_all_classes_are_told_before_a_ranker_starts(lab: Lab) -> None:
+    with pytest.raises(UserError, match=r"too few for retriever\.mode all over 120 classes"):
+        recognise.prepare(lab.session, lab.settings(retriever={"mode": "all"}, ranker={"batch_size": 3}))
+
+
 def test_bad_files_become_errors_and_counts_add_up(lab: Lab, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -316,7 +321,7 @@ def test_coverage_shortens_the_lists(lab: Lab, tmp_path: Path) -> None:
     assert folder.stats()["mllm.candidates"] < 5 * len(asked)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_exemplars_are_shown_beside_their_names(
     lab: Lab, tmp_path: Path, classified: tuple[RunFolder, dict[str, float]]
 ) -> None:
