@@ -125,7 +125,9 @@ def _deploy(session: Session, name: str, sections: list[Any], options: dict[str,
         raise error if isinstance(error, Unavailable) else Unavailable("the ranker's application does not answer") from None
     if mistake:
         serve.delete(name)
-        raise mistake if isinstance(mistake, Unavailable) else UserError(f"ranker.model: {mistake}")
+        if isinstance(mistake, Unavailable):
+            raise mistake
+        raise UserError(mistake if mistake.startswith("ranker.") else f"ranker.model: {mistake}")
 
 
 def _runs(name: str, seconds: float) -> bool:
