@@ -246,10 +246,10 @@ def _claims_of(grid: Grid, variant: str, rows: Sequence[Row], pooled: Pooled) ->
         if row.dataset != "average" or ours not in row.entries:
             continue
         others = {arm: one for arm, one in row.entries.items() if arm.removeprefix(arm.partition("/")[0]) == variant}
-        above = [arm for arm, one in others.items() if round(one.value, 3) > round(row.entries[ours].value, 3)]  # as is shown
+        above = [arm for arm, one in others.items() if one.value > row.entries[ours].value]
         at = f"{row.shots} shots" if row.shots else "no shots"
-        named = ", ".join(f"`{arm}` ({row.entries[arm].value:.3f})" for arm in above)
-        value = f"{row.entries[ours].value:.3f}"
+        named = ", ".join(f"`{arm}` ({row.entries[arm].value:.4f})" for arm in above)
+        value = f"{row.entries[ours].value:.4f}"
         said.append(f"On average at {at}: `{ours}` {value} " + (f"is below {named}." if above else "is at or above all arms."))
     below, judged = [], 0
     for (dataset, shots), by_arm in pooled.items():

@@ -173,9 +173,14 @@ def test_a_resumed_run_gives_the_same_predictions(
     assert rows(folder) == rows(classified[0])
 
 
-def test_letters_that_are_too_few_for_all_classes_are_told_before_a_ranker_starts(lab: Lab) -> None:
+def test_letters_that_are_too_few_for_all_classes_are_told_before_a_ranker_starts(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(recognise.client, "deploy", lambda *given: started.append(given))
     with pytest.raises(UserError, match=r"too few for retriever\.mode all over 120 classes"):
-        recognise.prepare(lab.session, lab.settings(retriever={"mode": "all"}, ranker={"batch_size": 3}))
+        recognise.prepare(lab.session, lab.settings(retriever={"mode": "all"}))
+    assert not started
 
 
 def test_bad_files_become_errors_and_counts_add_up(lab: Lab, tmp_path: Path) -> None:
