@@ -12,7 +12,7 @@ from jobs.common import guarded
 from rar.schema import UserError
 
 if TYPE_CHECKING:
-    from rar.gateway.api import DetectResponse, Proposed, RankResponse, RecognizeResponse
+    from rar.gateway.api import CandidateAnswer, DetectResponse, RankResponse, RecognizeResponse
 
 IN_FLIGHT = 8  # pictures; the server ranks together what waits together
 Pictures = Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)]
@@ -78,7 +78,7 @@ async def run(pictures: list[Path], url: str, candidates: list[str], adapter: st
     return 0
 
 
-def chance(named: Proposed | RecognizeResponse) -> str:
+def chance(named: CandidateAnswer | RecognizeResponse) -> str:
     return f"{named.probability:7.1%}  {named.class_name}"
 
 

@@ -84,7 +84,7 @@ def settings_of(out: Path, seed: int, task: str, arm: str) -> Any:
         "route": {"mode": "always" if arm in ALWAYS else "calibrated"},
         **ARMS[arm],
     }
-    return config.build(data)
+    return config.validated(config.Config, data)
 
 
 def _run_arms(out: Path, seed: int, started: float, drawn: Future[None]) -> tuple[dict[str, float], list[Path]]:

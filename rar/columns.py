@@ -34,7 +34,7 @@ def with_candidates(table: pa.Table, found: Sequence[Sequence[Candidate]]) -> pa
     return table.append_column("candidates", pa.array(rows, CANDIDATES))
 
 
-def with_proposed(
+def with_retrieved(
     table: pa.Table, rows: np.ndarray, class_ids: np.ndarray, names: pa.StringArray, columns: np.ndarray, scores: np.ndarray
 ) -> pa.Table:
     """The same from arrays: of the table's `rows` (n,) alone, the others have none.

@@ -505,7 +505,7 @@ class UniqueKeys(yaml.SafeLoader):
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply overrides of the form `dotted.key=value` (values are YAML). Raises UserError."""
-    return build(read(path), overrides)
+    return validated(Config, read(path), overrides)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -524,13 +524,9 @@ def read(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def build(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Validate a mapping as a Config. Raises UserError with one line per mistake's first cause."""
-    return validated(Config, data, overrides)
-
-
 def validated(model: type[Checked], data: dict[str, Any], overrides: Sequence[str] = ()) -> Checked:
-    """Apply overrides to a mapping and validate it as a model of settings. Raises UserError as `build` does."""
+    """Apply overrides to a mapping and validate it as a model of settings. Raises UserError with one line
+    per mistake's first cause."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

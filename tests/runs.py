@@ -144,7 +144,7 @@ def classify_run(root: Path, name: str, group: str, skill: float, seed: int, ran
         [{"row": row["row"], "uri": row["uri"]} | {"label": label} for row, label in zip(rows, [*labels, *"abc"], strict=True)],
         schema.INDEX,
     )
-    settings = config.build({"corpus": {"uri": str(pictures)}, "memory": {"token": "s3cr3t-token"}})
+    settings = config.validated(config.Config, {"corpus": {"uri": str(pictures)}, "memory": {"token": "s3cr3t-token"}})
     made = write_run(root / f"{group.replace('/', '-')}-{name}", "classify", name, group, settings, index, rows)
     return end(made, settings, measure.measured(settings, made, index, boxed=False))
 
@@ -192,7 +192,7 @@ def write_truth(root: Path, scenes: int = 8) -> Path:
 def detect_run(root: Path, truth: Path, name: str, chosen: dict[str, Any], calibration: Calibration | None = None) -> Path:
     """A run over the given boxes, or (`chosen` has `proposals`) over boxes 2 pixels off and one of nothing a picture."""
     rng = np.random.default_rng(7)
-    settings = config.build({"corpus": {"uri": str(truth)}, "detect": chosen})
+    settings = config.validated(config.Config, {"corpus": {"uri": str(truth)}, "detect": chosen})
     index, _ = coco.read_boxes(config.Corpus(uri=str(truth)), config.Detect())
     names = index["box_labels"].to_pylist()
     if settings.detect.proposals is not None:

@@ -26,7 +26,7 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 
 def complaint(data: dict[str, Any], *overrides: str) -> str:
     with pytest.raises(UserError) as raised:
-        config.build(data, overrides)
+        config.validated(config.Config, data, overrides)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -96,13 +96,13 @@ def test_every_key_is_known_and_none_else() -> None:
     ],
 )
 def test_set_overrides_one_key(override: str, section: str, key: str, value: Any) -> None:
-    settings = config.build({"retriever": {"n_neighbors": 3}}, [override])
+    settings = config.validated(config.Config, {"retriever": {"n_neighbors": 3}}, [override])
     assert getattr(getattr(settings, section), key) == value
     assert settings.retriever.n_neighbors == 3
 
 
 def test_set_reaches_sections_that_the_file_lacks() -> None:
-    settings = config.build({}, ["detect.crop.size=64", "corpus.uri=photos", "detect.crop.outside=grey"])
+    settings = config.validated(config.Config, {}, ["detect.crop.size=64", "corpus.uri=photos", "detect.crop.outside=grey"])
     assert settings.detect.crop == config.Crop(size=64, outside="grey")
     assert settings.corpus == config.Corpus(uri="photos")
 
@@ -264,7 +264,7 @@ def test_configs_as_people_have_them(name: str, told: str) -> None:
 @pytest.mark.parametrize("corpus", [{}, {"uri": ""}, {"uri": "a", "dataset": "oxford_pets", "root": "b", "split": "test"}])
 def test_a_corpus_has_one_source(corpus: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"give uri \(where the images lie\) or dataset"):
-        config.build({"corpus": corpus})
+        config.validated(config.Config, {"corpus": corpus})
 
 
 @pytest.mark.parametrize(
@@ -277,5 +277,5 @@ def test_a_corpus_has_one_source(corpus: dict[str, Any]) -> None:
 )
 def test_a_password_in_an_address_is_refused_and_not_repeated(key: str, value: str) -> None:
     with pytest.raises(UserError, match="environment") as caught:
-        config.build({}, [f"{key}={value}"])
+        config.validated(config.Config, {}, [f"{key}={value}"])
     assert key in str(caught.value) and "planted" not in str(caught.value)

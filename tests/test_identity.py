@@ -98,7 +98,7 @@ def some_of(values: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict
 
 
 def with_values(values: dict[str, Any]) -> Config:
-    return config.build({}, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+    return config.validated(config.Config, {}, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
 def fingerprint(of: Config) -> str:

@@ -22,7 +22,7 @@ from rar.schema import ERRORS, INDEX, PREDICTIONS, UserError
 
 
 def configured(*overrides: str) -> config.Config:
-    return config.build({"corpus": {"uri": "photos"}}, overrides)
+    return config.validated(config.Config, {"corpus": {"uri": "photos"}}, overrides)
 
 
 def opened(path: Path, *overrides: str, verb: str = "classify", fresh: bool = False) -> RunFolder:
@@ -64,7 +64,7 @@ def test_a_new_folder_says_what_it_is(tmp_path: Path) -> None:
     assert known["schema_version"] == 2
     assert known["identity"] == identity.of_run(configured("run.seed=7"))
     assert {"python", "rar", "torch", "pymilvus"} <= set(known["versions"])
-    assert config.build(known["config"]) == configured("run.seed=7")  # the token is the only thing left out
+    assert config.validated(config.Config, known["config"]) == configured("run.seed=7")  # the token is the only thing left out
     assert (folder.path / "predictions").is_dir() and (folder.path / "errors").is_dir()
 
 

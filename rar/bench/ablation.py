@@ -61,7 +61,7 @@ def _settings(out: Path, seed: int, detect: Mapping[str, Any], **sections: Any) 
         "run": {"seed": seed},
         **sections,
     }
-    return config.build(data)
+    return config.validated(config.Config, data)
 
 
 def _grid(opened: Session, out: Path, seed: int) -> Iterator[dict[str, Any]]:

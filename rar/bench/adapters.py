@@ -146,7 +146,7 @@ def _trial(
         if mode in ("knn", "tip"):
             exact = ExactIndex(memory.vectors.shape[1])
             exact.upsert(memory.entry_ids, memory.class_ids, memory.class_names, memory.vectors)
-            found = modes.propose_by_votes(head, exact.search, queries, 1, modes.N_NEIGHBORS)
+            found = modes.retrieve_by_votes(head, exact.search, queries, 1, modes.N_NEIGHBORS)
             predicted = head.class_ids[found.columns[:, 0]]
         else:
             predicted = head.class_ids[head.scores(queries).argmax(axis=1)]

@@ -92,7 +92,8 @@ def _settings(folder: Path, data: Path | None, model: str, images: int) -> Confi
         truth, pictures = str(folder / "world" / "scenes.json"), None
     else:
         truth, pictures = str(data / "photos128.json"), str(data / "images")
-    return config.build(
+    return config.validated(
+        config.Config,
         {
             "corpus": {"uri": truth, "images": pictures, "limit": images},
             "memory": {"uri": str(folder / "memory"), "classes": truth},
@@ -101,7 +102,7 @@ def _settings(folder: Path, data: Path | None, model: str, images: int) -> Confi
             "ranker": {"method": "none"},
             "route": {"mode": "always"},
             "run": {"shard_size": 64},
-        }
+        },
     )
 
 

@@ -78,11 +78,12 @@ class Tally:
 
 def run(seconds: float = 60.0, clients: int = 200, max_queued: int = 64) -> dict[str, Any]:
     """Start a server of the miniature MLLM with one to two replicas, load it, and tell what happened."""
-    settings = config.build(
+    settings = config.validated(
+        config.Config,
         {
             "ranker": {"min_replicas": 1, "max_replicas": 2},
             "serve": {"endpoints": ["rank"], "port": free_port(), "max_queued": max_queued, **SCALE},
-        }
+        },
     )
     questions = draw()
     truth, bare = bare_ranker(settings.ranker, questions)

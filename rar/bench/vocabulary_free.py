@@ -92,13 +92,13 @@ def _predict(collection: Collection, memory: Entries, queries: np.ndarray, guess
     nearest = collection.search(queries, 1).entry_ids
     first = dict(zip(memory.entry_ids, memory.class_names, strict=True))
     head = modes.fit_head("knn", memory, None)
-    found = modes.propose_by_votes(head, collection.search, queries, TOP_K, N_NEIGHBORS)
-    proposed = [[one.class_name for one in row] for row in found.candidates(head.class_ids, head.class_names)]
+    found = modes.retrieve_by_votes(head, collection.search, queries, TOP_K, N_NEIGHBORS)
+    retrieved = [[one.class_name for one in row] for row in found.candidates(head.class_ids, head.class_names)]
     return {
         "guess": [names[0] for names in guesses],
         "knn1": [first[one[0]] for one in nearest],
-        "retriever": [names[0] for names in proposed],
-        "ranked": [rank_by_names(*pair)[0] for pair in zip(proposed, guesses, strict=True)],
+        "retriever": [names[0] for names in retrieved],
+        "ranked": [rank_by_names(*pair)[0] for pair in zip(retrieved, guesses, strict=True)],
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from rar import config, fusion
-from rar.columns import candidates_of, rankings_of, vectors_of, with_candidates, with_proposed
+from rar.columns import candidates_of, rankings_of, vectors_of, with_candidates, with_retrieved
 from rar.engine.stages import with_columns
 from rar.memory.collection import Collection
 from rar.retriever import exact, modes
@@ -40,29 +40,29 @@ class Retrieve:
         if not len(rows):
             return with_candidates(self._without_inputs(table), [[]] * table.num_rows)
         head = self.head()
-        found = self._propose(head, table if len(rows) == table.num_rows else table.take(rows))
+        found = self._retrieve(head, table if len(rows) == table.num_rows else table.take(rows))
         names = pa.array(head.class_names, pa.string())
-        return with_proposed(self._without_inputs(table), rows, head.class_ids, names, found.columns, found.scores)
+        return with_retrieved(self._without_inputs(table), rows, head.class_ids, names, found.columns, found.scores)
 
     @staticmethod
     def _without_inputs(table: pa.Table) -> pa.Table:
         return table.drop_columns([name for name in ("vector", "pixels") if name in table.column_names])
 
-    def _propose(self, head: modes.Head, table: pa.Table) -> exact.Proposed:
+    def _retrieve(self, head: modes.Head, table: pa.Table) -> exact.Retrieved:
         settings, n_classes = self.settings, len(head.class_ids)
         if settings.mode == "all":
             shape = (table.num_rows, n_classes)
-            return exact.Proposed(
+            return exact.Retrieved(
                 np.tile(np.arange(n_classes), (shape[0], 1)), np.full(shape, -math.log(n_classes), np.float32)
             )
         queries, top_k = vectors_of(table), min(settings.top_k, n_classes)
         if settings.mode in ("knn", "tip"):
             asked = (queries, top_k, settings.n_neighbors, settings.sharpness)
-            return modes.propose_by_votes(head, self.images.search, *asked).shares()
+            return modes.retrieve_by_votes(head, self.images.search, *asked).shares()
         if n_classes <= self.exact_up_to:
-            return exact.propose(head, queries, top_k)
+            return exact.retrieve(head, queries, top_k)
         hits = self.classes.search(modes.augment(queries), min(max(top_k, SHARE_DEPTH), n_classes))
-        return modes.propose_from_hits(hits, head.class_ids, top_k)
+        return modes.retrieve_from_hits(hits, head.class_ids, top_k)
 
 
 SHARE_DEPTH = 64
@@ -96,22 +96,22 @@ class Rank:
         self.ask, self.calibration, self.batch = ask, calibration, batch
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        proposed = candidates_of(table)
-        rankings = [Ranking(tuple(range(len(candidates))), RankStatus.SKIPPED) for candidates in proposed]
-        shown = [fusion.n_shown(candidates, self.calibration) for candidates in proposed]
+        retrieved = candidates_of(table)
+        rankings = [Ranking(tuple(range(len(candidates))), RankStatus.SKIPPED) for candidates in retrieved]
+        shown = [fusion.n_shown(candidates, self.calibration) for candidates in retrieved]
         rows = [row for row, count in enumerate(shown) if count]
         if self.ask is not None and rows:
             images = table["bytes"].take(rows).to_pylist()
-            names = [[candidate.class_name for candidate in proposed[row][: shown[row]]] for row in rows]
+            names = [[candidate.class_name for candidate in retrieved[row][: shown[row]]] for row in rows]
             starts = range(0, len(rows), self.batch)
             batches = [(images[s : s + self.batch], names[s : s + self.batch]) for s in starts]
             answers = self.ask(batches)
             if answers is None:
                 return self(table.slice(0, 0))
             for row, ranking in zip(rows, (ranking for answered in answers for ranking in answered), strict=True):
-                rankings[row] = fusion.among(ranking, len(proposed[row]))
+                rankings[row] = fusion.among(ranking, len(retrieved[row]))
         else:
-            shown = [0] * len(proposed)
+            shown = [0] * len(retrieved)
         columns = {
             "ranking": pa.array([ranking.order for ranking in rankings], pa.list_(pa.int64())),
             "rank_status": pa.array([ranking.status.value for ranking in rankings], pa.string()),

@@ -32,9 +32,10 @@ from rar.engine.actors import free_resources
 from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.exemplars import Exemplars
 from rar.engine.isolate import reason
-from rar.engine.replica import Batch, One, Prior, RankerReplica
+from rar.engine.replica import Batch, One, RankerReplica
 from rar.engine.session import Session
 from rar.ranker.cache import AnswerCache
+from rar.ranker.debias import Prior
 from rar.schema import Ranking, Unavailable, UserError
 
 DRAIN_S = 30.0

@@ -34,10 +34,10 @@ from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.exemplars import Exemplars, Pictures, Place
 from rar.engine.isolate import Isolate, reason
 from rar.engine.models import free_gpu_memory
+from rar.ranker.debias import Prior
 from rar.schema import Ranking, RankStatus, RowError, Unavailable, UserError
 
 Batch = tuple[list[bytes], list[list[str]]]  # encoded images, candidates' names of each
-Prior = dict[str, list[float]]  # length of a list -> log-probability of each label on any picture
 One = tuple[bytes, list[str]]  # an encoded image, its candidates' names
 CHARS_PER_TOKEN = 3.0  # of candidates' names; what a picture and the prompt cost is learned from the answers
 FIRST_GUESS = 512.0  # tokens of a picture and its prompt before the first answer

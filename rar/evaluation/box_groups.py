@@ -48,7 +48,7 @@ def group_accuracies(found: Outcomes, groups: Mapping[str, np.ndarray]) -> dict[
     values: dict[str, float] = {}
     for group, members in groups.items():
         rows = members & found.labelled
-        for name, hits in ("top1", found.correct), ("candidate_recall", found.proposed):
+        for name, hits in ("top1", found.correct), ("candidate_recall", found.recalled):
             values |= _share(f"{name}_{group}", hits[rows])
     return values
 

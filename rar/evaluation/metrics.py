@@ -32,7 +32,7 @@ class Outcomes(NamedTuple):
     correct: np.ndarray  # the prediction is the true name
     correct_at_5: np.ndarray  # the true name is among the first five of the final order
     retriever_correct: np.ndarray  # the retriever's first candidate is the true name
-    proposed: np.ndarray  # the true name is among the candidates
+    recalled: np.ndarray  # the true name is among the candidates
     asked: np.ndarray  # the ranker was asked, whatever came of it
 
 
@@ -96,7 +96,7 @@ def summary(rows: Judged, vocabulary: Collection[str] | None = None) -> dict[str
     found, statuses = rows.outcomes, rows.statuses
     names, groups = codes(rows.labels.drop_null())
     correct, retriever = found.correct[found.labelled], found.retriever_correct[found.labelled]
-    contested = found.proposed & found.asked
+    contested = found.recalled & found.asked
     _, class_low, class_high = accuracy(correct, groups, seed=0)
     values = {
         **_accuracy("top1", correct),
@@ -105,7 +105,7 @@ def summary(rows: Judged, vocabulary: Collection[str] | None = None) -> dict[str
         **_with_interval("mean_per_class", *mean_per_class(correct, groups, seed=0)),
         **_accuracy("top5", found.correct_at_5[found.labelled]),
         **_accuracy("retriever_top1", retriever),
-        **_accuracy("candidate_recall", found.proposed[found.labelled]),
+        **_accuracy("candidate_recall", found.recalled[found.labelled]),
         **_accuracy("conditional_rank_accuracy", found.correct[contested]),
         **_with_interval("rank_gain", *paired_difference(correct, retriever, groups, seed=0)),
         "flips_won": float(np.sum(correct & ~retriever)),
@@ -141,7 +141,7 @@ def outcomes(predictions: pa.Table, truth: Truth) -> Outcomes:
         correct=correct,
         correct_at_5=final < 5,
         retriever_correct=retrieved == 0,
-        proposed=retrieved != ABSENT,
+        recalled=retrieved != ABSENT,
         asked=~_true(pc.equal(predictions["rank_status"], RankStatus.SKIPPED.value)),
     )
 
@@ -152,7 +152,7 @@ def per_class(predictions: pa.Table, truth: Truth) -> pa.Table:
     names, group = codes(_as_labels(truth).drop_null())
     images = np.bincount(group, minlength=len(names))
     correct = np.bincount(group, weights=found.correct[found.labelled], minlength=len(names))
-    proposed = np.bincount(group, weights=found.proposed[found.labelled], minlength=len(names))
+    recalled = np.bincount(group, weights=found.recalled[found.labelled], minlength=len(names))
     intervals = [wilson(int(right), int(total)) for right, total in zip(correct, images, strict=True)]
     return pa.table(
         {
@@ -161,7 +161,7 @@ def per_class(predictions: pa.Table, truth: Truth) -> pa.Table:
             "top1": pa.array(correct / images, pa.float64()),
             "ci_low": pa.array([low for low, _ in intervals], pa.float64()),
             "ci_high": pa.array([high for _, high in intervals], pa.float64()),
-            "candidate_recall": pa.array(proposed / images, pa.float64()),
+            "candidate_recall": pa.array(recalled / images, pa.float64()),
         }
     )
 
@@ -245,8 +245,8 @@ def _places(predictions: pa.Table, names: pa.Array) -> tuple[np.ndarray, np.ndar
     ranked[(start + ranking)[inside]] = retrieved[inside]
     if (ranked < 0).any():
         raise ValueError("a ranking is not a permutation of its candidates' positions")
-    proposed = pc.struct_field(pc.list_flatten(candidates), "class_name")
-    hits = np.flatnonzero(_true(pc.equal(proposed, names.take(pa.array(parent)))))
+    recalled = pc.struct_field(pc.list_flatten(candidates), "class_name")
+    hits = np.flatnonzero(_true(pc.equal(recalled, names.take(pa.array(parent)))))
     places = []
     for place in (retrieved, ranked):
         best = np.full(len(counts), ABSENT)

@@ -130,7 +130,7 @@ class RankResponse(BaseModel):
     usage: Usage
 
 
-class Proposed(BaseModel):
+class CandidateAnswer(BaseModel):
     class_id: int
     class_name: str
     score: float = Field(description="the retriever's")
@@ -141,7 +141,7 @@ class RecognizeResponse(BaseModel):
     class_id: int
     class_name: str
     probability: float
-    candidates: list[Proposed] = Field(description="in the retriever's order")
+    candidates: list[CandidateAnswer] = Field(description="in the retriever's order")
     ranking: list[int] = Field(description="positions in `candidates`, best first")
     status: RankStatus = Field(description="`skipped`: the retriever was sure enough, the MLLM was not asked")
     usage: Usage
@@ -266,7 +266,7 @@ def recognized(found: Recognised) -> RecognizeResponse:
         class_name=found.candidates[best].class_name,
         probability=found.probabilities[best],
         candidates=[
-            Proposed(class_id=c.class_id, class_name=c.class_name, score=c.score, probability=chance)
+            CandidateAnswer(class_id=c.class_id, class_name=c.class_name, score=c.score, probability=chance)
             for c, chance in zip(found.candidates, found.probabilities, strict=True)
         ],
         ranking=list(found.order),

@@ -39,9 +39,9 @@ from rar.engine import client, reading
 from rar.engine.actors import Pool
 from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.exemplars import Exemplars, Pictures
-from rar.engine.replica import Prior
 from rar.engine.session import Session
 from rar.gateway import api
+from rar.ranker.debias import Prior
 from rar.run import build, recognise
 from rar.run.calibrate import PRIOR_IMAGES, calibrate, exemplars, label_prior, support_places
 from rar.run.vocabulary import Vocabulary, open_memory
@@ -79,7 +79,7 @@ class Cluster:
         self.ask = client.AskOne(ranker, settings.ranker, settings.serve) if ranker else None
         self.worker = ThreadPoolExecutor(1)
         self.pictures = Pictures(SUPPORT_BYTES)
-        self.propose = Batcher(self._propose, self._fits, WAIT_S)
+        self.retrieve = Batcher(self._retrieve, self._fits, WAIT_S)
 
     async def rank(self, image: bytes, names: list[str], adapter: str) -> Ranking:
         async with self._patience():
@@ -87,7 +87,7 @@ class Cluster:
 
     async def recognize(self, image: bytes, adapter: str) -> api.Recognised:
         async with self._patience():
-            return await self._decided(image, await self.propose(image), adapter)
+            return await self._decided(image, await self.retrieve(image), adapter)
 
     async def detect(self, image: bytes, boxes_xyxy: list[Box], adapter: str) -> list[api.Recognised]:
         async with self._patience():
@@ -153,7 +153,7 @@ class Cluster:
     def _fits(self, images: list[bytes]) -> bool:
         return len(images) <= self.settings.encoder.batch_size
 
-    async def _propose(self, images: list[bytes]) -> list[list[Candidate] | Exception]:
+    async def _retrieve(self, images: list[bytes]) -> list[list[Candidate] | Exception]:
         return await self._candidates(arrived(images))
 
     def _cropped(self, image: bytes, boxes_xyxy: list[Box]) -> pa.Table:

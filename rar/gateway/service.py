@@ -46,7 +46,7 @@ class Service:
         self.thread.submit(self.kept.close).result()
 
 
-def build(arguments: dict[str, str]) -> Application:
+def application(arguments: dict[str, str]) -> Application:
     """What Serve calls with `args` of its config: config, out."""
     deployment = ray_serve.deployment(
         name="service",

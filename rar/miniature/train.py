@@ -60,7 +60,7 @@ def train(out: Path, cache: Path, steps: dict[str, int], seed: int) -> dict[str,
         heads = train_tower.train(clip64, images, steps["tower"], seed)
     tokenizer = train_mllm.mllm_tokenizer()
     torch.manual_seed(seed)
-    mllm = train_mllm.build(len(tokenizer), int(tokenizer.convert_tokens_to_ids("<image>")))  # type: ignore[arg-type]
+    mllm = train_mllm.new_model(len(tokenizer), int(tokenizer.convert_tokens_to_ids("<image>")))  # type: ignore[arg-type]
     train_mllm.start_tower(mllm, clip64)
     confusions = train_mllm.Confusions(train_clip.embed(retriever, pixels), _texts(retriever, specs))
     with _timed(seconds, "mllm"):
@@ -119,13 +119,13 @@ def _train_clip(cache: Path, steps: dict[str, int], seed: int, task: tuple[str, 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     images = train_clip.Images(np.load(cache / f"train-{seed}.npy", mmap_mode="r"), all_classes("train"), PER_CLASS)
-    model = train_clip.build(side, patch)
+    model = train_clip.new_model(side, patch)
     train_clip.train(model, images, steps[name], seed)
     return model.state_dict()
 
 
 def _restored(shape: tuple[int, int], state: dict[str, torch.Tensor]) -> open_clip.CLIP:
-    model = train_clip.build(*shape)
+    model = train_clip.new_model(*shape)
     model.load_state_dict(state)
     return model.eval()
 

@@ -51,7 +51,7 @@ def model_config(side: int, patch: int, vocabulary: int) -> dict:
     return {"embed_dim": 128, "vision_cfg": vision, "text_cfg": {**text, "hf_tokenizer_name": "local"}}
 
 
-def build(side: int, patch: int) -> open_clip.CLIP:
+def new_model(side: int, patch: int) -> open_clip.CLIP:
     cfg = model_config(side, patch, len(clip_tokenizer()))
     del cfg["text_cfg"]["hf_tokenizer_name"]  # CLIP's own text tower, whatever the tokenizer
     return open_clip.CLIP(**cfg)

@@ -61,7 +61,7 @@ STAGES = (  # up to which part of the training, share of each kind
 )
 
 
-def build(vocabulary: int, image_token: int, hidden: int = 128) -> LlavaForConditionalGeneration:
+def new_model(vocabulary: int, image_token: int, hidden: int = 128) -> LlavaForConditionalGeneration:
     """An untrained miniature LLaVA."""
     vision = CLIPVisionConfig(
         hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6, image_size=SIDE,

@@ -90,15 +90,15 @@ class Wording(Strict):
 
 
 @cache
-def built_in() -> Wording:
+def standard_wording() -> Wording:
     return Wording.model_validate(yaml.safe_load(BUILT_IN.read_text(encoding="utf-8")))
 
 
 def load_wording(path: str | None) -> Wording:
     """The templates of a file, completed by the built-in ones; None: the built-in ones. Raises UserError for a faulty file."""
     if path is None:
-        return built_in()
-    data, standard = _read(Path(path)), built_in().model_dump()
+        return standard_wording()
+    data, standard = _read(Path(path)), standard_wording().model_dump()
     if "version" not in data:
         raise UserError(f"ranker.prompts {path}: give the file a version, e.g. version: 1")
     for key, value in data.items():

@@ -83,7 +83,7 @@ def _keys(run: RunView, known_by: Sequence[str], without: set[int]) -> dict[tupl
 
 def why(run: RunView, row: int) -> str:
     """A key of WHY: what kept a wrong prediction from being right."""
-    if not run.found.proposed[row]:
+    if not run.found.recalled[row]:
         return "absent"
     if not run.found.asked[row]:
         return "unasked"

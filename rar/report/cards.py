@@ -102,7 +102,7 @@ def _told(run: RunView, row: int, record: dict[str, Any]) -> dict[str, Any]:
     return {
         "truth": run.truth[row],
         "predicted": record["class_name"],
-        "proposed": bool(run.found.proposed[row]),
+        "retrieved": bool(run.found.recalled[row]),
         "status": record["rank_status"],
         "response": record["response"],
         "score": record["score"],
@@ -240,24 +240,24 @@ def candidates_of(record: Mapping[str, Any], truth: str | None, calibration: Cal
     What it did not see has none: all candidates where it was not asked or said nothing, and those beyond the number that the
     calibration lets it see. The scores stored for these only repeat the retriever's order.
     """
-    proposed = [Candidate(**candidate) for candidate in record["candidates"]]
-    values = np.array([candidate.score for candidate in proposed], dtype=np.float64)
+    retrieved = [Candidate(**candidate) for candidate in record["candidates"]]
+    values = np.array([candidate.score for candidate in retrieved], dtype=np.float64)
     spread = values.max() - values.min() if len(values) else 0.0
     bars = 0.1 + 0.9 * (values - values.min()) / spread if spread > 0 else np.ones(len(values))
     asked = record["rank_status"] not in (RankStatus.SKIPPED, RankStatus.FALLBACK)
-    shown = len(proposed) if calibration is None else n_shown(proposed, calibration)
+    shown = len(retrieved) if calibration is None else n_shown(retrieved, calibration)
     seen = np.array(record["scores"][: shown * asked], dtype=np.float64)
     chances = np.exp(seen - seen.max(initial=-math.inf))
     return [
         {
-            "name": proposed[position].class_name,
+            "name": retrieved[position].class_name,
             "score": values[position],
             "bar": bars[position],
             "chance": chances[position] / chances.sum() if position < len(chances) else None,
             "unseen": asked and position >= shown,
             "was": position + 1,
-            "true": proposed[position].class_name == truth,
-            "predicted": proposed[position].class_name == record["class_name"],
+            "true": retrieved[position].class_name == truth,
+            "predicted": retrieved[position].class_name == record["class_name"],
         }
         for position in record["ranking"]
     ]

@@ -25,7 +25,7 @@ SPARE = 4  # classes looked at beyond the asked ones, before it is known how man
 
 
 @dataclass(frozen=True, eq=False)
-class Proposed:
+class Retrieved:
     """Candidates of N rows, best first. columns: (N, k) int64 positions among a head's classes, -1 where a row has fewer.
 
     scores: (N, k) float32, -inf there.
@@ -45,14 +45,14 @@ class Proposed:
             for columns, scores in zip(self.columns.tolist(), self.scores.tolist(), strict=True)
         ]
 
-    def shares(self) -> Proposed:
+    def shares(self) -> Retrieved:
         """Logits as scores -> logs of their softmax over the row's own candidates as scores; the order stays."""
         with np.errstate(invalid="ignore"):  # a row without any
             total = np.logaddexp.reduce(self.scores.astype(np.float64), axis=1, keepdims=True)
-            return Proposed(self.columns, np.where(self.columns >= 0, self.scores - total, -np.inf).astype(np.float32))
+            return Retrieved(self.columns, np.where(self.columns >= 0, self.scores - total, -np.inf).astype(np.float32))
 
 
-def propose(head: Head, queries: np.ndarray, top_k: int) -> Proposed:
+def retrieve(head: Head, queries: np.ndarray, top_k: int) -> Retrieved:
     """The `top_k` best classes of (N, D) float32 queries; a score is the log of the class's share of the whole vocabulary."""
     n_classes, dim = head.weights.shape
     top_k = min(top_k, n_classes)
@@ -61,7 +61,7 @@ def propose(head: Head, queries: np.ndarray, top_k: int) -> Proposed:
     for start in range(0, len(queries), step):
         block = slice(start, start + step)
         columns[block], scores[block] = _best(head, np.asarray(queries[block], np.float32), top_k)
-    return Proposed(columns, scores)
+    return Retrieved(columns, scores)
 
 
 def _best(head: Head, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +89,7 @@ def _best(head: Head, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.n
     return columns, logits - np.log(products.sum(axis=1, dtype=np.float64, keepdims=True)) - most
 
 
-def best_of(scores: np.ndarray, top_k: int) -> Proposed:
+def best_of(scores: np.ndarray, top_k: int) -> Retrieved:
     """The `top_k` best columns of (N, C) float32 scores, ties by column; -inf is no candidate."""
     scores = np.asarray(scores, np.float32)
     n_rows, n_classes = scores.shape
@@ -103,7 +103,7 @@ def best_of(scores: np.ndarray, top_k: int) -> Proposed:
         order = np.lexsort((chosen, -values), axis=1)[:, :top_k]
         columns[rows], found[rows] = np.take_along_axis(chosen, order, 1), np.take_along_axis(values, order, 1)
         pending, count = pending[~sure], min(4 * count, n_classes)
-    return Proposed(np.where(found > -np.inf, columns, -1), found)
+    return Retrieved(np.where(found > -np.inf, columns, -1), found)
 
 
 def _shortlist(scores: np.ndarray, top_k: int, count: int, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

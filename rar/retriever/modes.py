@@ -18,7 +18,7 @@ import numpy as np
 
 from rar.memory.entries import Entries, Hits
 from rar.retriever import heads, votes
-from rar.retriever.exact import Proposed, best_of
+from rar.retriever.exact import Retrieved, best_of
 from rar.retriever.heads import MODES, Head, Mode, StoredHead, augment
 from rar.retriever.votes import Rule
 
@@ -139,14 +139,14 @@ def _held_out_neighbors(problem: heads.Problem, rows: np.ndarray, depth: int | N
     return votes.nearest(cosines, np.where(hidden, -1, problem.labels[None]))
 
 
-def propose_by_votes(
+def retrieve_by_votes(
     head: Head,
     search: Callable[[np.ndarray, int], Hits],
     queries: np.ndarray,
     top_k: int,
     n_neighbors: int,
     sharpness: float | None = None,
-) -> Proposed:
+) -> Retrieved:
     """Candidates of knn and tip: `search`(queries, k) finds the image entries that vote, `head` (see fit_head) does the rest.
 
     The search goes deeper than n_neighbors where entries tie there, and (knn) until top_k classes are found or all entries.
@@ -155,7 +155,7 @@ def propose_by_votes(
     rule = fitted.with_sharpness(sharpness)
     sizes = np.rint(np.exp(-head.bias / fitted.scale)) if rule.kind == "knn" else np.zeros_like(head.bias)
     top_k = min(top_k, len(head.class_ids))
-    found = Proposed(np.full((len(queries), top_k), -1), np.full((len(queries), top_k), -np.inf, np.float32))
+    found = Retrieved(np.full((len(queries), top_k), -1), np.full((len(queries), top_k), -np.inf, np.float32))
     pending, depth = np.arange(len(queries)), n_neighbors + 1
     while len(pending):
         depth = min(depth, MAX_DEPTH)
@@ -196,7 +196,7 @@ def _n_distinct(columns: np.ndarray) -> np.ndarray:
     return ((np.diff(ordered, axis=1, prepend=-1) != 0) & (ordered >= 0)).sum(axis=1)
 
 
-def propose_from_hits(hits: Hits, class_ids: np.ndarray, top_k: int) -> Proposed:
+def retrieve_from_hits(hits: Hits, class_ids: np.ndarray, top_k: int) -> Retrieved:
     """What a search of a stored head found, a class a hit: best first, ties by class id. class_ids: the head's.
 
     A score is the log of the class's share of the hits, which stand for the whole vocabulary.
@@ -205,4 +205,4 @@ def propose_from_hits(hits: Hits, class_ids: np.ndarray, top_k: int) -> Proposed
     total = np.logaddexp.reduce(hits.scores.astype(np.float64), axis=1, keepdims=True)
     order = np.lexsort((columns, -hits.scores), axis=1)[:, :top_k]
     scores = np.take_along_axis(hits.scores - total, order, 1).astype(np.float32)
-    return Proposed(np.take_along_axis(columns, order, 1), scores)
+    return Retrieved(np.take_along_axis(columns, order, 1), scores)

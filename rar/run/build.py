@@ -106,7 +106,7 @@ def build_memory(session: Session, settings: Config, *, fresh: bool, known: Know
     else:
         draft.drop()
     if not named:
-        changes.remarks.extend(_never_proposed(planned, base))
+        changes.remarks.extend(_never_retrieved(planned, base))
     found = catalog.find(address, settings.memory.name, None, settings.memory.token)
     _ensure_head(settings, address, found.generation, meta)
     failed = pa.concat_tables([planned.faults, _failed(images, planned) if images.num_rows else ERRORS.empty_table()])
@@ -120,7 +120,7 @@ def build_memory(session: Session, settings: Config, *, fresh: bool, known: Know
     return Built(rows, failed, metrics, seconds, changes.remarks)
 
 
-def _never_proposed(planned: Plan, base: dict[str, Collection]) -> list[str]:
+def _never_retrieved(planned: Plan, base: dict[str, Collection]) -> list[str]:
     """A line on the classes of which a memory without names has no picture; [] where there are none."""
     pictured = set(planned.support["label"].unique().to_pylist()) | (
         set(base["images"].classes()) if "images" in base else set()

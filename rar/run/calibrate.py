@@ -15,8 +15,8 @@ from rar.columns import candidates_of, rankings_of
 from rar.config import Config
 from rar.engine import choosing, client, pipeline, reading
 from rar.engine.exemplars import Exemplars
-from rar.engine.replica import Prior
 from rar.engine.session import Session
+from rar.ranker.debias import Prior
 from rar.run import build, fitting, steps
 from rar.run.vocabulary import PARTS, Vocabulary, collection
 from rar.run.work import Work
@@ -59,15 +59,15 @@ def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prio
     read = read.materialize()
     ids = pipeline.collect(pipeline.plainly(read, lambda table: table.select(["image_id"])))
     image_ids = sorted(set(ids["image_id"].drop_null().to_pylist()))
-    proposed, truth, groups = held_out_candidates(session, settings, vocabulary, image_ids)
-    if len(proposed) < FEW_IMAGES:
-        print(f"  calibrated on {len(proposed)} images alone; {FEW_IMAGES} and more are wanted", file=sys.stderr, flush=True)
-    rows = pipeline.through(read, "recall", choosing.Recall(proposed))
+    retrieved, truth, groups = held_out_candidates(session, settings, vocabulary, image_ids)
+    if len(retrieved) < FEW_IMAGES:
+        print(f"  calibrated on {len(retrieved)} images alone; {FEW_IMAGES} and more are wanted", file=sys.stderr, flush=True)
+    rows = pipeline.through(read, "recall", choosing.Recall(retrieved))
     ask = client.ask(session, settings.ranker, prior, exemplars(settings, support))
     asked = choosing.Rank(ask, PAPER, settings.ranker.batch_size)
     table = pipeline.collect(pipeline.through(rows, "rank", asked, client.waiters(session, settings.ranker)))
     table = table.sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
-    table = table.filter(pc.is_in(table["image_id"], pa.array(list(proposed), pa.string())))
+    table = table.filter(pc.is_in(table["image_id"], pa.array(list(retrieved), pa.string())))
     labels, alike = ([of[image_id] for image_id in table["image_id"].to_pylist()] for of in (truth, groups))
     kept = table["scores"].cast(pa.list_(pa.float32()))  # as a run folder keeps them
     table = table.set_column(table.column_names.index("scores"), "scores", kept)
@@ -85,8 +85,8 @@ def judged(session: Session, settings: Config, vocabulary: Vocabulary) -> float:
             return fused
     parts = {"images": collection(settings, session.memory_address, "images")}
     ids = sorted({entry.rsplit("-", 1)[0] for entry in parts["images"].entry_ids()} if parts["images"].exists() else set())
-    proposed, truth, _ = held_out_candidates(session, settings, vocabulary, ids)
-    return float(np.mean([row[0].class_id == truth[image_id] for image_id, row in proposed.items()]))
+    retrieved, truth, _ = held_out_candidates(session, settings, vocabulary, ids)
+    return float(np.mean([row[0].class_id == truth[image_id] for image_id, row in retrieved.items()]))
 
 
 def held_out_candidates(

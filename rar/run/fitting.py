@@ -18,7 +18,7 @@ from rar.engine import pipeline
 from rar.memory.collection import Collection, Entries
 from rar.retriever import modes
 from rar.retriever.bursts import groups_of
-from rar.retriever.exact import EXACT_CLASSES, Proposed, best_of
+from rar.retriever.exact import EXACT_CLASSES, Retrieved, best_of
 from rar.retriever.softmax import log_sum_exp
 
 Parts = Mapping[str, Collection]  # images and texts, those that there are
@@ -32,7 +32,7 @@ def fit(settings: Config, mode: modes.Mode, entries: Parts, head: Collection, me
     pipeline.in_a_worker(_fit, settings, mode, entries, head, meta)
 
 
-def held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tuple[list[str], list[int], list[int], Proposed]:
+def held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tuple[list[str], list[int], list[int], Retrieved]:
     """Those of `image_ids` that are among the entries, their classes, their groups of near duplicates (see bursts), and
     candidates by heads fitted without each group.
 
@@ -52,7 +52,7 @@ def _fit(settings: Config, mode: modes.Mode, entries: Parts, head: Collection, m
     head.seal(len(classes))
 
 
-def _held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tuple[list[str], list[int], list[int], Proposed]:
+def _held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tuple[list[str], list[int], list[int], Retrieved]:
     images, texts = entries_of(entries["images"]), entries_of(entries["texts"]) if "texts" in entries else None
     mode, wanted = settings.retriever.mode, set(image_ids)
     assert images is not None and mode != "all"

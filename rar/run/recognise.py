@@ -61,12 +61,12 @@ def run(
     work: Work,
     folder: RunFolder,
     embedded: Dataset | None = None,
-    proposed: Callable[[list[int]], Dataset] | None = None,
+    retrieved: Callable[[list[int]], Dataset] | None = None,
 ) -> dict[str, float]:
     """The whole of a verb in an open session; does only what is not in the folder yet. Returns the metrics.
 
     vocabulary: of `prepare`. embedded: all shards of `work` by `steps.embedded`, where several runs share them.
-    proposed: shards by number, with candidates and encoded bytes (null without a ranker), where several share those.
+    retrieved: shards by number, with candidates and encoded bytes (null without a ranker), where several share those.
     """
     started = time.monotonic()
     folder.pin_memory(vocabulary.digest)
@@ -82,8 +82,8 @@ def run(
     if numbers:
         ask = client.ask(session, settings.ranker, prior, exemplars(settings), limited=True)
         waiters = client.waiters(session, settings.ranker)
-        if proposed is not None:
-            rows = proposed(numbers)
+        if retrieved is not None:
+            rows = retrieved(numbers)
         else:
             known = remembered_looks(settings, work, vocabulary)
             rows = embedded or steps.embedded(session, settings, work, vocabulary.facts, numbers, known)

@@ -162,7 +162,7 @@ def known(images: Kept, names: Kept) -> build.Known:
     return build.Known(Recalled(images), Named(names))
 
 
-def propose(settings: Config, work: Work, vocabulary: Vocabulary, embedded: Kept | None, kept: Kept) -> tuple[int, int]:
+def retrieve(settings: Config, work: Work, vocabulary: Vocabulary, embedded: Kept | None, kept: Kept) -> tuple[int, int]:
     """Keep the candidates of pictures, or of boxes; returns of how many (now, before). embedded: None for a user's vectors."""
 
     def rows(new: Work, bounds: np.ndarray) -> Dataset:
@@ -177,7 +177,7 @@ def propose(settings: Config, work: Work, vocabulary: Vocabulary, embedded: Kept
     return kept.extend(work, settings.run.shard_size, rows)
 
 
-def proposed(settings: Config, work: Work, kept: Kept) -> Callable[[list[int]], Dataset]:
+def retrieved(settings: Config, work: Work, kept: Kept) -> Callable[[list[int]], Dataset]:
     """Shards of `work` by number with their kept candidates, and with pictures where the ranker wants some."""
 
     def rows(numbers: list[int]) -> Dataset:

@@ -175,7 +175,7 @@ def settings_of(grid: Grid, cell: Cell, source: Piece, memory: str | None = None
     elif memory is not None:
         data["memory"]["uri"] = memory
     try:
-        return config.build(data)
+        return config.validated(config.Config, data)
     except UserError as error:
         raise UserError(f"{cell.name}: {error}") from None
 

@@ -122,9 +122,9 @@ def _predictions(
     table = index.select(["row", "uri"])
     ids = [content_id(uri.encode()) for uri in table["uri"].to_pylist()]
     table = table.append_column("image_id", pa.array(ids, pa.string()))
-    proposed = [[Candidate(one.class_id, names[one.class_id], one.score) for one in candidates] for candidates, _ in rows]
+    retrieved = [[Candidate(one.class_id, names[one.class_id], one.score) for one in candidates] for candidates, _ in rows]
     rankings = [ranking for _, ranking in rows]
-    table = with_candidates(table, proposed)
+    table = with_candidates(table, retrieved)
     table = table.append_column("ranking", pa.array([one.order for one in rankings], pa.list_(pa.int64())))
     table = table.append_column("rank_status", pa.array([one.status.value for one in rankings], pa.string()))
     table = table.append_column("response", pa.array([""] * len(rankings), pa.string()))

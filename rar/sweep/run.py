@@ -199,8 +199,8 @@ class Worker:
         vocabulary = recognise.prepare(opened, settings)
         rows, before = None, folder.stats()["mllm.calls"]
         if settings.retriever.mode != "all":
-            rows = shared.proposed(settings, work, self._candidates(opened, cell, settings, work, vocabulary))
-        values = recognise.run(opened, settings, vocabulary, work, folder, proposed=rows)
+            rows = shared.retrieved(settings, work, self._candidates(opened, cell, settings, work, vocabulary))
+        values = recognise.run(opened, settings, vocabulary, work, folder, retrieved=rows)
         with sweep.lock:  # what was routed past the MLLM, or answered before, is free for others
             sweep.calls -= reserved - int(folder.stats()["mllm.calls"] - before)
         return values
@@ -216,7 +216,7 @@ class Worker:
         retriever = settings.retriever.model_dump(mode="json")
         kept = self._kept("candidates", cell, settings, listed, vocabulary.digest, retriever, settings.run.seed)
         with self._turn(kept.folder.name):  # memories of two cells may be equal
-            self._count("candidates", shared.propose(settings, work, vocabulary, embedded, kept))
+            self._count("candidates", shared.retrieve(settings, work, vocabulary, embedded, kept))
         return kept
 
     def _work(self, verb: str, settings: Config) -> Work:

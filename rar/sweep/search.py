@@ -110,7 +110,7 @@ def worth(opened: Session, grid: Grid, dataset: str, source: dict[str, Any], out
     plain = settings.model_dump(mode="json", include={"memory", "encoder"}) | {"seed": settings.run.seed}
     name = shared.key(settings, plain)
     uri = str(out / "shared" / "memories" / f"search-{name}.milvus")
-    settings = config.build(merged(settings.model_dump(mode="json"), {"memory": {"uri": uri}}))
+    settings = config.validated(config.Config, merged(settings.model_dump(mode="json"), {"memory": {"uri": uri}}))
     with open_store(uri) as address:
         there = replace(opened, memory=address)
         build.build_memory(there, settings, fresh=False)

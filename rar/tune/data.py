@@ -97,7 +97,7 @@ def listed(settings: Config) -> Work:
 
 def collect(session: Session, settings: Config, folder: Path) -> Collected:
     """The pictures to learn from, with candidates. folder: where crops of boxes are kept. Raises UserError as `listed`."""
-    return _proposed(session, settings, listed(settings), folder, remembered=settings.tune.corpus is None)
+    return _retrieved(session, settings, listed(settings), folder, remembered=settings.tune.corpus is None)
 
 
 def collect_other(session: Session, settings: Config, name: str, folder: Path) -> pa.Table:
@@ -115,7 +115,7 @@ def collect_other(session: Session, settings: Config, name: str, folder: Path) -
     same = "://" not in other.memory.uri and Path(other.memory.uri).resolve() == Path(settings.memory.uri).resolve()
     same |= other.memory.uri == settings.memory.uri
     with nullcontext(session.memory_address) if same else open_store(other.memory.uri, other.memory.token) as address:
-        rows = _proposed(replace(session, memory=address), other, found, folder / name, remembered=False).rows
+        rows = _retrieved(replace(session, memory=address), other, found, folder / name, remembered=False).rows
     return with_split(rows, [name] * rows.num_rows)
 
 
@@ -126,7 +126,7 @@ def _labelled(settings: Config, corpus: config.Corpus) -> Work:
     return work.detect_work(listed) if coco.is_json(corpus) else work.classify_work(listed)
 
 
-def _proposed(session: Session, settings: Config, found: Work, folder: Path, *, remembered: bool) -> Collected:
+def _retrieved(session: Session, settings: Config, found: Work, folder: Path, *, remembered: bool) -> Collected:
     """The pictures of `found` with a pool of candidates each. remembered: whether the memory was built of these very ones."""
     pool = max(POOL, draw.longest(settings) + 1, *settings.tune.lengths, settings.retriever.top_k + 1)
     deep = settings.model_copy(update={"retriever": settings.retriever.model_copy(update={"top_k": pool})})

@@ -39,9 +39,9 @@ def test_what_the_cluster_lacks_is_said_before_anything_starts(
 ) -> None:
     joined = Session(None, threads=None)
     with pytest.raises(UserError) as caught:
-        placement.check(joined, config.build(sections, []), ranks=True, detects=False)
+        placement.check(joined, config.validated(config.Config, sections, []), ranks=True, detects=False)
     assert wanted in str(caught.value) and "\n" not in str(caught.value)
-    placement.check(joined, config.build({"ranker": {"method": "none"}}, []), ranks=True, detects=False)
+    placement.check(joined, config.validated(config.Config, {"ranker": {"method": "none"}}, []), ranks=True, detects=False)
 
 
 @pytest.fixture

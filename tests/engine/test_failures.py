@@ -69,7 +69,7 @@ def test_a_detector_that_raises_on_one_picture_fails_exactly_that_row(photos: Pa
     from tests.crops.test_detector import save_owlv2  # workers import this module: torch would cost each of them seconds
 
     detect = config.Detect.model_validate({"detector": {"model": str(save_owlv2(tmp_path / "owl")), "threshold": 0.0}})
-    index = detect_work(config.build({"corpus": {"uri": str(photos)}, "detect": detect.model_dump()})).index
+    index = detect_work(config.validated(config.Config, {"corpus": {"uri": str(photos)}, "detect": detect.model_dump()})).index
     shard = index.append_column("shard", pa.array([0] * index.num_rows, pa.int32()))
     found = fussy.FussyPropose(detect)(reading.load(shard)).to_pylist()
     failed = [(Path(row["uri"]).name, row["stage"], row["error"]) for row in found if row["error"]]

@@ -241,4 +241,4 @@ def test_a_stopped_job_has_no_exit_code_of_its_own() -> None:
 
 def test_a_relative_memory_is_no_servers() -> None:
     with pytest.raises(UserError, match="folder of this machine"):
-        submission.pack(Path(), Path(), config.build({"corpus": {"uri": "s3://b"}}), code=False)
+        submission.pack(Path(), Path(), config.validated(config.Config, {"corpus": {"uri": "s3://b"}}), code=False)

@@ -104,7 +104,7 @@ def test_accuracies_by_group_leave_unlabelled_rows_out() -> None:
         correct=column(1, 0, 1, 0),
         correct_at_5=column(1, 0, 1, 0),
         retriever_correct=column(1, 0, 1, 0),
-        proposed=column(1, 1, 1, 0),
+        recalled=column(1, 1, 1, 0),
         asked=column(1, 1, 1, 1),
     )
     groups = {"rare": column(1, 1, 0, 1), "common": column(0, 0, 0, 1), "large": column(0, 0, 1, 0)}

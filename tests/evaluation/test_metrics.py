@@ -186,7 +186,7 @@ def test_outcomes_agree_with_plain_python(rows: list[tuple[list[str], list[int],
         assert found.correct[i] == (predicted == true)
         assert found.correct_at_5[i] == (true in order[:5])
         assert found.retriever_correct[i] == (names[0] == true)
-        assert found.proposed[i] == (true in names)
+        assert found.recalled[i] == (true in names)
         assert found.asked[i] == (status != "skipped")
 
 

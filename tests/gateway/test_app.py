@@ -179,12 +179,12 @@ def test_a_model_that_cannot_be_loaded_is_told_and_not_tried_again() -> None:
 def test_what_cannot_be_served_is_refused(sections: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(app.TOKEN, raising=False)
     with pytest.raises(UserError, match=told):
-        app.check(config.build(sections))
+        app.check(config.validated(config.Config, sections))
 
 
 def test_a_taken_port_is_told() -> None:
     with load.socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="choose others"):
-        app.check(config.build({"serve": {"port": taken.getsockname()[1]}}))
+        app.check(config.validated(config.Config, {"serve": {"port": taken.getsockname()[1]}}))
 
 
 # the whole service
@@ -366,7 +366,7 @@ def test_a_terminated_server_finishes_what_it_has(tmp_path: Path) -> None:
         for line in server.stderr:
             if "the page is" in line:
                 break
-        service = Service(f"http://127.0.0.1:{port}", tmp_path, config.build({}))
+        service = Service(f"http://127.0.0.1:{port}", tmp_path, config.validated(config.Config, {}))
         with ThreadPoolExecutor(16) as pool:
             asked = [pool.submit(service.post, "/rank", json.loads(one.body)) for one in load.draw()[:16]]
             asked[0].result()

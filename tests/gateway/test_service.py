@@ -40,7 +40,7 @@ def test_one_application_starts_and_ends_the_others(cluster: Cluster, tmp_path: 
     (tmp_path / "birds.yaml").write_text(yaml.safe_dump({"serve": online}))
     serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": online["port"]})
     arguments = {"config": str(tmp_path / "birds.yaml"), "out": str(tmp_path / "serve")}
-    serve.run(service.build(arguments), name="service", route_prefix="/service")
+    serve.run(service.application(arguments), name="service", route_prefix="/service")
     with urllib.request.urlopen(f"http://127.0.0.1:{online['port']}/health", timeout=30) as answer:
         assert json.load(answer)["ranker"] == "miniature"
     assert len(serve.status().applications) == 3

@@ -357,7 +357,7 @@ def test_a_trained_retriever_can_be_saved_and_loaded(tmp_path: Path) -> None:
     from rar.miniature import train_clip
 
     torch.manual_seed(0)
-    model = train_clip.build(32, 8).eval()
+    model = train_clip.new_model(32, 8).eval()
     train_clip.save(model, 32, 8, tmp_path / "clip")
     names = [spec.name for spec in vocabulary("novel", 0)[:4]]
     encoder = ClipEncoder(Encoder(model=str(tmp_path / "clip"), templates=["a photo of a {}."]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rar.ranker.prompt import generate_prompt, letters_prompt, likelihood_prompt, yes_no_prompt
-from rar.ranker.wording import BUILT_IN, PICTURE, built_in, load_wording
+from rar.ranker.wording import BUILT_IN, PICTURE, load_wording, standard_wording
 from rar.schema import UserError
 
 
@@ -46,9 +46,9 @@ def test_fingerprint_is_of_the_content(tmp_path: Path):
     one.write_text(BUILT_IN.read_text())
     other.write_text("# the same, told otherwise\nversion: 1\n")
     newer.write_text("version: 2\n")
-    assert load_wording(str(one)).fingerprint() == load_wording(str(other)).fingerprint() == built_in().fingerprint()
-    assert load_wording(str(newer)).fingerprint() != built_in().fingerprint()
-    assert load_wording(None) is built_in()
+    assert load_wording(str(one)).fingerprint() == load_wording(str(other)).fingerprint() == standard_wording().fingerprint()
+    assert load_wording(str(newer)).fingerprint() != standard_wording().fingerprint()
+    assert load_wording(None) is standard_wording()
 
 
 @pytest.mark.parametrize(

@@ -323,7 +323,7 @@ def test_no_run_is_a_users_mistake(tmp_path: Path) -> None:
 
 
 def test_a_memorys_folder_is_a_page_of_what_it_holds(runs: list[Path], tmp_path: Path) -> None:
-    settings = config.build({"memory": {"classes": ["cat", "dog"]}})
+    settings = config.validated(config.Config, {"memory": {"classes": ["cat", "dog"]}})
     made = RunFolder.open(tmp_path / "memory", "memory", settings, fresh=True, name="birds", group="memory")
     lost = {"uri": f"/data/{HOSTILE}.jpg", "stage": "read", "error": "file not found"}
     made.write_faults(pa.Table.from_pylist([lost], schema.ERRORS))

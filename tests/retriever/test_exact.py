@@ -35,7 +35,7 @@ def test_candidates_are_the_oracles_with_twins_in_the_order_of_class_ids(n_class
     weights[n_classes // 2 :] = weights[random.integers(0, max(n_classes // 2, 1), n_classes - n_classes // 2)]  # many twins
     head, queries = head_of(weights), random.normal(size=(33, dim)).astype(np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    found, (columns, shares) = exact.propose(head, queries, top_k), oracle(head, queries, top_k)
+    found, (columns, shares) = exact.retrieve(head, queries, top_k), oracle(head, queries, top_k)
     assert found.columns.tolist() == columns
     np.testing.assert_allclose(found.scores, shares, atol=1e-4, rtol=1e-5)
 
@@ -43,7 +43,7 @@ def test_candidates_are_the_oracles_with_twins_in_the_order_of_class_ids(n_class
 def test_a_tie_of_more_classes_than_are_looked_at_first() -> None:
     weights = np.tile(np.eye(1, 8), (500, 1))
     weights[3] = -1
-    found = exact.propose(head_of(weights), np.eye(2, 8, dtype=np.float32), 5)
+    found = exact.retrieve(head_of(weights), np.eye(2, 8, dtype=np.float32), 5)
     assert found.columns.tolist() == [[0, 1, 2, 4, 5], [0, 1, 2, 4, 5]]  # 3 is last in either row
 
 
@@ -51,12 +51,12 @@ def test_blocks_change_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     head = head_of(50 * random.normal(size=(300, 48)), random.normal(size=300))
     queries = random.normal(size=(40, 48)).astype(np.float32)
-    whole = exact.propose(head, queries, 6)
+    whole = exact.retrieve(head, queries, 6)
     monkeypatch.setattr(exact, "CELLS", 3000)
-    parts = exact.propose(head, queries, 6)
+    parts = exact.retrieve(head, queries, 6)
     assert (whole.columns == parts.columns).all()
     np.testing.assert_allclose(whole.scores, parts.scores, atol=1e-3)
-    assert (exact.propose(head, queries[7:8], 6).columns == whole.columns[7]).all()
+    assert (exact.retrieve(head, queries[7:8], 6).columns == whole.columns[7]).all()
 
 
 @settings(max_examples=50)
@@ -73,6 +73,6 @@ def test_the_best_of_scores_are_the_sorted_columns(rows: list[list[int]], top_k:
 def test_shares_of_the_candidates_alone() -> None:
     none = -np.inf
     scores = np.array([[1.0, 0.0], [7.0, none], [none, none]])
-    found = exact.Proposed(np.array([[2, 0], [1, -1], [-1, -1]]), scores).shares()
+    found = exact.Retrieved(np.array([[2, 0], [1, -1], [-1, -1]]), scores).shares()
     expected = np.array([[0.731059, 0.268941], [1, 0], [0, 0]])
     np.testing.assert_allclose(np.exp(found.scores), expected, atol=1e-6)

@@ -39,7 +39,7 @@ def propose(
 ) -> list[list[Candidate]]:
     exact = ExactIndex(images.vectors.shape[1])
     exact.upsert(images.entry_ids, images.class_ids, images.class_names, images.vectors)
-    found = modes.propose_by_votes(head, exact.search, queries, top_k, n_neighbors, sharpness)
+    found = modes.retrieve_by_votes(head, exact.search, queries, top_k, n_neighbors, sharpness)
     return found.candidates(head.class_ids, head.class_names)
 
 
@@ -330,7 +330,7 @@ def test_hits_of_a_head_are_its_classes_with_ties_by_class_id() -> None:
     scores = np.array([[0.9, 0.8, 0.8], [0.5, -np.inf, -np.inf]], np.float32)
     hits = Hits(scores, np.array([[4, 9, 2], [3, -1, -1]]), [["a", "b", "c"], ["e", "", ""]])
     class_ids, names = np.array([2, 3, 4, 9]), ["two", "three", "four", "nine"]
-    found = modes.propose_from_hits(hits, class_ids, 3).candidates(class_ids, names)
+    found = modes.retrieve_from_hits(hits, class_ids, 3).candidates(class_ids, names)
     assert [[candidate.class_name for candidate in row] for row in found] == [["four", "two", "nine"], ["three"]]
     assert found[0][0].score == pytest.approx(0.9 - np.logaddexp.reduce([0.9, 0.8, 0.8])) and found[1][0].score == 0
 

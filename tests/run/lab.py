@@ -30,7 +30,7 @@ class Lab:
         }
         for name, section in sections.items():
             data[name] = {**data.get(name, {}), **section}
-        return config.build(data)
+        return config.validated(config.Config, data)
 
     def run(self, settings: config.Config, path: Path, verb: str = "classify") -> tuple[RunFolder, dict[str, float]]:
         work = detect_work(settings) if verb == "detect" else classify_work(settings)

@@ -62,7 +62,7 @@ def settings(name: str, support: str | None, **sections: Any) -> config.Config:
     }
     for key, section in sections.items():
         data[key] = {**data.get(key, {}), **section}
-    return config.build(data)
+    return config.validated(config.Config, data)
 
 
 def run(given: config.Config, session: Session, path: Path, *, fresh: bool = False) -> tuple[RunFolder, dict[str, float]]:

@@ -33,7 +33,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(pictures: Path, **more: Any) -> config.Config:
-    return config.build({"corpus": {"uri": str(pictures)}, "run": {"shard_size": 2}, **more})
+    return config.validated(config.Config, {"corpus": {"uri": str(pictures)}, "run": {"shard_size": 2}, **more})
 
 
 def test_a_corpus_becomes_parquet_and_comes_back_as_vectors(ray_session: Session, pictures: Path, tmp_path: Path) -> None:

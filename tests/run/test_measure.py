@@ -55,7 +55,7 @@ def folder_of(
 
 @needs_shared_cases
 def test_a_uri_in_two_rows_is_judged_by_the_label_of_each(tmp_path: Path) -> None:
-    settings = config.build({"corpus": {"uri": str(SHARED_CASES / "row-twice" / "test.csv")}})
+    settings = config.validated(config.Config, {"corpus": {"uri": str(SHARED_CASES / "row-twice" / "test.csv")}})
     assert settings.corpus is not None
     index = listing.list_images(settings.corpus)
     assert index["label"].to_pylist() == ["cat", "dog", "cat"] and len(set(index["uri"].to_pylist())) == 2
@@ -69,7 +69,7 @@ def test_a_uri_in_two_rows_is_judged_by_the_label_of_each(tmp_path: Path) -> Non
 
 @needs_shared_cases
 def test_a_box_with_two_labels_and_a_file_under_two_ids_keep_their_own(tmp_path: Path) -> None:
-    settings = config.build({"corpus": {"uri": str(SHARED_CASES / "same-box-two-labels" / "truth.json")}})
+    settings = config.validated(config.Config, {"corpus": {"uri": str(SHARED_CASES / "same-box-two-labels" / "truth.json")}})
     assert settings.corpus is not None
     index, faults = coco.read_boxes(settings.corpus, settings.detect)
     assert not faults
@@ -92,11 +92,11 @@ def test_a_box_with_two_labels_and_a_file_under_two_ids_keep_their_own(tmp_path:
 def test_only_what_measures_is_computed_again(tmp_path: Path) -> None:
     truth = write_truth(tmp_path)
     folder = RunFolder(detect_run(tmp_path, truth, "given", {}, Calibration()))
-    settings = config.build({"corpus": {"uri": str(truth)}})
+    settings = config.validated(config.Config, {"corpus": {"uri": str(truth)}})
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.path.rglob("*") if file.is_file()}
     values, new = measure.again(settings, folder, boxed=True)
     assert not new and values == folder.read("metrics.json")
-    other = config.build({"corpus": {"uri": str(truth)}, "detect": {"score": "class", "classes_per_box": 2}})
+    other = config.validated(config.Config, {"corpus": {"uri": str(truth)}, "detect": {"score": "class", "classes_per_box": 2}})
     RunFolder.check(folder.path, "detect", other, fresh=False)  # not refused
     values, new = measure.again(other, folder, boxed=True)
     after = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.path.rglob("*") if file.is_file()}
@@ -111,7 +111,7 @@ def test_only_what_measures_is_computed_again(tmp_path: Path) -> None:
 
 def test_a_row_that_the_index_lacks_is_a_fault_of_ours(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(draw(NAMES[0]))
-    settings = config.build({"corpus": {"uri": str(tmp_path)}})
+    settings = config.validated(config.Config, {"corpus": {"uri": str(tmp_path)}})
     assert settings.corpus is not None
     index = listing.list_images(settings.corpus)
     stray = said(7, None, "a.jpg", None, "cat", ["cat", "dog"])

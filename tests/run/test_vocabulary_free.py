@@ -24,14 +24,15 @@ def test_guessed_names_through_retrieval_and_ranking(world: Path, ray_session: N
         rows = [(photo, name_of[name]) for name in names for photo in sorted((world / "novel" / part / name).iterdir())]
         with (tmp_path / f"{part}.csv").open("w") as file:
             csv.writer(file).writerows([("uri", "label"), *rows])
-    settings = config.build(
+    settings = config.validated(
+        config.Config,
         {
             "corpus": {"uri": str(tmp_path / "test.csv")},
             "memory": {"uri": str(tmp_path / "m.milvus"), "support": {"uri": str(tmp_path / "support.csv")}},
             "retriever": {"mode": "centroid", "top_k": 3},
             "route": {"mode": "always"},
             "run": {"vocabulary_free": True},
-        }
+        },
     )
     with sessions.opened(settings.memory, create=True) as session:
         build.build_memory(session, settings, fresh=True)

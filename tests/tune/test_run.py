@@ -110,7 +110,7 @@ def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
     from rar.tune import run
 
     support = {"uri": str(world / "novel" / "support")}
-    settings = config.build({"memory": {"support": support}, "tune": TUNE})
+    settings = config.validated(config.Config, {"memory": {"support": support}, "tune": TUNE})
     assert build.plan(settings).support.num_rows == 240
     said = run.dry_run(settings, tmp_path / "out")
     assert "240 labelled pictures" in said and "12 steps of 8 lists" in said and not (tmp_path / "out").exists()

@@ -67,7 +67,7 @@ def job(llava: str, rows: Path, tmp_path: Path) -> Callable[..., Job]:
             **tune,
         }
         asked = {"device": "cpu", "batch_size": 8, **(ranker or {})}
-        settings = config.build({"ranker": asked, "tune": given | tune, "retriever": {"top_k": 3}})
+        settings = config.validated(config.Config, {"ranker": asked, "tune": given | tune, "retriever": {"top_k": 3}})
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         return Job(settings.model_dump_json(), llava, str(rows), str(folder / "train"), str(folder / "adapter"), None)
