@@ -123,7 +123,7 @@ def _run_task(opened: Session, out: Path, seed: int, task: str, metrics: dict[st
     base = settings_of(out, seed, task, "rar")
     work = detect_work(base) if verb == "detect" else classify_work(base)
     facts = opened.encoder(base.encoder).facts
-    embedded = steps.embedded(opened, base, work, facts).materialize()
+    vectors = steps.vectors(opened, base, work, facts).materialize()
     folders = []
     for arm in ARMS:
         settings = settings_of(out, seed, task, arm)
@@ -131,7 +131,9 @@ def _run_task(opened: Session, out: Path, seed: int, task: str, metrics: dict[st
         folder = RunFolder.open(out / "runs" / f"{task}-{arm}", verb, settings, fresh=True, name=arm, group=f"{verb}: {task}")
         began = time.monotonic()
         vocabulary = recognise.prepare(opened, settings)
-        values = recognise.run(opened, settings, vocabulary, own, folder, embedded if own is work else None)
+        values = recognise.run(
+            opened, settings, vocabulary, own, folder, steps.shared(vocabulary, vectors) if own is work else None
+        )
         if arm == "rar":  # the page unfolds its pictures
             nearest.keep(opened, settings, vocabulary, folder)
         say(f"  {task} {arm}: " + _headline(values) + f" ({time.monotonic() - began:.1f} s)")

@@ -83,10 +83,10 @@ def _arms(
     base = _settings(out, seed, detect)
     work = detect_work(base)
     facts = opened.encoder(base.encoder).facts
-    embedded = steps.embedded(opened, base, work, facts).materialize()
+    vectors = steps.vectors(opened, base, work, facts).materialize()
     for arm, sections in arms.items():
         settings = _settings(out, seed, detect, **sections)
         folder = RunFolder.open(out / "runs" / f"{title}-{arm}", "detect", settings, fresh=True, name=arm, group=title)
         vocabulary = recognise.prepare(opened, settings)
-        values = recognise.run(opened, settings, vocabulary, work, folder, embedded)
+        values = recognise.run(opened, settings, vocabulary, work, folder, steps.shared(vocabulary, vectors))
         yield arm, {key: values[key] for key in KEYS if key in values}

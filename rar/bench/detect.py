@@ -21,7 +21,7 @@ from rar.corpus.coco import read_boxes
 from rar.corpus.decode import decode
 from rar.crops.windows import GREY, View, bands_of, crops, touched_xyxy, windows_xyxy
 from rar.encoder.towers import load_encoder
-from rar.engine import choosing, pipeline, session
+from rar.engine import session
 from rar.engine.models import EncoderFacts
 from rar.engine.sinks import ShardSink
 from rar.miniature.data import SCENE_HEIGHT, SCENE_WIDTH, write_world
@@ -75,10 +75,9 @@ def pipeline_bench(
             expected = work.expected(settings.run.shard_size)
 
             def whole() -> None:
-                rows = steps.embedded(opened, settings, work, vocabulary.facts)
-                rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
-                rows = pipeline.through(rows, "rank", choosing.Rank(None, PAPER, 1))
-                rows = pipeline.through(rows, "fuse", choosing.Fuse(PAPER))
+                rows = steps.vectors(opened, settings, work, vocabulary.facts)
+                rows = steps.retrieve(vocabulary, rows)
+                rows = steps.fuse(PAPER, steps.rank(opened, settings.ranker, None, PAPER, rows))
                 rows.write_datasink(ShardSink(run.path, expected))
 
             row = paired(whole, lambda: encoder.embed_images(squares), len(squares), repeats)

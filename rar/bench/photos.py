@@ -132,7 +132,7 @@ def _listed(data: Path, split: str, encoder: ImageEncoder) -> tuple[np.ndarray, 
     with (data / f"{split}.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     pictures = (decode((data / "images" / row["path"]).read_bytes()) for row in rows)
-    return _embedded(pictures, encoder), np.array([int(row["class_id"]) for row in rows])
+    return _vectors(pictures, encoder), np.array([int(row["class_id"]) for row in rows])
 
 
 def _boxes(data: Path) -> list[tuple[Path, np.ndarray, np.ndarray]]:
@@ -154,12 +154,12 @@ def _cut(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vectors and classes of all boxes, treated."""
     crop = Crop(size=encoder.side, outside=shown[0])
-    return _embedded(
+    return _vectors(
         (one for file, own, _ in boxes for one in windows.crops(decode(file.read_bytes()), own, crop, shown[1])), encoder
     ), np.concatenate([labels for _, _, labels in boxes])
 
 
-def _embedded(pictures: Iterable[np.ndarray], encoder: ImageEncoder) -> np.ndarray:
+def _vectors(pictures: Iterable[np.ndarray], encoder: ImageEncoder) -> np.ndarray:
     squares = [fit_square(picture, encoder.side, encoder.resize_mode, encoder.interpolation) for picture in pictures]
     return encoder.embed_images(np.stack(squares))
 

@@ -191,17 +191,17 @@ def _write_images(
     sample = None
     if index_of(settings, "images", size).kind == "REDUCED" and base is None and not draft.part("images").exists():
         few = planned.support.take(np.unique(np.linspace(0, planned.support.num_rows - 1, SAMPLE).astype(int)))
-        found = pipeline.collect(_embedded(session, settings, few, facts, {}, class_of, known))
+        found = pipeline.collect(_vectors(session, settings, few, facts, {}, class_of, known))
         sample = vectors_of(found.filter(pc.is_null(found["error"]))) if found.num_rows else None
     places = draft.places("images")
     sink = MilvusSink(draft.create("images", facts.dim, size, sample), TOLD)
-    rows = _embedded(session, settings, planned.support, facts, places, class_of, known)
+    rows = _vectors(session, settings, planned.support, facts, places, class_of, known)
     with pipeline.progress(sink.collection, planned.support.num_rows, f"memory {settings.memory.name}"):
         rows.write_datasink(sink)
     return sink.told, dict(sink.seconds)
 
 
-def _embedded(
+def _vectors(
     session: Session,
     settings: Config,
     index: pa.Table,

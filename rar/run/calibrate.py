@@ -64,8 +64,7 @@ def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prio
         print(f"  calibrated on {len(retrieved)} images alone; {FEW_IMAGES} and more are wanted", file=sys.stderr, flush=True)
     rows = pipeline.through(read, "recall", choosing.Recall(retrieved))
     ask = client.ask(session, settings.ranker, prior, exemplars(settings, support))
-    asked = choosing.Rank(ask, PAPER, settings.ranker.batch_size)
-    table = pipeline.collect(pipeline.through(rows, "rank", asked, client.waiters(session, settings.ranker)))
+    table = pipeline.collect(steps.rank(session, settings.ranker, ask, PAPER, rows))
     table = table.sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
     table = table.filter(pc.is_in(table["image_id"], pa.array(list(retrieved), pa.string())))
     labels, alike = ([of[image_id] for image_id in table["image_id"].to_pylist()] for of in (truth, groups))
@@ -136,8 +135,8 @@ def label_prior(session: Session, settings: Config, work: Work, vocabulary: Voca
         return None
     if not (folder.path / "prior.json").exists():
         few = replace(work, index=work.index.slice(0, PRIOR_IMAGES))
-        rows = steps.embedded(session, settings, few, vocabulary.facts)
-        table = pipeline.collect(pipeline.through(rows, "retrieve", vocabulary.retrieve))
+        rows = steps.vectors(session, settings, few, vocabulary.facts)
+        table = pipeline.collect(steps.retrieve(vocabulary, rows))
         table = table.filter(pc.is_null(table["error"])).sort_by("image_id").slice(0, PRIOR_IMAGES)
         names = [[candidate.class_name for candidate in row] for row in candidates_of(table)]
         folder.write("prior.json", client.estimate_prior(session, settings.ranker, table["bytes"].to_pylist(), names))

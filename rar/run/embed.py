@@ -47,7 +47,7 @@ def embed(session: Session, settings: Config, out: str, *, fresh: bool) -> dict[
     pending = [number for number in range(len(bounds) - 1) if not (folder / embedding_file(number)).exists()]
     if pending:
         settings = settings.model_copy(update={"retriever": Retriever()})  # whatever is looked up later
-        rows = steps.embedded(session, settings, work, facts, pending)
+        rows = steps.vectors(session, settings, work, facts, pending)
         rows.write_datasink(EmbeddingSink(str(folder)))
     failed = sum(len(file.read_bytes().splitlines()) for file in (folder / "errors").glob("part-*.jsonl"))
     return {"input": index.num_rows, "ok": index.num_rows - failed, "failed": failed}

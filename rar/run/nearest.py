@@ -60,7 +60,7 @@ def _looked_up(
     wanted = set(_keys(run.predictions.take(pa.array(shown))))
     work = Work(run.index.take(pa.array(np.unique(run.places[shown]))), run.boxes is not None, ERRORS.empty_table())
     plain = settings.model_copy(update={"retriever": Retriever(), "ranker": Ranker(method="none")})
-    rows = steps.embedded(session, plain, work, vocabulary.facts)
+    rows = steps.vectors(session, plain, work, vocabulary.facts)
     columns = ["row", *["place"] * work.boxed, "vector", "error"]
     table = pipeline.collect(pipeline.plainly(rows, lambda found: found.select(columns)))
     table = table.filter(pc.is_null(table["error"]))

@@ -19,7 +19,7 @@ from ray.data import Dataset
 from rar.columns import fitted, positions
 from rar.config import LETTERS, Config
 from rar.corpus import coco, looks
-from rar.engine import choosing, client, pipeline, placement, reading
+from rar.engine import client, pipeline, placement, reading
 from rar.engine.session import Session
 from rar.engine.sinks import ShardSink
 from rar.memory.collection import Collection
@@ -60,13 +60,12 @@ def run(
     vocabulary: Vocabulary,
     work: Work,
     folder: RunFolder,
-    embedded: Dataset | None = None,
     retrieved: Callable[[list[int]], Dataset] | None = None,
 ) -> dict[str, float]:
     """The whole of a verb in an open session; does only what is not in the folder yet. Returns the metrics.
 
-    vocabulary: of `prepare`. embedded: all shards of `work` by `steps.embedded`, where several runs share them.
-    retrieved: shards by number, with candidates and encoded bytes (null without a ranker), where several share those.
+    vocabulary: of `prepare`. retrieved: shards by number, with candidates and encoded bytes (null without a ranker), where
+    several runs share the steps so far.
     """
     started = time.monotonic()
     folder.pin_memory(vocabulary.digest)
@@ -81,15 +80,15 @@ def run(
     calibration = calibrate(session, settings, vocabulary, folder, prior)
     if numbers:
         ask = client.ask(session, settings.ranker, prior, exemplars(settings), limited=True)
-        waiters = client.waiters(session, settings.ranker)
         if retrieved is not None:
             rows = retrieved(numbers)
         else:
-            known = remembered_looks(settings, work, vocabulary)
-            rows = embedded or steps.embedded(session, settings, work, vocabulary.facts, numbers, known)
-            rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
-        rows = pipeline.through(rows, "rank", choosing.Rank(ask, calibration, settings.ranker.batch_size), waiters)
-        rows = pipeline.through(rows, "fuse", choosing.Fuse(calibration))
+            rows = steps.read(settings, work, vocabulary.facts, numbers)
+            rows = steps.crop(settings, work, vocabulary.facts, rows)
+            rows = steps.embed(session, settings, vocabulary.facts, rows, remembered_looks(settings, work, vocabulary))
+            rows = steps.retrieve(vocabulary, rows)
+        rows = steps.rank(session, settings.ranker, ask, calibration, rows)
+        rows = steps.fuse(calibration, rows)
         with pipeline.progress(folder, sum(expected.values()), folder.path.name, lambda: client.standing(settings.ranker)):
             rows.write_datasink(ShardSink(folder.path, expected))
     check_spent(settings, folder, len(expected))

@@ -137,7 +137,7 @@ def embed_images(session: Session, settings: Config, work: Work, kept: Kept) -> 
     """Keep the vectors of pictures, or of boxes; returns how many pictures were embedded (now, before)."""
     plain = settings.model_copy(update={"retriever": Retriever()})  # whatever is looked up later
     facts = session.encoder(settings.encoder).facts
-    return kept.extend(work, settings.run.shard_size, lambda new, bounds: steps.embedded(session, plain, new, facts))
+    return kept.extend(work, settings.run.shard_size, lambda new, bounds: steps.vectors(session, plain, new, facts))
 
 
 def embed_names(session: Session, settings: Config, names: Sequence[str], kept: Kept) -> tuple[int, int]:
@@ -172,7 +172,7 @@ def retrieve(settings: Config, work: Work, vocabulary: Vocabulary, embedded: Kep
             found = pipeline.through(shards, "read", reading.LoadVectors(settings.corpus))
         else:
             found = pipeline.plainly(shards, Recalled(embedded))
-        return pipeline.through(found, "retrieve", vocabulary.retrieve)
+        return steps.retrieve(vocabulary, found)
 
     return kept.extend(work, settings.run.shard_size, rows)
 

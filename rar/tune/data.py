@@ -132,8 +132,8 @@ def _retrieved(session: Session, settings: Config, found: Work, folder: Path, *,
     deep = settings.model_copy(update={"retriever": settings.retriever.model_copy(update={"top_k": pool})})
     vocabulary = open_memory(session, deep)
     if not remembered:
-        rows = steps.embedded(session, deep, found, vocabulary.facts)
-        rows = pipeline.through(rows, "retrieve", vocabulary.retrieve)
+        rows = steps.vectors(session, deep, found, vocabulary.facts)
+        rows = steps.retrieve(vocabulary, rows)
     else:
         bounds = found.bounds(settings.run.shard_size)
         rows = pipeline.through(pipeline.shards_of(found.index, bounds), "read", reading.load)
