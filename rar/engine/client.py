@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray import serve
@@ -36,6 +36,8 @@ from rar.engine.replica import Batch, One, RankerReplica
 from rar.engine.session import Session
 from rar.ranker.cache import AnswerCache
 from rar.ranker.debias import Prior
+from rar.ranker.endpoint import EndpointRanker
+from rar.ranker.requests import Offers
 from rar.schema import Ranking, Unavailable, UserError
 
 DRAIN_S = 30.0
@@ -70,7 +72,7 @@ def deploy(session: Session, settings: config.Ranker) -> None:
     engine (`hosted.located`) and asking for its offers raise.
     """
     if settings.method == "endpoint":
-        direct.offers(hosted.located(session, settings).model_dump_json())
+        _offered(session, hosted.located(session, settings))
         return
     with session.lock:
         serve.start(proxy_location="Disabled", logging_config=QUIET)  # called by handle: no HTTP proxy
@@ -82,6 +84,14 @@ def deploy(session: Session, settings: config.Ranker) -> None:
     elif session.joined:
         session.endings.callback(serve.delete, name)
     _deploy(session, name, [settings, None], {**limits, "autoscaling_config": scale})
+
+
+def _offered(session: Session, settings: config.Ranker) -> Offers:
+    """What the servers of an endpoint offer, asked once a session. Raises UserError and Unavailable."""
+    key = settings.model_dump_json()
+    if key not in session.offers:
+        session.offers[key] = EndpointRanker(settings).probe()
+    return session.offers[key]
 
 
 def deploy_online(session: Session, settings: config.Ranker, online: config.Serve, beside: Beside = (None, None)) -> None:
@@ -165,6 +175,12 @@ def _out_of_patience(state: RetryCallState) -> bool:
     return gone and state.args[0].patience_s < (state.seconds_since_start or 0)
 
 
+def _stayed_away(state: RetryCallState) -> NoReturn:
+    fault = state.outcome.exception() if state.outcome is not None else None
+    assert fault is not None
+    raise Unavailable(f"the ranker stayed away for run.patience_s {state.args[0].patience_s:g}: {reason(fault)}") from None
+
+
 def _forget(state: RetryCallState) -> None:
     """A worker that outlives a Serve keeps asking its controller: have it look for the one that runs now."""
     _check_cached_client_alive()
@@ -187,42 +203,26 @@ class Ask:
     exemplars: Exemplars | None = None
 
     def __call__(self, batches: Sequence[Batch]) -> list[list[Ranking]]:
+        work = self._send if self.cache is None else partial(AnswerCache(*self.cache).filled, ask=self._send)
         with ThreadPoolExecutor(self.in_flight) as pool:
-            return list(pool.map(self._one, batches))
-
-    def _one(self, batch: Batch) -> list[Ranking]:
-        if self.cache is None:
-            return self._send(batch)
-        images, names = batch
-        answers = AnswerCache(*self.cache)
-        kept = answers.get(images, names)
-        rows = [row for row, ranking in enumerate(kept) if ranking is None]
-        lacking = ([images[row] for row in rows], [names[row] for row in rows])
-        found = self._send(lacking) if rows else []
-        answers.put(*lacking, found)
-        new = iter(found)
-        return [next(new) if ranking is None else ranking for ranking in kept]
-
-    def _send(self, batch: Batch) -> list[Ranking]:
-        try:
-            return self._sent(batch)
-        except GONE as error:
-            raise Unavailable(f"the ranker stayed away for run.patience_s {self.patience_s:g}: {reason(error)}") from None
-        except TimeoutError:
-            raise Unavailable(f"the ranker gave no answer within run.patience_s {self.patience_s:g}") from None
+            return list(pool.map(work, *zip(*batches, strict=True)))
 
     @retry(
         retry=retry_if_exception_type((BackPressureError, *GONE)),
         stop=_out_of_patience,
         wait=wait_random_exponential(multiplier=0.2, max=10),
         before_sleep=_forget,
-        reraise=True,
+        retry_error_callback=_stayed_away,
     )
-    def _sent(self, batch: Batch) -> list[Ranking]:
+    def _send(self, images: list[bytes], names: list[list[str]]) -> list[Ranking]:
         shown = None
         if self.exemplars is not None:
-            shown = [[self.exemplars.get(name, []) for name in listed] for listed in batch[1]]
-        return serve.get_app_handle(self.app).rank.remote(*batch, self.prior, shown).result(timeout_s=self.patience_s)
+            shown = [[self.exemplars.get(name, []) for name in listed] for listed in names]
+        asked = serve.get_app_handle(self.app).rank.remote(images, names, self.prior, shown)
+        try:
+            return asked.result(timeout_s=self.patience_s)
+        except TimeoutError:
+            raise Unavailable(f"the ranker gave no answer within run.patience_s {self.patience_s:g}") from None
 
 
 def undeploy(settings: config.Ranker) -> None:
@@ -253,7 +253,7 @@ def ask(
         limits = (settings.max_calls, settings.token_budget)
         budget = direct.Budget.remote(*limits) if limited and limits != (None, None) else None  # type: ignore[attr-defined]
         there = hosted.located(session, settings)
-        return direct.AskServers(there, direct.offers(there.model_dump_json()), kept, budget)
+        return direct.AskServers(there, _offered(session, there), kept, budget)
     return Ask(app_name(settings), settings.in_flight, session.patience_s, kept, prior, exemplars)
 
 

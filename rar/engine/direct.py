@@ -18,7 +18,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import ray
@@ -29,12 +29,6 @@ from rar.ranker.cache import AnswerCache
 from rar.ranker.endpoint import EndpointRanker
 from rar.ranker.requests import Offers
 from rar.schema import Ranking, RankStatus, RowError
-
-
-@lru_cache
-def offers(settings: str) -> Offers:
-    """What the servers of a config.Ranker (as JSON) offer, asked once a process. Raises UserError and Unavailable."""
-    return EndpointRanker(config.Ranker.model_validate_json(settings)).probe()
 
 
 @ray.remote(num_cpus=0)
@@ -54,6 +48,10 @@ class Budget:
         self.tokens -= tokens
 
 
+class Spent(Exception):
+    """The budget does not reach for a shard."""
+
+
 @dataclass
 class AskServers:
     """Ranks all batches of a shard together; None where the budget does not reach. Picklable.
@@ -69,20 +67,20 @@ class AskServers:
     def __call__(self, batches: Sequence[Batch]) -> list[list[Ranking]] | None:
         images = [image for batch, _ in batches for image in batch]
         names = [listed for _, batch in batches for listed in batch]
-        answers = AnswerCache(*self.cache) if self.cache is not None else None
-        kept = answers.get(images, names) if answers else [None] * len(images)
-        rows = [row for row, ranking in enumerate(kept) if ranking is None]
-        lacking = ([images[row] for row in rows], [names[row] for row in rows])
-        if self.budget is not None and rows and not ray.get(self.budget.take.remote(self._calls(lacking[1]))):
+        ask = self._ask if self.cache is None else partial(AnswerCache(*self.cache).filled, ask=self._ask)
+        try:
+            ranked = iter(ask(images, names))
+        except Spent:
             return None
-        found = _worker(self.settings.model_dump_json(), self.offers).rank(*lacking)
-        if self.budget is not None and found:  # waited for, so that this worker's next shard is not granted before
-            ray.get(self.budget.spend.remote(sum(one.prompt_tokens + one.output_tokens for one in found)))
-        if answers:
-            answers.put(*lacking, found)
-        new = iter(found)
-        ranked = iter([next(new) if ranking is None else ranking for ranking in kept])
         return [[next(ranked) for _ in batch] for batch, _ in batches]
+
+    def _ask(self, images: list[bytes], names: list[list[str]]) -> list[Ranking]:
+        if self.budget is not None and not ray.get(self.budget.take.remote(self._calls(names))):
+            raise Spent
+        found = _worker(self.settings.model_dump_json(), self.offers).rank(images, names)
+        if self.budget is not None:  # waited for, so that this worker's next shard is not granted before
+            ray.get(self.budget.spend.remote(sum(one.prompt_tokens + one.output_tokens for one in found)))
+        return found
 
     def _calls(self, names: Sequence[Sequence[str]]) -> int:
         """At most."""

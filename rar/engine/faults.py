@@ -36,7 +36,7 @@ GONE = {
     NodeDiedError: "a node of the cluster died",
     ObjectLostError: "a node of the cluster died with data that nobody else has; start the command again, it resumes",
     DeploymentUnavailableError: "the ranker's application is not there any more",
-    ExecutionTimeoutError: "the run made no progress for half an hour",
+    ExecutionTimeoutError: "no shard of the run was done within six times run.patience_s",
     GetTimeoutError: "a process of the run does not answer",
     RaySystemError: "Ray itself failed",
 }

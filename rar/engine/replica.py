@@ -199,11 +199,15 @@ class RankerReplica:
 
     def _isolate(self, ranker: Ranks, raised: tuple[type[Exception], ...]) -> Isolate[Asked, Ranking]:
         def work(rows: list[Asked]) -> list[Ranking]:
+            """In the model's thread."""
+            started = time.perf_counter()
             rank: Any = ranker.rank  # exemplars and prior are of local models alone
             more: dict[str, Any] = {} if rows[0].prior is None else {"prior": rows[0].prior}
             if rows[0].exemplars is not None:
                 more["exemplars"] = [row.exemplars for row in rows]
-            return rank([row.pixels for row in rows], [row.names for row in rows], **more)
+            rankings = rank([row.pixels for row in rows], [row.names for row in rows], **more)
+            self.meters.note(rankings, time.perf_counter() - started)
+            return rankings
 
         return Isolate(work, free_gpu_memory, raised)
 
@@ -237,16 +241,9 @@ class RankerReplica:
         return list(await asyncio.gather(*jobs))
 
     async def _run(self, isolated: Isolate[Asked, Ranking], rows: list[Asked]) -> list[Ranking | Exception]:
-        return await asyncio.get_running_loop().run_in_executor(self.worker, self._work, isolated, rows)
-
-    def _work(self, isolated: Isolate[Asked, Ranking], rows: list[Asked]) -> list[Ranking | Exception]:
-        """In the model's thread."""
-        started = time.perf_counter()
-        answers = isolated(rows)
-        ranked = [answer for answer in answers if isinstance(answer, Ranking)]
-        if ranked:
+        answers = await asyncio.get_running_loop().run_in_executor(self.worker, isolated, rows)
+        if any(isinstance(answer, Ranking) for answer in answers):
             self.failures = 0
-            self.meters.note(ranked, time.perf_counter() - started)
         elif any(not isinstance(answer, FAULTS) for answer in answers):
             self.failures += 1
         return answers

@@ -26,9 +26,11 @@ from rar import config
 from rar.engine import faults, models
 from rar.engine.actors import ModelActor, Pool
 from rar.memory.store import open_store
+from rar.ranker.requests import Offers
 from rar.schema import Unavailable, UserError
 
 OBJECT_STORE_BYTES = 1 << 30
+STALLED = 6  # patiences without any shard done, by whatever stage, end a run: a model may hang, but large shards take long
 LOCAL_SLOTS = 3  # logical CPUs of a laptop's Ray, for tasks: models hardly reserve any there
 
 
@@ -48,6 +50,7 @@ class Session:
     endings: ExitStack = field(default_factory=ExitStack, repr=False)
     lock: RLock = field(default_factory=RLock, repr=False)  # of threads that start what all share
     engines: dict[str, list[str]] = field(default_factory=dict, repr=False)
+    offers: dict[str, Offers] = field(default_factory=dict, repr=False)
     starting: Lock = field(default_factory=Lock, repr=False)
 
     @property
@@ -124,7 +127,7 @@ def opened(memory: config.Memory | None = None, *, create: bool = False, patienc
         with ExitStack() as stack:
             stack.enter_context(faults.crossing())
             address = stack.enter_context(open_store(memory.uri, memory.token)) if memory is not None else None
-            session = Session(address, stack.enter_context(_in_ray()), patience_s)
+            session = Session(address, stack.enter_context(_in_ray(patience_s)), patience_s)
             hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
             if memory is not None and "://" not in memory.uri and len(hosts) > 1:
                 raise UserError(
@@ -139,7 +142,7 @@ def opened(memory: config.Memory | None = None, *, create: bool = False, patienc
 
 
 @contextmanager
-def _in_ray() -> Iterator[int | None]:
+def _in_ray(patience_s: float) -> Iterator[int | None]:
     """Join the cluster this process was submitted to, or start Ray here, quietly, and stop it afterwards."""
     local = "RAY_ADDRESS" not in os.environ
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)) if local else None
@@ -157,6 +160,7 @@ def _in_ray() -> Iterator[int | None]:
     context.target_max_block_size = None  # a shard is never split
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = STALLED * patience_s
     context.raise_original_map_exception = True  # else Ray Data hides a UserError in an error of its own
     for name in ("ray.data", "ray.serve"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log as errors is raised as well

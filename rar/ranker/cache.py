@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rar import storage
 from rar.schema import Ranking, RankStatus, Unavailable, UserError
 
+Ask = Callable[[list[bytes], list[list[str]]], list[Ranking]]  # encoded images, candidates' names of each
 KEPT = ("order", "status", "scores", "response", "label_mass", "label_first")
 
 
@@ -58,6 +59,16 @@ class AnswerCache:
         for image, listed, ranking in zip(images, names, rankings, strict=True):
             if ranking.calls:
                 self._write(self._path(image, listed), _packed(ranking))
+
+    def filled(self, images: Sequence[bytes], names: Sequence[list[str]], ask: Ask) -> list[Ranking]:
+        """What was answered for each image and its candidates, the rest by `ask`, which is kept from now on."""
+        kept = self.get(images, names)
+        rows = [row for row, ranking in enumerate(kept) if ranking is None]
+        lacking = ([images[row] for row in rows], [names[row] for row in rows])
+        found = ask(*lacking) if rows else []
+        self.put(*lacking, found)
+        new = iter(found)
+        return [next(new) if ranking is None else ranking for ranking in kept]
 
     def _read(self, image: bytes, names: Sequence[str]) -> Ranking | None:
         try:

@@ -90,7 +90,7 @@ class MllmRanker:
         asked = [row for row, listed in enumerate(names) if len(listed) > 1]
         questions = [self._question(images[row], names[row], exemplars[row] if exemplars else None) for row in asked]
         if self.config.method == "letters":
-            answers = self._letters(questions, self._needed(prior))
+            answers = self._letters(questions) if self._plain() else self._varied_letters(questions, self._needed(prior))
         elif self.config.method == "yes_no":
             answers = self._yes_no(questions)
         elif self.config.method == "likelihood":
@@ -139,7 +139,33 @@ class MllmRanker:
 
     # letters ------------------------------------------------------------------------------------------------------------------
 
-    def _letters(self, questions: list[Question], prior: Prior | None) -> list[Ranking]:
+    def _letters(self, questions: list[Question]) -> list[Ranking]:
+        """The plain way: the names labelled in the order given, one forward pass a row, and of it the labels' logits.
+
+        The label of each candidate is one token of the reply, so the answer is a permutation, and its scores are the
+        log-probabilities of the labels among themselves (one token a picture where the paper's free text, 3.2, takes dozens).
+        A row beyond the model's window is not asked: a FALLBACK. With several rotations, exemplars, a prior or
+        none_of_these: `_varied_letters`.
+        """
+        self._check_label_count(max((len(question.names) for question in questions), default=0))
+        texts = self.mllm.render([letters_prompt(question.names, self.wording) for question in questions])
+        prompts = [
+            Prompt(row, 0, [question.image], text) for row, (question, text) in enumerate(zip(questions, texts, strict=True))
+        ]
+        rankings = [_unasked(len(question.names)) for question in questions]
+        for prompt, logs, tokens in self.mllm.next_logits(prompts, [token for forms in self.label_forms for token in forms]):
+            forms = self.label_forms[: len(questions[prompt.row].names)]
+            read = together(logs[: sum(map(len, forms))], forms, logs[-1])
+            ranking = _scored(log_softmax(read.logprobs), "", calls=1, prompt_tokens=tokens, output_tokens=1)
+            rankings[prompt.row] = judged(ranking, [read])
+        return rankings
+
+    def _plain(self) -> bool:
+        config = self.config
+        return config.permutations == 1 and not config.exemplars and config.debias == "none" and not config.none_of_these
+
+    def _varied_letters(self, questions: list[Question], prior: Prior | None) -> list[Ranking]:
+        """The same over rotations of the list, with the candidates' own pictures, without the prior, or with a way out."""
         shifts = [rotations(len(question.names), self.config.permutations) for question in questions]
         read = self._label_logits(questions, shifts)
         return [
@@ -172,7 +198,7 @@ class MllmRanker:
     def _label_logits(self, questions: list[Question], shifts: list[list[int]]) -> Labels:
         """The labels (n,) of each question under each of its rotations; (n + 1,) with none_of_these."""
         extra = [self.wording.none_of_these] if self.config.none_of_these else []
-        self._check_label_count(max((len(question.names) for question in questions), default=0), len(extra))
+        self._check_label_count(max((len(question.names) for question in questions), default=0))
         turned = [
             [(shift, question.turned(shift)) for shift in listed] for question, listed in zip(questions, shifts, strict=True)
         ]
@@ -199,7 +225,8 @@ class MllmRanker:
             )
         return forms
 
-    def _check_label_count(self, count: int, extra: int) -> None:
+    def _check_label_count(self, count: int) -> None:
+        extra = int(self.config.none_of_these)
         if count + extra > len(self.label_forms):
             raise UserError(
                 f"ranker.method 'letters' can label {len(self.label_forms) - extra} candidates with {self.mllm.model_path!r}, "

@@ -13,6 +13,7 @@ from PIL import Image
 
 from rar.config import Ranker
 from rar.engine import direct
+from rar.ranker.endpoint import EndpointRanker
 from tests.chat_server import BEST, NAMES, colour_model, picture, serving
 
 
@@ -27,7 +28,7 @@ def test_a_shard_is_ranked_in_one_session_and_comes_back_in_its_batches(tmp_path
     with serving() as server:
         server.answer = colour_model()
         settings = Ranker(method="endpoint", model="colours", base_url=server.url)
-        ask = direct.AskServers(settings, direct.offers(settings.model_dump_json()), (str(tmp_path / "cache"), "0" * 32))
+        ask = direct.AskServers(settings, EndpointRanker(settings).probe(), (str(tmp_path / "cache"), "0" * 32))
         first = [png(picture("red")), b"no picture"], [NAMES, NAMES]
         second = [png(picture("blue"))], [NAMES]
         probes = len(server.seen)
@@ -47,7 +48,7 @@ def test_a_picture_that_cannot_be_sent_costs_its_own_row() -> None:
     with serving() as server:
         server.answer = colour_model()
         settings = Ranker(method="endpoint", model="colours", base_url=server.url)
-        ask = direct.AskServers(settings, direct.offers(settings.model_dump_json()))
+        ask = direct.AskServers(settings, EndpointRanker(settings).probe())
         probes = len(server.seen)
         answers = ask([([png(picture("red")), png(np.zeros((5, 66_000, 3), np.uint8)), png(picture("blue"))], [NAMES] * 3)])
         assert answers is not None

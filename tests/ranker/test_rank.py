@@ -5,6 +5,8 @@ Not covered: whether a ranking is any good (random weights), GPUs, remote code.
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,22 @@ def test_letters_equal_the_likelihood_of_appended_labels(family: str):
         assert ranking.order == tuple(np.argsort(-expected, kind="stable"))
         assert (ranking.status, ranking.calls, ranking.output_tokens, ranking.response) == (RankStatus.REPAIRED, 1, 1, "")
     assert rankings[0].scores != pytest.approx(np.log([0.5, 0.5]), abs=1e-3)  # the weights do say something
+
+
+def test_the_plain_way_of_letters_is_short_and_gives_what_the_variants_give_of_one_rotation(llava: str) -> None:
+    ranker, frames = loaded(llava, batch_size=3), set[str]()
+    forward = ranker.mllm.model.forward
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        ours = (one for one in traceback.extract_stack() if f"rar{os.sep}ranker" in one.filename)
+        frames.update(f"{one.filename}:{one.name}" for one in ours if "tests" not in one.filename)
+        return forward(*arguments, **named)
+
+    ranker.mllm.model.forward = watched
+    plain = ranker.rank(images(3), NAMES)
+    assert len(frames) <= 3, frames  # rank, _letters, next_logits
+    ranker._plain = lambda: False  # type: ignore[method-assign]
+    assert ranker.rank(images(3), NAMES) == plain
 
 
 def test_likelihood_equals_a_pass_a_name(family: str):
