@@ -174,12 +174,20 @@ def kills(rows: int = 20_000, kills: int = 3, seed: int = 0, server: bool = Fals
 
 
 @bench.command()
-def rank(images: int = 96, repeats: Repeats = 5) -> None:
+def rank(
+    images: int = 96,
+    repeats: Repeats = 5,
+    random_7b: Annotated[
+        bool, typer.Option("--random-7b", help="LLaVA-1.5-7B's architecture with random weights, on a GPU.")
+    ] = False,
+) -> None:
     """The ranker's images/s: letters through Ray Serve and bare, against the paper's loop and the bare forward pass."""
 
     def work() -> dict[str, Any]:
         from rar.bench import rank as module
 
+        if random_7b:
+            return module.random_weights(images, repeats)
         bare = module.run(images, repeats)
         return {**bare, "rows": {**bare["rows"], **module.through_serve(images, repeats)}}
 

@@ -287,13 +287,9 @@ class Window(Strict):
     """What is cut out around a box (paper 3.2): grown, squared, resized, hidden outside."""
 
     size: int | None = Field(None, ge=16, description="side of the square crop in pixels; default: the encoder's input")
-    scale_small: float = Field(1.5, ge=1, description="growth of boxes of at most 32x32 pixels")
-    scale_medium: float = Field(1.25, ge=1, description="growth of boxes of at most 96x96 pixels")
-    scale_large: float = Field(1.1, ge=1, description="growth of larger boxes")
     outside: Literal["blur", "grey", "none", "black"] = Field(
         "grey", description="what stands around the box: blurred, grey or black, or none: left as it is"
     )
-    sigma: float = Field(0.06, gt=0, description="Gaussian sigma of the blur, as a fraction of the crop's side")
 
 
 class Crop(Window):
@@ -373,8 +369,6 @@ class Serve(Strict):
         2, ge=0, le=8, description="pictures of the memory that the page shows beside a name; 0: none can be seen"
     )
     adapters: dict[str, str] = Field({}, description="name a request may ask for -> folder of a LoRA adapter")
-    loaded_adapters: int = Field(2, ge=1, description="adapters a replica keeps loaded, each with its model")
-    batch_tokens: int = Field(16384, ge=1, description="tokens of one forward pass, padding included")
     max_queued: int = Field(256, ge=0, description="requests a gateway keeps waiting; beyond, 429 with Retry-After")
     timeout_s: float = Field(60.0, gt=0, description="of one request, waiting included; beyond, 503")
     min_gateways: int = Field(1, ge=1, description="HTTP gateways that stay up")
@@ -426,13 +420,11 @@ class Tune(Strict):
     lora_rank: int = Field(32, ge=1, description="rank of the adapter")
     lora_alpha: int = Field(64, ge=1, description="its scale; updates are multiplied by lora_alpha / lora_rank")
     learning_rate: float = Field(1e-4, gt=0, description="highest; warmed up, then falling as a cosine")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps until it is reached")
     epochs: int = Field(1, ge=1, description="times that each picture is shown, about; every time with another list")
     max_steps: int | None = Field(None, ge=1, description="train for so many steps instead, however many epochs that is")
     batch_size: int = Field(32, ge=1, description="lists per step, over all workers")
     accumulate: int = Field(1, ge=1, description="forward passes that a worker's part of a step is cut into")
     check_every: int = Field(50, ge=1, description="steps between checkpoints, each judged on pictures kept out")
-    patience: int = Field(5, ge=1, description="checkpoints without a better one after which training stops")
     gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
     workers: int = Field(1, ge=1, description="processes that train together")
     num_gpus: float | None = Field(None, ge=0, description="GPUs of each worker; default: one, where there are any")

@@ -66,7 +66,7 @@ def test_an_unknown_key_is_told_with_the_nearest_valid_one(key: str, meant: str)
 def test_every_key_is_known_and_none_else() -> None:
     known = config._known_keys(Config)
     assert len(known) == len(set(known))
-    assert {"corpus.uri", "memory.support.uri", "memory.index.m", "detect.crop.sigma", "run.seed"} <= set(known)
+    assert {"corpus.uri", "memory.support.uri", "memory.index.m", "detect.crop.outside", "run.seed"} <= set(known)
 
     def leaves(data: dict[str, Any], prefix: str = "") -> set[str]:
         below = [leaves(value, f"{prefix}{key}.") for key, value in data.items() if isinstance(value, dict)]

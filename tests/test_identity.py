@@ -28,7 +28,7 @@ TUNE = {  # decides an adapter, which has an identity of its own
     "loss": st.sampled_from(["labels", "text"]),
     "weights": st.sampled_from(["lora", "full"]),
     **{key: st.booleans() for key in ("shuffle", "vision", "gradient_checkpointing", "merged")},
-    **{key: st.floats(0.1, 0.4) for key in ("novel_classes", "held_out", "easy", "rejections", "mass", "listwise", "warmup")},
+    **{key: st.floats(0.1, 0.4) for key in ("novel_classes", "held_out", "easy", "rejections", "mass", "listwise")},
     **{key: st.integers(2, 9) for key in ("judged", "max_list", "lora_rank", "lora_alpha", "epochs", "max_steps")},
     **{key: st.integers(1, 9) for key in ("batch_size", "accumulate", "check_every", "patience", "workers")},
     "learning_rate": st.floats(1e-6, 1.0),
@@ -62,7 +62,7 @@ SPEED = {
         f"serve.{key}": st.integers(1024, 9999)
         for key in ("port", "max_body_bytes", "max_pixels", "max_candidates", "max_boxes", "max_pictures", "max_queued")
     },
-    **{f"serve.{key}": st.integers(1, 9) for key in ("loaded_adapters", "batch_tokens", "min_gateways", "max_gateways")},
+    **{f"serve.{key}": st.integers(1, 9) for key in ("min_gateways", "max_gateways")},
     **{f"serve.{key}": st.floats(0.1, 9) for key in ("timeout_s", "upscale_delay_s", "downscale_delay_s")},
     **{f"tune.{key}": values for key, values in TUNE.items()},
 }
@@ -79,7 +79,6 @@ RESULT = {
     "ranker.batch_size": st.integers(1, 64),
     "ranker.method": st.sampled_from(["letters", "generate", "none"]),
     "route.mode": st.sampled_from(["calibrated", "always"]),
-    "detect.crop.sigma": st.sampled_from([0.05, 0.06]),
     "run.shard_size": st.integers(1, 512),
     "run.seed": st.integers(0, 9),
 }

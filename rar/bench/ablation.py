@@ -29,12 +29,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rar": {},
 }
 WINDOW = {"size": 96, "outside": "blur"}  # what the parts are held against, for retriever and ranker alike
-TIGHT = {"scale_small": 1.0, "scale_medium": 1.0, "scale_large": 1.0}
-PARTS: dict[str, dict[str, dict[str, Any]]] = {
-    "scale": {"adaptive": {}, "tight": TIGHT},
-    "outside": {"blur": {"outside": "blur"}, "none": {"outside": "none"}},
-    "views": {"one": {}, "with context": {"views": ["adaptive", "context"]}},
-}
+PARTS = {"scale": ["adaptive", "tight"], "outside": ["blur", "none"], "views": ["one", "with context"]}
 
 
 def run(out: Path, seed: int = 0, scenes: int = 450, shots: int = 4) -> dict[str, Any]:
@@ -66,12 +61,11 @@ def _settings(out: Path, seed: int, detect: Mapping[str, Any], **sections: Any) 
 
 def _grid(opened: Session, out: Path, seed: int) -> Iterator[dict[str, Any]]:
     for names in itertools.product(*PARTS.values()):
-        crop: dict[str, Any] = dict(WINDOW)
-        for options, name in zip(PARTS.values(), names, strict=True):
-            crop |= options[name]
+        scale, outside, views = names
+        window = WINDOW | {"outside": outside}
+        seen = [scale] if views == "one" else [scale, "context"]
         title = "-".join(names).replace(" ", "_")
-        shown = {key: value for key, value in crop.items() if key != "views"}
-        both = {"crop": crop, "shown": shown}
+        both = {"crop": window | {"views": seen}, "shown": window | {"view": scale}}
         for arm, values in _arms(opened, out, seed, title, both, {"retriever": ARMS["retriever"], "rar": ARMS["rar"]}):
             yield {**dict(zip(PARTS, names, strict=True)), "ranker": "letters" if arm == "rar" else "none", **values}
 

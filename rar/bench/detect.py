@@ -19,7 +19,7 @@ from rar.boxes import clip_xyxy
 from rar.config import Config, Corpus, Crop, Detect
 from rar.corpus.coco import read_boxes
 from rar.corpus.decode import decode
-from rar.crops.windows import GREY, View, bands_of, crops, touched_xyxy, windows_xyxy
+from rar.crops.windows import GREY, SIGMA, View, bands_of, crops, touched_xyxy, windows_xyxy
 from rar.encoder.towers import load_encoder
 from rar.engine import session
 from rar.engine.models import EncoderFacts
@@ -146,7 +146,7 @@ def plain_crops(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Crop, view: Vie
     height, width = image.shape[:2]
     size = crop.size or SIDE
     boxes = clip_xyxy(boxes_xyxy, width, height)
-    windows = windows_xyxy(boxes, crop, view)
+    windows = windows_xyxy(boxes, view)
     result = np.empty((len(boxes), size, size, 3), np.uint8)
     if not len(boxes):
         return result
@@ -157,7 +157,7 @@ def plain_crops(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Crop, view: Vie
     for i, (window, target) in enumerate(zip(windows + np.array([left, top] * 2), targets.tolist(), strict=True)):
         square = padded.crop(tuple(window.tolist())).resize((size, size), Image.Resampling.BICUBIC)
         if crop.outside == "blur":
-            hidden = square.filter(ImageFilter.GaussianBlur(crop.sigma * size))
+            hidden = square.filter(ImageFilter.GaussianBlur(SIGMA * size))
         else:
             hidden = Image.new("RGB", square.size, (GREY,) * 3 if crop.outside == "grey" else 0)
         if crop.outside != "none":

@@ -31,6 +31,7 @@ from transformers import (
 from rar import miniature
 from rar.bench.timing import paired
 from rar.config import Ranker
+from rar.device import pick_device
 from rar.engine import client, session
 from rar.miniature.tokens import mllm_tokenizer
 from rar.miniature.train_mllm import TEMPLATE
@@ -158,6 +159,7 @@ def random_weights(
     Replies of the reference are forced to `reply_tokens`, the length of a real sorted list of five.
     tokens_per_s: prompt tokens that `letters` reads; tflops: 2 x parameters of the language model x those; memory_gib: peak.
     """
+    pick_device(device, "the device")
     work = draw(images)
     with tempfile.TemporaryDirectory() as folder:
         save_random(Path(folder), config or llava_7b(), device)

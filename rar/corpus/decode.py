@@ -112,11 +112,6 @@ def begins_as_picture(head: bytes) -> bool:
     return known or head.startswith(MARKS) or MARK.match(head) is not None
 
 
-def resize_square(image: np.ndarray, side: int) -> np.ndarray:
-    """Stretch (H, W, 3) uint8 to (side, side, 3) uint8 with an antialiased bicubic filter; the aspect ratio is not kept."""
-    return np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
-
-
 def fit_square(image: np.ndarray, side: int, resize_mode: str, interpolation: str) -> np.ndarray:
     """(H, W, 3) uint8 -> (side, side, 3) uint8 as open_clip's preprocessing does it.
 

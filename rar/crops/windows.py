@@ -30,6 +30,8 @@ View = Literal["adaptive", "tight", "context"]
 Outside = Literal["blur", "grey", "black", "none"]
 
 GREY = 128
+GROWTH = (1.5, 1.25, 1.1)  # of boxes of at most 32 x 32 pixels, of at most 96 x 96, and of larger ones
+SIGMA = 0.06  # of the Gaussian blur, as a fraction of the crop's side
 CONTEXT_SCALE = 2.0  # growth of every box in the window `context`
 WIDE, NARROW, FEW = 32, 16, 128  # crop pixels in a band, for windows of at most FEW pixels and for larger ones; measured
 ROUNDING = 1e-6  # crop pixels: a corner on a pixel's border is no touch of the next
@@ -45,7 +47,7 @@ class Band(NamedTuple):
     weights: np.ndarray
 
 
-def windows_xyxy(boxes_xyxy: np.ndarray, crop: Window, view: View = "adaptive") -> np.ndarray:
+def windows_xyxy(boxes_xyxy: np.ndarray, view: View = "adaptive") -> np.ndarray:
     """The square windows shown for boxes: (B, 4) pixels -> (B, 4) int64 whole pixels; they may leave the image.
 
     Each is centred on its box to within half a pixel and holds every pixel that the box touches. Its side is max(w, h) times
@@ -53,26 +55,21 @@ def windows_xyxy(boxes_xyxy: np.ndarray, crop: Window, view: View = "adaptive") 
     """
     low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
     touched = (np.ceil(high) - np.floor(low)).max(axis=1)
-    side = np.ceil(np.maximum(_scale(boxes_xyxy, crop, view) * (high - low).max(axis=1), touched))[:, None]
+    side = np.ceil(np.maximum(_scale(boxes_xyxy, view) * (high - low).max(axis=1), touched))[:, None]
     corner = np.rint((low + high - side) / 2)
     return np.concatenate([corner, corner + side], axis=1).astype(np.int64)
 
 
-def _scale(boxes_xyxy: np.ndarray, crop: Window, view: View) -> np.ndarray:
+def _scale(boxes_xyxy: np.ndarray, view: View) -> np.ndarray:
     if view != "adaptive":
         return np.full(len(boxes_xyxy), 1.0 if view == "tight" else CONTEXT_SCALE)
     group = np.searchsorted([SMALL_AREA, MEDIUM_AREA], area(boxes_xyxy))
-    return np.array([crop.scale_small, crop.scale_medium, crop.scale_large])[group]
+    return np.array(GROWTH)[group]
 
 
 def to_crop(points: np.ndarray, window_xyxy: np.ndarray, size: int) -> np.ndarray:
     """Image coordinates (..., 2) x, y -> coordinates in the size x size crop of a square window (..., 4)."""
     return (points - window_xyxy[..., :2]) * (size / (window_xyxy[..., 2:] - window_xyxy[..., :2]))
-
-
-def to_image(points: np.ndarray, window_xyxy: np.ndarray, size: int) -> np.ndarray:
-    """Crop coordinates (..., 2) x, y -> image coordinates: the inverse of `to_crop`."""
-    return points * ((window_xyxy[..., 2:] - window_xyxy[..., :2]) / size) + window_xyxy[..., :2]
 
 
 def crops(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Window, view: View = "adaptive") -> np.ndarray:
@@ -88,7 +85,7 @@ def crops(image: np.ndarray, boxes_xyxy: np.ndarray, crop: Window, view: View = 
     boxes, size = clip_xyxy(boxes, width, height), crop.size
     assert size is not None, "the encoder's side is not filled in (config.Crop.sized)"
     result = np.empty((len(boxes), size, size, 3), dtype=np.uint8)
-    windows = windows_xyxy(boxes, crop, view)
+    windows = windows_xyxy(boxes, view)
     targets = touched_xyxy(boxes, windows, size)
     for i, (window, target) in enumerate(zip(windows.tolist(), targets.tolist(), strict=True)):
         shown = _hide_outside(_resized(image, window, size), target, crop)
@@ -165,7 +162,7 @@ def _hide_outside(square: np.ndarray, target_xyxy: list[int], crop: Window) -> n
         return square
     x0, y0, x1, y1 = target_xyxy
     if crop.outside == "blur":
-        hidden = _blurred(square, crop.sigma * len(square))
+        hidden = _blurred(square, SIGMA * len(square))
     else:
         hidden = np.full_like(square, GREY if crop.outside == "grey" else 0)
     hidden[x0:x1, :, y0:y1] = square[x0:x1, :, y0:y1]

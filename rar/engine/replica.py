@@ -7,7 +7,7 @@ is full they wait and ask again.
 
 `rank_several` is for the HTTP gateways: single requests that waited together in one of them travel in one message, as a message
 costs more than a small model's answer. Here they meet those of other gateways, and what waits together is ranked together, as
-many as `ranker.batch_size` and `serve.batch_tokens` allow. The two are different applications of the same class, as no queue
+many as `ranker.batch_size` and BATCH_TOKENS allow. The two are different applications of the same class, as no queue
 limit and no autoscaling target would fit both. Cost: a cluster that does both holds the model twice.
 
 In a replica one thread runs the model, others decode; the event loop stays free for health checks. A batch that fails is halved
@@ -41,6 +41,8 @@ Batch = tuple[list[bytes], list[list[str]]]  # encoded images, candidates' names
 One = tuple[bytes, list[str]]  # an encoded image, its candidates' names
 CHARS_PER_TOKEN = 3.0  # of candidates' names; what a picture and the prompt cost is learned from the answers
 FIRST_GUESS = 512.0  # tokens of a picture and its prompt before the first answer
+BATCH_TOKENS = 16384  # of one forward pass of single requests, padding included
+LOADED_ADAPTERS = 2  # that a replica keeps, each with its model
 SICK = 3  # batches in a row without any answer after which a replica asks to be replaced
 FAULTS = (RowError, UserError, Unavailable)  # of one request
 
@@ -93,7 +95,7 @@ class RankerReplica:
         async def adapt(name: str) -> Batcher[One, Ranking]:  # a function, as Serve hangs the loaded adapters on it
             return await self._adapt(name)
 
-        self.adapted = serve.multiplexed(adapt, max_num_models_per_replica=self.online.loaded_adapters)
+        self.adapted = serve.multiplexed(adapt, max_num_models_per_replica=LOADED_ADAPTERS)
 
     async def fault(self) -> str | Unavailable | None:
         """What the user must mend before this replica can rank, or who is away (a str, or Unavailable); None if all is well."""
@@ -187,7 +189,7 @@ class RankerReplica:
         return self._batcher(await asyncio.get_running_loop().run_in_executor(self.worker, load_ranker, settings, self.threads))
 
     def _batcher(self, ranker: Ranks) -> Batcher[One, Ranking]:
-        fits = Fits(self.settings.batch_size, self.online.batch_tokens)
+        fits = Fits(self.settings.batch_size, BATCH_TOKENS)
         isolated = self._isolate(ranker, (Unavailable,))
 
         async def work(waiting: list[One]) -> list[Ranking | Exception]:

@@ -351,7 +351,7 @@ def dry_run(settings: Config) -> str:
             f"would serve {paths} at http://{online.host}:{online.port}; token: {token}",
             f"  {memory}; retriever {settings.retriever.mode}, encoder {settings.encoder.model}",
             f"  ranker {ranker.model} ({ranker.method}): {ranker.min_replicas} to {ranker.max_replicas} replica(s), batches of "
-            f"at most {ranker.batch_size} images and {online.batch_tokens:,} tokens; {online.max_queued} requests may wait",
+            f"at most {ranker.batch_size} images a forward pass; {online.max_queued} requests may wait",
             f"  {online.min_gateways} to {online.max_gateways} gateway(s); adapters: {adapters or 'none'}",
         ]
     )

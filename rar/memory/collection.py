@@ -156,10 +156,6 @@ class Collection:
     def _delete(self, entry_ids: list[str]) -> None:
         self._call(lambda client: client.delete(self.name, ids=entry_ids))
 
-    def remove_class(self, class_id: int) -> int:
-        """Delete the entries of a class. Returns their number. `seal` afterwards."""
-        return self.remove([row["entry_id"] for page in self._pages(["entry_id"], f"class_id == {class_id}") for row in page])
-
     def seal(self, expected: int) -> None:
         """Finish writing: flush once, wait until the index is built and in use, check that exactly `expected` entries are
         there and visible, and keep the digest of this state (see `state`).

@@ -124,8 +124,7 @@ def check_maker(settings: Config, one: Collection, facts: models.EncoderFacts) -
 
 def treatment(settings: Config, facts: models.EncoderFacts) -> dict[str, Any]:
     """How boxes are cut out for the encoder, as JSON: what a memory of boxes and its queries must have in common."""
-    crop = settings.detect.crop.sized(facts.side).model_dump(mode="json")
-    return crop if crop["outside"] == "blur" else {key: value for key, value in crop.items() if key != "sigma"}
+    return settings.detect.crop.sized(facts.side).model_dump(mode="json")
 
 
 def odd_treatment(settings: Config, vocabulary: Vocabulary) -> list[str]:

@@ -35,6 +35,8 @@ from rar.tune.draw import Lesson
 from rar.tune.lessons import Course, Teacher
 from rar.tune.pictures import Pictures
 
+WARMUP = 0.05  # share of the steps until the learning rate is reached
+PATIENCE = 5  # checkpoints without a better one after which training stops
 VAL = 256  # pictures that a checkpoint is judged by, at most
 METRIC = "rank_accuracy"
 STATE = "trainer_state.json"
@@ -143,7 +145,7 @@ def _trainer(settings: Config, ranker: MllmRanker, rows: pa.Table, folder: Path)
         gradient_accumulation_steps=tune.accumulate,
         learning_rate=tune.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=int(np.ceil(tune.warmup * steps)),
+        warmup_steps=int(np.ceil(WARMUP * steps)),
         weight_decay=0.0,
         optim="adamw_torch",
         bf16=tune.weights == "full" and settings.ranker.precision == "bf16",
@@ -178,7 +180,7 @@ def _trainer(settings: Config, ranker: MllmRanker, rows: pa.Table, folder: Path)
         train_dataset=lists,
         eval_dataset=val,
         data_collator=teacher,
-        callbacks=[EarlyStoppingCallback(tune.patience), Finite(), Note()],
+        callbacks=[EarlyStoppingCallback(PATIENCE), Finite(), Note()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -12,13 +12,13 @@ from PIL import Image
 
 from rar.config import Corpus
 from rar.corpus import looks
-from rar.corpus.decode import decode, resize_square
+from rar.corpus.decode import decode, fit_square
 from rar.corpus.listing import list_images
 from tests.conftest import SHARED_DATA, needs_shared_data
 
 
 def fit(image: np.ndarray) -> np.ndarray:
-    return resize_square(image, 64)
+    return fit_square(image, 64, "squash", "bicubic")
 
 
 def copy(image: np.ndarray) -> np.ndarray:

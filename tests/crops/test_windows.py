@@ -31,42 +31,38 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 @given(boxes_xyxy, st.sampled_from(VIEWS))
 def test_the_window_is_a_square_of_whole_pixels_around_the_box(box: np.ndarray, view: windows.View) -> None:
-    x0, y0, x1, y1 = windows.windows_xyxy(box[None], Crop(), view)[0].tolist()
+    x0, y0, x1, y1 = windows.windows_xyxy(box[None], view)[0].tolist()
     assert x1 - x0 == y1 - y0
     assert abs((x0 + x1) / 2 - (box[0] + box[2]) / 2) <= 0.5 and abs((y0 + y1) / 2 - (box[1] + box[3]) / 2) <= 0.5
     assert x0 <= box[0] + 1e-6 and y0 <= box[1] + 1e-6 and x1 >= box[2] - 1e-6 and y1 >= box[3] - 1e-6
 
 
 def test_the_window_grows_by_object_size() -> None:
-    crop = Crop(scale_small=2.0, scale_medium=1.5, scale_large=1.25)
     boxes = np.array([[0.0, 0, 32, 32], [0, 0, 33, 32], [0, 0, 96, 96], [0, 0, 96, 97], [0, 0, 100, 4]])
-    squares = windows.windows_xyxy(boxes, crop)
-    assert (squares[:, 2] - squares[:, 0]).tolist() == [64, 50, 144, 122, 200]
-    assert squares[0].tolist() == [-16, -16, 48, 48]
-    assert windows.windows_xyxy(boxes, crop, "tight")[[0, 4]].tolist() == [[0, 0, 32, 32], [0, -48, 100, 52]]
-    assert windows.windows_xyxy(boxes, crop, "context")[[0, 4]].tolist() == [[-16, -16, 48, 48], [-50, -98, 150, 102]]
+    squares = windows.windows_xyxy(boxes)
+    assert (squares[:, 2] - squares[:, 0]).tolist() == [48, 42, 120, 107, 150]
+    assert squares[0].tolist() == [-8, -8, 40, 40]
+    assert windows.windows_xyxy(boxes, "tight")[[0, 4]].tolist() == [[0, 0, 32, 32], [0, -48, 100, 52]]
+    assert windows.windows_xyxy(boxes, "context")[[0, 4]].tolist() == [[-16, -16, 48, 48], [-50, -98, 150, 102]]
 
 
 def test_a_tight_window_holds_every_pixel_that_the_box_touches() -> None:
     boxes = np.array([[10.5, 3, 20.5, 4], [7.9, 7.9, 8.1, 8.1]])
-    squares = windows.windows_xyxy(boxes, Crop(), "tight").tolist()
+    squares = windows.windows_xyxy(boxes, "tight").tolist()
     assert squares[0] in ([10, -2, 21, 9], [10, -1, 21, 10])
     assert squares[1] == [7, 7, 9, 9]
-    assert windows.windows_xyxy(np.zeros((0, 4)), Crop()).shape == (0, 4)
+    assert windows.windows_xyxy(np.zeros((0, 4))).shape == (0, 4)
 
 
-@given(boxes_xyxy, st.integers(16, 512), st.floats(-50, 600), st.floats(-50, 600), st.sampled_from(VIEWS))
-def test_crop_and_image_coordinates_are_inverse(box: np.ndarray, size: int, x: float, y: float, view: windows.View) -> None:
-    window = windows.windows_xyxy(box[None], Crop(), view)[0]
-    point = np.array([x, y])
-    np.testing.assert_allclose(windows.to_crop(windows.to_image(point, window, size), window, size), point, atol=1e-6)
-    np.testing.assert_allclose(windows.to_image(np.array([[0, 0], [size, size]]), window, size).ravel(), window, atol=1e-6)
+@given(boxes_xyxy, st.integers(16, 512), st.sampled_from(VIEWS))
+def test_a_windows_corners_are_the_crops(box: np.ndarray, size: int, view: windows.View) -> None:
+    window = windows.windows_xyxy(box[None], view)[0]
+    np.testing.assert_allclose(windows.to_crop(window.reshape(2, 2), window, size), [[0, 0], [size, size]], atol=1e-6)
 
 
 def test_many_points_map_with_their_own_windows() -> None:
     squares = np.array([[0, 0, 10, 10], [100, 200, 140, 240]])
     assert windows.to_crop(np.array([[5, 5], [120, 210]]), squares, 20).tolist() == [[10, 10], [10, 5]]
-    assert windows.to_image(np.array([[10, 10], [10, 5]]), squares, 20).tolist() == [[5, 5], [120, 210]]
 
 
 def slow_crop(image: np.ndarray, box_xyxy: np.ndarray, crop: Crop, view: str = "adaptive") -> np.ndarray:
@@ -76,7 +72,7 @@ def slow_crop(image: np.ndarray, box_xyxy: np.ndarray, crop: Crop, view: str = "
     assert pixels is not None
     x0, y0, x1, y1 = max(0, box_xyxy[0]), max(0, box_xyxy[1]), min(width, box_xyxy[2]), min(height, box_xyxy[3])
     size = (x1 - x0) * (y1 - y0)
-    scale = crop.scale_small if size <= 1024 else crop.scale_medium if size <= 9216 else crop.scale_large
+    scale = 1.5 if size <= 1024 else 1.25 if size <= 9216 else 1.1
     scale = {"adaptive": scale, "tight": 1.0, "context": windows.CONTEXT_SCALE}[view]
     touched = max(math.ceil(x1) - math.floor(x0), math.ceil(y1) - math.floor(y0))
     side = max(math.ceil(scale * max(x1 - x0, y1 - y0)), touched)
@@ -89,7 +85,7 @@ def slow_crop(image: np.ndarray, box_xyxy: np.ndarray, crop: Crop, view: str = "
     if crop.outside == "none":
         return np.asarray(square).astype(int)
     hidden = {
-        "blur": np.asarray(square.filter(ImageFilter.GaussianBlur(crop.sigma * pixels))),
+        "blur": np.asarray(square.filter(ImageFilter.GaussianBlur(windows.SIGMA * pixels))),
         "grey": np.full((pixels, pixels, 3), 128, np.uint8),
         "black": np.zeros((pixels, pixels, 3), np.uint8),
     }[crop.outside].astype(int)
@@ -178,7 +174,7 @@ def test_a_window_far_larger_than_memory_would_hold() -> None:
     image = np.zeros((1, 65_535, 3), np.uint8)  # the longest JPEG; its square window has 4 billion pixels
     image[:, 40_000:] = 255
     result = windows.crops(image, np.array([[0, 0, 65_535, 1]]), Crop(size=64, outside="none"))[0]
-    edge = windows.to_crop(np.array([40_000, 0]), windows.windows_xyxy(np.array([[0, 0, 65_535, 1]]), Crop())[0], 64)[0]
+    edge = windows.to_crop(np.array([40_000, 0]), windows.windows_xyxy(np.array([[0, 0, 65_535, 1]]))[0], 64)[0]
     assert (result[:, : int(edge) - 2] < 8).all() and (result[:, int(edge) + 3 :] > 247).all()
 
 
@@ -193,8 +189,8 @@ def test_a_crop_shows_the_box_sharp_and_hides_the_rest() -> None:
     image = np.zeros((100, 100, 3), np.uint8)
     image[40:60, 30:70] = (255, 0, 0)
     box = np.array([[30, 40, 70, 60]])
-    crop = Crop(size=80, scale_small=2, outside="grey")
-    result = windows.crops(image, box, crop)[0]
+    crop = Crop(size=80, outside="grey")
+    result = windows.crops(image, box, crop, "context")[0]
     assert (result[31:49, 21:59] == (255, 0, 0)).all()  # 1 crop pixel = 1 image pixel; the window is (10, 10, 90, 90)
     assert (result[:30] == 128).all() and (result[50:] == 128).all() and (result[:, :20] == 128).all()
     assert (result[:, 60:] == 128).all() and not (result[30:50, 20:60] == 128).any()
@@ -230,8 +226,9 @@ def test_an_image_that_is_a_view_of_another_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.005, 0.02, 0.06, 0.2, 0.5])
-def test_the_blur_is_pillows_up_to_half_the_crop(sigma: float) -> None:
-    image, crop, box = photo(64, 64, seed=3), Crop(size=64, sigma=sigma), np.array([[20.0, 20, 50, 44]])
+def test_the_blur_is_pillows_up_to_half_the_crop(sigma: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "SIGMA", sigma)
+    image, crop, box = photo(64, 64, seed=3), Crop(size=64, outside="blur"), np.array([[20.0, 20, 50, 44]])
     assert_alike(windows.crops(image, box, crop, "context")[0], slow_crop(image, box[0], crop, "context"))
 
 

@@ -353,9 +353,9 @@ def test_removed_entries_are_gone_and_may_come_back(collection: Collection, inde
     built(collection, vectors, index)
     assert collection.remove([*names(10), "never there"]) == 10
     assert collection.count() == 90
-    assert collection.remove_class(3) == 13  # of 14; one was among the ten
+    assert collection.remove(names(100)[3::7]) == 13  # of 14; one was among the ten
     collection.seal(77)
-    assert collection.remove_class(3) == collection.remove([]) == 0
+    assert collection.remove(names(100)[3::7]) == collection.remove([]) == 0
     kept = [n for n in range(10, 100) if n % 7 != 3]
     assert collection.fetch().entry_ids == [names(100)[n] for n in kept]
     assert not {*names(10), *names(100)[3::7]} & set(collection.search(vectors[3:4], 77).entry_ids[0])
@@ -381,7 +381,7 @@ def test_a_copy_stands_on_its_own(collection: Collection, index: Index) -> None:
     copy = collection.copy(f"{collection.name}_copy", {"version": 1})
     try:
         was = collection.state()
-        collection.remove_class(1)
+        collection.remove(names(300)[1::7])
         collection.seal(257)
         assert copy.state() == was != collection.state()
         assert copy.meta() | {"created": ""} == collection.meta() | {"created": "", "version": 1}

@@ -220,7 +220,10 @@ def test_a_head_of_other_entries_is_refused(session: Session, tmp_path: Path) ->
     given = settings("stale", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1))
     build.build_memory(session, given, fresh=False)
     images = collection(given, session.memory_address, "images")
-    images.seal(6 - images.remove_class(0))
+    stored = images.fetch()
+    images.seal(
+        6 - images.remove([one for one, class_id in zip(stored.entry_ids, stored.class_ids, strict=True) if not class_id])
+    )
     with pytest.raises(UserError, match=r"head fused was fitted on other entries .* mend it with `rar memory CONFIG`"):
         open_memory(session, given)
     with np.load(tmp_path / "a.npz") as whole:
