@@ -63,7 +63,7 @@ class Calibration:
         return cls(**{**data, "threshold": float(data["threshold"])})
 
 
-def routed(candidates: Sequence[Candidate], calibration: Calibration) -> bool:
+def skips(candidates: Sequence[Candidate], calibration: Calibration) -> bool:
     """True: the image is routed past the ranker, because the retriever is sure enough or there is nothing to order."""
     return n_shown(candidates, calibration) < 2
 

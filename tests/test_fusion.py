@@ -94,18 +94,18 @@ def test_a_silent_ranking_leaves_the_retriever_alone(status: RankStatus) -> None
 
 def test_no_candidates() -> None:
     assert fusion.fuse([], ranking(), Calibration()) == ((), ())
-    assert fusion.routed([], Calibration())
+    assert fusion.skips([], Calibration())
 
 
 def test_routed_by_the_retrievers_probability() -> None:
     even, sure = candidates(1, 1), candidates(5, 0)
-    assert [fusion.routed(row, Calibration(threshold=0.9)) for row in (even, sure)] == [False, True]
-    assert [fusion.routed(row, Calibration(threshold=0.9, retriever_scale=0.1)) for row in (even, sure)] == [False, False]
+    assert [fusion.skips(row, Calibration(threshold=0.9)) for row in (even, sure)] == [False, True]
+    assert [fusion.skips(row, Calibration(threshold=0.9, retriever_scale=0.1)) for row in (even, sure)] == [False, False]
 
 
 def test_default_asks_always_unless_there_is_nothing_to_order() -> None:
-    assert not fusion.routed(candidates(1000, 0), Calibration())
-    assert fusion.routed(candidates(1), Calibration())
+    assert not fusion.skips(candidates(1000, 0), Calibration())
+    assert fusion.skips(candidates(1), Calibration())
 
 
 @settings(max_examples=50)
@@ -143,7 +143,7 @@ def test_where_ranking_does_not_pay_nobody_is_asked() -> None:
     guarded = [calibration for calibration in fitted if calibration.weight_ranker == 0]
     assert len(guarded) >= 4
     for calibration in guarded:
-        assert calibration.threshold == 0 and fusion.routed(candidates(0, 0, 0), calibration)
+        assert calibration.threshold == 0 and fusion.skips(candidates(0, 0, 0), calibration)
         assert fusion.fuse(candidates(3, 2, 1), ranking(2, 1, 0), calibration)[0] == (0, 1, 2)
 
 
@@ -298,7 +298,7 @@ def test_replayed_gpt4v_rankings(name: str, fused_at_least: float, asked_at_most
         fitted_on, measured_on = np.split(order, [len(order) // 5])
         calibration = fusion.fit(*select(case, fitted_on))
         new = select(case, measured_on)
-        past = [fusion.routed(row, calibration) for row in new[0]]
+        past = [fusion.skips(row, calibration) for row in new[0]]
         skipped = [Ranking(rank.order, RankStatus.SKIPPED) if skip else rank for rank, skip in zip(new[1], past, strict=True)]
         retriever = float(np.mean([row[0].class_id == true for row, true in zip(new[0], new[2], strict=True)]))
         routed = top1((new[0], skipped, new[2]), calibration)

@@ -44,7 +44,7 @@ def _split(recorded: Recorded, seed: int) -> dict[str, float]:
     calibration = fusion.fit([asked[i][0] for i in fit], [asked[i][1] for i in fit], [recorded.truth[i] for i in fit])
     truth = [recorded.truth[i] for i in test]
     fused = [_best(asked[i], calibration) for i in test]
-    skipped = [fusion.routed(recorded.candidates[i], calibration) for i in test]
+    skipped = [fusion.skips(recorded.candidates[i], calibration) for i in test]
     retriever = [recorded.candidates[i][0].class_id for i in test]
     routed = [kept if skip else answer for kept, skip, answer in zip(retriever, skipped, fused, strict=True)]
     return {

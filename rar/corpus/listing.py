@@ -205,7 +205,8 @@ def _guess_parquet(corpus: Corpus, file: str) -> str:
 def _folder(corpus: Corpus, told: Remarks) -> Iterator[pa.Table]:
     """Labels are the first sub-folder's name; images right in the folder have none."""
     fs, root = storage.locate(corpus.uri)
-    _require_folder(corpus.uri, "corpus.uri")
+    if storage.kind_of(fs, root) != "directory":
+        raise UserError(f"corpus: {corpus.uri} is not a folder; check corpus.uri")
     root = root.rstrip("/")
     found: list[pa.Array] = []
     left_out: Counter[str] = Counter()
@@ -312,11 +313,6 @@ def _rows(uris: pa.Array | pa.ChunkedArray, labels: pa.ChunkedArray | None) -> p
     """Of whole files: without byte ranges."""
     none = pa.nulls(len(uris), pa.int64())
     return pa.table([uris, none, none, pa.nulls(len(uris), pa.string()) if labels is None else labels], schema=ROWS)
-
-
-def _require_folder(uri: str, key: str) -> None:
-    if storage.kind_of(*storage.locate(uri)) != "directory":
-        raise UserError(f"corpus: {uri} is not a folder; check {key}")
 
 
 # Reading

@@ -24,11 +24,11 @@ from typing import Any
 import ray
 
 from rar import config
-from rar.engine.replica import Batch, try_decode
+from rar.engine.replica import Batch, fallback, try_decode
 from rar.ranker.cache import AnswerCache
 from rar.ranker.endpoint import EndpointRanker
 from rar.ranker.requests import Offers
-from rar.schema import Ranking, RankStatus, RowError
+from rar.schema import Ranking, RowError
 
 
 @ray.remote(num_cpus=0)
@@ -107,10 +107,7 @@ class Worker:
         shown: list[Any] = [pixels[row] for row in good]
         asking = self.ranker.ranked(self.session, shown, [names[row] for row in good])
         rankings = dict(zip(good, self.loop.run_until_complete(asking), strict=True))
-        return [
-            rankings.get(row) or Ranking(tuple(range(len(names[row]))), RankStatus.FALLBACK, response=f"[{picture}]")
-            for row, picture in enumerate(pixels)
-        ]
+        return [rankings.get(row) or fallback(len(names[row]), str(picture)) for row, picture in enumerate(pixels)]
 
     async def _session(self) -> Any:
         return self.ranker.servers.session()

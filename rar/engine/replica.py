@@ -92,8 +92,12 @@ class RankerReplica:
         self.whole = self._isolate(self.ranker, (UserError, Unavailable))
         self.base = self._batcher(self.ranker)
 
-        async def adapt(name: str) -> Batcher[One, Ranking]:  # a function, as Serve hangs the loaded adapters on it
-            return await self._adapt(name)
+        # a function, as Serve hangs the loaded adapters on it
+        async def adapt(name: str) -> Batcher[One, Ranking]:
+            """Load an adapter with a model of its own: Serve calls it where it is not loaded, and drops the least used one."""
+            settings = self.settings.model_copy(update={"adapter": self.online.adapters[name]})
+            loading = asyncio.get_running_loop().run_in_executor(self.worker, load_ranker, settings, self.threads)
+            return self._batcher(await loading)
 
         self.adapted = serve.multiplexed(adapt, max_num_models_per_replica=LOADED_ADAPTERS)
 
@@ -182,11 +186,6 @@ class RankerReplica:
             return await batcher((image, names))
         except FAULTS as fault:
             return fault
-
-    async def _adapt(self, adapter: str) -> Batcher[One, Ranking]:
-        """Load an adapter with a model of its own; Serve calls this where it is not loaded, and drops the least used one."""
-        settings = self.settings.model_copy(update={"adapter": self.online.adapters[adapter]})
-        return self._batcher(await asyncio.get_running_loop().run_in_executor(self.worker, load_ranker, settings, self.threads))
 
     def _batcher(self, ranker: Ranks) -> Batcher[One, Ranking]:
         fits = Fits(self.settings.batch_size, BATCH_TOKENS)

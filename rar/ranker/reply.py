@@ -124,11 +124,9 @@ def parse(response: str, names: Sequence[str]) -> tuple[tuple[int, ...], RankSta
         if reading and any(not mention.negated for mention in reading.mentions):
             if whole and whole.clean and whole.mentions[0].candidates == reading.mentions[0].candidates:
                 break  # the whole is a list that begins with what is stated
-            return _complete(
-                [*reading.mentions, *(whole.mentions if whole else [])],
-                len(names),
-                reading.clean and _all_named(reading, len(names)),
-            )
+            named = {candidate for mention in reading.mentions for candidate in mention.candidates}
+            mentions = [*reading.mentions, *(whole.mentions if whole else [])]
+            return _complete(mentions, len(names), reading.clean and len(named) == len(names))
     if whole:
         return _complete(whole.mentions, len(names), whole.clean)
     if not any(map(str.isalnum, said)):
@@ -136,10 +134,6 @@ def parse(response: str, names: Sequence[str]) -> tuple[tuple[int, ...], RankSta
             if not as_json and (reading := _plain(part, vocabulary)):
                 return _complete(reading.mentions, len(names), False)
     return tuple(range(len(names))), RankStatus.FALLBACK
-
-
-def _all_named(reading: Reading, count: int) -> bool:
-    return len({candidate for mention in reading.mentions for candidate in mention.candidates}) == count
 
 
 def _complete(found: list[Mention], count: int, clean: bool) -> tuple[tuple[int, ...], RankStatus]:

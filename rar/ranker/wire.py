@@ -97,15 +97,15 @@ def encodable(text: str) -> str:
 def _top(choice: Any) -> list[tuple[str, float]]:
     listed = at(choice, "logprobs", "content", 0, "top_logprobs")
     pairs = [(at(each, "token"), at(each, "logprob")) for each in listed] if isinstance(listed, list) else []
-    return [(token, _logprob(score)) for token, score in pairs if isinstance(token, str) and is_number(score)]
+    return [
+        (token, float(min(max(score, LEAST_LOGPROB), 0.0)))
+        for token, score in pairs
+        if isinstance(token, str) and is_number(score)
+    ]
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, float | int) and not (isinstance(value, float) and math.isnan(value))
-
-
-def _logprob(score: float) -> float:
-    return float(min(max(score, LEAST_LOGPROB), 0.0))
 
 
 def token_count(value: Any) -> int:

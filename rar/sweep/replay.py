@@ -3,7 +3,7 @@
 GPT-4V was given the whole class list, so it names classes that CLIP did not propose. Such a class joins the candidates of its
 image with the lowest retrieval score among them: CLIP said no more of it than that it comes after the ten. Everything else is
 the library's own path: `spelling.match_name` reads the names, `fusion.fit` fits fusion and threshold on a random 20 % of the
-images, `fusion.routed` and `fusion.fuse` decide on the other 80 %, on which every arm of a seed is judged. What an arm does
+images, `fusion.skips` and `fusion.fuse` decide on the other 80 %, on which every arm of a seed is judged. What an arm does
 follows from its config: ranker.method none is CLIP alone, retriever.mode all GPT-4V alone, route.mode always its order.
 """
 
@@ -63,7 +63,7 @@ def run(path: Path, cell: tuple[str, str], file: Path, settings: Config) -> dict
         calibration = fusion.fit([asked[i][0] for i in fit], [asked[i][1] for i in fit], [recorded.truth[i] for i in fit])
     rows = []
     for i in test:
-        skipped = settings.ranker.method == "none" or (not alone and fusion.routed(recorded.candidates[i], calibration))
+        skipped = settings.ranker.method == "none" or (not alone and fusion.skips(recorded.candidates[i], calibration))
         rows.append((recorded.candidates[i], silent(len(recorded.candidates[i]))) if skipped else asked[i])
     folder = RunFolder.open(path, "classify", settings, fresh=False, name=cell[0], group=cell[1])
     index = folder.freeze_index(_index(recorded, test))
