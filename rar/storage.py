@@ -168,6 +168,8 @@ def patiently(fs: fsspec.AbstractFileSystem, name: str, action: Callable[[], T])
 def is_model_folder(path: str, key: str) -> bool:
     """Whether a model is a folder here; else it is the name of one on a hub. Raises UserError for what can be neither."""
     if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"{key} {path!r} is a folder without a model: it has no config.json")
         return True
     if not HUB_NAME.fullmatch(path) or path.startswith("."):
         raise UserError(f"{key} {path!r} is no folder; give a local model folder or a hub name")

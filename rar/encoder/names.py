@@ -13,11 +13,17 @@ from rar.schema import UserError
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a name that is no folder here, none of rar's own, and no architecture that open_clip knows.
+    """Raises UserError for a name that is no model's folder here, none of rar's own, and no architecture that open_clip knows.
 
     timm's names are many and told by timm alone; they pass.
     """
-    if name in ("miniature", "precomputed") or name.startswith("timm/") or Path(name).is_dir():
+    if name in ("miniature", "precomputed") or name.startswith("timm/"):
+        return
+    if (folder := Path(name)).is_dir():
+        if not any((folder / file).is_file() for file in ("open_clip_config.json", "config.json")):
+            raise UserError(
+                f"encoder.model: folder {folder} has neither open_clip_config.json (a CLIP) nor config.json (a timm model)"
+            )
         return
     architecture, slash, rest = name.partition("/")
     if name.startswith((".", "/", "~")) or "/" in rest:

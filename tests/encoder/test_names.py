@@ -15,7 +15,11 @@ from rar.schema import UserError
 @pytest.mark.parametrize("name", ["miniature", "precomputed", "timm/resnet50.a1_in1k", "ViT-B-16/openai", "ViT-B-32/random"])
 def test_names_that_may_be_something_pass(name: str, tmp_path: Path) -> None:
     check_name(name)
+    (tmp_path / "config.json").touch()
     check_name(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="neither open_clip_config.json"):
+        check_name(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +27,6 @@ from rar.run.work import detect_work
 from rar.schema import Unavailable, UserError
 from tests.engine import fussy
 from tests.engine.fussy import BLUE, GREEN, RED
-from tests.run.lab import Lab
-from tests.run.test_recognise import rows
 
 
 @pytest.fixture(scope="module")
@@ -40,29 +37,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, colour in {"red": RED, "green": GREEN, "blue": BLUE}.items():
         Image.new("RGB", (40, 30), colour).save(folder / f"{name}.png")
     return folder
-
-
-@pytest.mark.long
-def test_encoder_and_ranker_that_raise_on_a_picture_fail_exactly_that_row(
-    lab: Lab, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = lab.settings(
-        corpus={"uri": str(photos)}, encoder={"batch_size": 8}, ranker={"max_new_tokens": 7}, route={"mode": "always"}
-    )
-    key = ("encoder", settings.encoder.model_dump_json())
-    lab.session.pools[key] = replace(lab.session, pools={})._pool(
-        "encoder", fussy.FussyEmbed, settings.encoder, settings.encoder
-    )
-    monkeypatch.setattr(client, "RankerReplica", fussy.FussyReplica)
-    folder, _ = lab.run(settings, tmp_path / "run")
-    serve.delete(client.app_name(settings.ranker))
-    del lab.session.pools[key]
-    (failed,) = folder.errors().to_pylist()
-    assert (Path(failed["uri"]).name, failed["stage"], failed["error"]) == ("red.png", "embed", "ValueError: red is no colour")
-    found = {Path(row["uri"]).name: (row["rank_status"], row["response"]) for row in rows(folder)}
-    assert found.pop("blue.png") == ("fallback", "[ValueError: blue is no colour]")
-    assert len(found) == 7 and {status for status, _ in found.values()} == {"ranked"}
-    assert folder.read("run.json")["counts"] == {"input": 9, "ok": 8, "failed": 1, "skipped": 0}
 
 
 def test_a_detector_that_raises_on_one_picture_fails_exactly_that_row(photos: Path, tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def one_line(result: Result | subprocess.CompletedProcess[str]) -> str:
         ("classify", {"retriever": {"top_k": 30}}, "has 26 labels, too few for retriever.top_k 30"),
         ("classify", {"ranker": {"model": "./no_such_folder"}}, "ranker.model './no_such_folder' is no folder"),
         ("detect", {"detect": {"detector": {"model": "a/b/c"}}}, "detect.detector.model 'a/b/c' is no folder"),
+        ("classify", {"ranker": {"model": "."}}, "ranker.model '.' is a folder without a model: it has no config.json"),
+        ("classify", {"encoder": {"model": "."}}, "encoder.model: folder . has neither open_clip_config.json"),
         ("classify", {}, "rar memory"),  # no memory was built
         ("memory", {"memory": {"support": None}}, "memory needs"),
         ("detect", {}, "JSON"),
