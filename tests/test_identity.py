@@ -30,7 +30,7 @@ TUNE = {  # decides an adapter, which has an identity of its own
     **{key: st.booleans() for key in ("shuffle", "vision", "gradient_checkpointing", "merged")},
     **{key: st.floats(0.1, 0.4) for key in ("novel_classes", "held_out", "easy", "rejections", "mass", "listwise")},
     **{key: st.integers(2, 9) for key in ("judged", "max_list", "lora_rank", "lora_alpha", "epochs", "max_steps")},
-    **{key: st.integers(1, 9) for key in ("batch_size", "accumulate", "check_every", "patience", "workers")},
+    **{key: st.integers(1, 9) for key in ("batch_size", "accumulate", "check_every", "workers")},
     "learning_rate": st.floats(1e-6, 1.0),
     "num_gpus": st.none() | st.floats(0, 8),
 }

@@ -239,7 +239,7 @@ def test_wrong_models_are_refused_in_one_line(folders: dict[str, str], tmp_path:
     save_file(weights, torn / "model.safetensors", metadata={"format": "pt"})
     for model, reason in {
         str(tmp_path / "no" / "such"): "is no folder",
-        str(tmp_path / "empty"): "cannot be loaded",
+        str(tmp_path / "empty"): "has no config.json",
         str(other): "is a bert model; proposals need one of grounding-dino",
         str(torn): "lacks 1 of its weights",
     }.items():

@@ -48,7 +48,7 @@ def test_models_that_cannot_serve_are_refused_in_one_line(tmp_path: Path):
     drop_weights(incomplete)
     for folder, reason in {
         str(tmp_path / "no" / "such"): "is no folder",
-        str(tmp_path / "empty"): "cannot be loaded",
+        str(tmp_path / "empty"): "has no config.json",
         str(text_only): "cannot be loaded",
         str(untold): "no chat template",
         str(incomplete): "lacks 1 of its weights",

@@ -22,7 +22,7 @@ from rar.run import build
 from rar.tune.train import STATE
 from tests.jobs.test_jobs import environment, rar
 
-TUNE = {"max_steps": 12, "batch_size": 8, "check_every": 4, "judged": 30, "learning_rate": 1e-3, "patience": 9}
+TUNE = {"max_steps": 12, "batch_size": 8, "check_every": 4, "judged": 30, "learning_rate": 1e-3}
 
 
 @pytest.fixture(scope="module")
