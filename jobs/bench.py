@@ -80,13 +80,19 @@ def photos(data: Data = None, out: Out = None, seeds: Seeds = 3) -> None:
 
 
 @bench.command("vocabulary-free")
-def vocabulary_free(data: Data = None, encoder: str | None = None) -> None:
-    """Names guessed by a language model instead of a vocabulary: cACC (and sACC by --encoder) with and without ranking."""
+def vocabulary_free(
+    data: Data = None,
+    encoder: Annotated[str | None, typer.Option("--encoder", help="CLIP whose text tower judges sACC.")] = None,
+    sentence_encoder: Annotated[
+        str | None, typer.Option("--sentence-encoder", help="Or a local folder of a sentence encoder that does.")
+    ] = None,
+) -> None:
+    """Names guessed by a language model instead of a vocabulary: cACC, and sACC by an encoder, with and without ranking."""
 
     def work() -> dict[str, Any]:
         from rar.bench import vocabulary_free as module
 
-        return module.run(_existing(data or SHARED / "clip_b16_memories"), encoder)
+        return module.run(_existing(data or SHARED / "clip_b16_memories"), encoder, sentence_encoder)
 
     _run(work)
 

@@ -20,10 +20,13 @@ def model_type(path: str, key: str) -> str:
         raise UserError(f"{key} {path!r} cannot be loaded: {first_line(error)}") from None
 
 
-def load(path: str, key: str, auto_model: Any, precision: str, **weights: Any) -> tuple[Any, Any]:
+def load(
+    path: str, key: str, auto_model: Any, precision: str, needless: tuple[str, ...] = (), **weights: Any
+) -> tuple[Any, Any]:
     """(processor, model). auto_model: an AutoModelFor... class; weights: what else `from_pretrained` takes.
 
-    A checkpoint with weights missing is refused: transformers would fill them with random numbers.
+    A checkpoint with weights missing is refused: transformers would fill them with random numbers. needless: beginnings of the
+    names of weights that the caller does not use, and that may be missing.
     """
     options = {"trust_remote_code": weights.pop("trust_remote_code", False), "local_files_only": is_model_folder(path, key)}
     logging.disable_progress_bar()
@@ -34,7 +37,7 @@ def load(path: str, key: str, auto_model: Any, precision: str, **weights: Any) -
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{key} {path!r} cannot be loaded: {first_line(error)}") from None
-    model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+    model, missing = loaded[0], sorted(name for name in loaded[1]["missing_keys"] if not name.startswith(needless))
     if missing:
         raise UserError(f"{key} {path!r} lacks {len(missing)} of its weights, the first is {missing[0]!r}")
     return processor, model

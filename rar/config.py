@@ -440,8 +440,12 @@ class Run(Strict):
     patience_s: float = Field(300.0, gt=0, description="how long a model, the ranker's replicas or an answer is waited for")
     vocabulary_free: bool = Field(
         False,
-        description="the memory's names are guesses: metrics.json has cluster_accuracy and, by the encoder's text tower, "
-        "semantic_similarity, too",
+        description="the memory's names are guesses: metrics.json has cluster_accuracy and semantic_similarity, too",
+    )
+    sentence_encoder: str | None = Field(
+        None,
+        description="of vocabulary_free: folder of a sentence encoder (transformers or sentence-transformers) that judges "
+        "semantic_similarity; default: the encoder's text tower, where it has one",
     )
 
 

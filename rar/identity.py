@@ -64,7 +64,7 @@ SPEED = (
     "tune",
 )
 TUNE_SPEED = ("tune.workers", "tune.num_gpus", "tune.accumulate", "tune.gradient_checkpointing", "tune.merged", "tune.others")
-METRICS = ("detect.score", "detect.style", "detect.classes_per_box", "run.max_failed_fraction")
+METRICS = ("detect.score", "detect.style", "detect.classes_per_box", "run.max_failed_fraction", "run.sentence_encoder")
 ANSWERING = ("ranker", "corpus/decode.py", "engine/direct.py", "engine/exemplars.py", "engine/replica.py")
 CODE = (
     *ANSWERING,
@@ -73,7 +73,7 @@ CODE = (
     *("corpus/frame.py", "corpus/listing.py", "corpus/tars.py", "corpus/vectors.py"),
     *("run/calibrate.py", "run/fitting.py", "run/recognise.py", "run/steps.py"),
 )
-MEASURING = ("evaluation", "run/measure.py", "fusion.py")
+MEASURING = ("evaluation", "run/measure.py", "fusion.py", "encoder/sentences.py")
 WHOLE_BYTES = 64 << 20
 SAMPLES, SAMPLE_BYTES = 256, 256 << 10
 ABSENT = "(absent)"
@@ -126,8 +126,9 @@ def of_answers(settings: config.Ranker, *extras: str) -> Identity:
 
 def of_metrics(settings: Config) -> Identity:
     """What decides metrics and detections once there are predictions."""
-    every = dict(_flat(settings.model_dump(mode="json")))
-    return {"settings": {key: every[key] for key in METRICS if key.startswith("detect.")}, "code": _code(MEASURING)}
+    every, judge = dict(_flat(settings.model_dump(mode="json"))), settings.run.sentence_encoder
+    made = {"settings": {key: every[key] for key in METRICS if key.startswith("detect.")}, "code": _code(MEASURING)}
+    return {**made, "sentences": folder_digest(Path(judge))} if judge is not None and settings.run.vocabulary_free else made
 
 
 def fingerprint(identity: Any) -> str:

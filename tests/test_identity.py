@@ -87,6 +87,7 @@ METRICS = {
     "detect.style": st.sampled_from(["coco", "lvis"]),
     "detect.classes_per_box": st.integers(1, 9),
     "run.max_failed_fraction": st.floats(0, 1),
+    "run.sentence_encoder": st.none() | st.just("all-mpnet-base-v2"),
 }
 
 
@@ -171,6 +172,18 @@ def test_metrics_have_an_identity_of_their_own() -> None:
     assert plain == identity.of_metrics(with_values({"ranker.in_flight": 9, "run.seed": 3, "run.max_failed_fraction": 0.5}))
     for key, value in {"detect.score": "class", "detect.style": "lvis", "detect.classes_per_box": 2}.items():
         assert identity.of_metrics(with_values({key: value})) != plain
+
+
+def test_the_judge_of_guessed_names_counts_by_what_its_folder_holds(tmp_path: Path) -> None:
+    for name, said in (("one", "a"), ("copy", "a"), ("other", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(said)
+
+    def judged_by(name: str, free: bool = True) -> identity.Identity:
+        return identity.of_metrics(with_values({"run.vocabulary_free": free, "run.sentence_encoder": str(tmp_path / name)}))
+
+    assert judged_by("one") == judged_by("copy") != judged_by("other")
+    assert judged_by("one", free=False) == identity.of_metrics(Config()) != judged_by("one")
 
 
 def test_prompts_count_by_what_they_say(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ under their guesses, every guess an entry, and no true name anywhere. Arms:
 - `ranked`: those candidates ranked by the picture's own guesses, read as a model's answer (`match_name`): the named ones first.
   The recorded guesses stand for the MLLM, which is what FineR's and the paper's text has and their code never asks.
 
-cACC of both measures is reported, and sACC where a text encoder is named (`--encoder`, an open_clip name or folder): the
-miniature's knows none of these words. No threshold is fitted and none of the truth is used, so nothing is tuned on the test.
+cACC is reported, and sACC where a text encoder is named: `--sentence-encoder`, a local folder such as FineR's
+all-mpnet-base-v2, or `--encoder`, a CLIP by open_clip name or folder (the miniature's knows none of these words). No threshold
+is fitted and none of the truth is used, so nothing is tuned on the test.
 """
 
 from __future__ import annotations
@@ -37,22 +38,29 @@ from rar.schema import UserError
 TOP_K, N_NEIGHBORS = 5, 20
 
 
-def run(data: Path, encoder: str | None = None) -> dict[str, Any]:
+def run(data: Path, encoder: str | None = None, sentence_encoder: str | None = None) -> dict[str, Any]:
     """{"sets": {NAME: {ARM: {"cacc", "sacc"}, "images", "names"}}, "encoder"}; fractions, sacc null without an encoder.
 
-    Raises UserError where the folder holds no NAME.npz with a NAME.json that has `class_names` and `guessed_names`.
+    Raises UserError where the folder holds no NAME.npz with a NAME.json that has `class_names` and `guessed_names`, and where
+    two encoders are to judge.
     """
+    if encoder is not None and sentence_encoder is not None:
+        raise UserError("--encoder and --sentence-encoder: sACC is by one of them; leave the other out")
     files = sorted(file for file in data.glob("*.npz") if "guessed_names" in _json(file.with_suffix(".json")))
     if not files:
         raise UserError(f"{data} holds no NAME.npz with a NAME.json of guessed_names; give the recorded memories with --data")
-    embed = None
+    embed: Callable[[list[str]], np.ndarray] | None = None
+    if sentence_encoder is not None:
+        from rar.encoder.sentences import SentenceEncoder
+
+        embed = SentenceEncoder(sentence_encoder, "--sentence-encoder").embed
     if encoder is not None:
         from rar.encoder.towers import load_encoder
 
         embed = load_encoder(Encoder(model=encoder)).embed_texts
     with tempfile.TemporaryDirectory() as folder, open_store(f"{folder}/names.milvus") as address:
         sets = {file.stem: _measure(Collection(address, "names"), file, embed) for file in files}
-    return {"sets": sets, "encoder": encoder}
+    return {"sets": sets, "encoder": encoder or sentence_encoder}
 
 
 def _json(file: Path) -> dict[str, Any]:

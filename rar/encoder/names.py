@@ -39,6 +39,14 @@ def check_name(name: str) -> None:
         )
 
 
+def check_sentence_encoder(folder: str, key: str = "run.sentence_encoder") -> None:
+    """Raises UserError for what is no folder of transformers here: only local encoders judge names."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{key}: there is no folder {folder} here; name a local sentence encoder (nothing is fetched)")
+    if not any((Path(folder) / name).is_file() for name in ("config.json", "modules.json")):
+        raise UserError(f"{key}: folder {folder} holds no sentence encoder: neither config.json nor modules.json is in it")
+
+
 def _architectures() -> list[str]:
     """Those of the installed open_clip, by its files: importing it takes seconds."""
     spec = find_spec("open_clip")

@@ -3,8 +3,8 @@
 - Clustering accuracy (cACC): predicted names are clusters, whatever they say. Each true class is paired with at most one of
   them so that most images agree (the Hungarian method); the share that agrees counts. Consistently wrong names do well.
 - Semantic similarity (sACC): the mean cosine of the embeddings of predicted and true name. It is no accuracy: unrelated names
-  have a cosine well above 0, and each encoder has its own scale. FineR uses all-mpnet-base-v2; here any text encoder serves,
-  such as a CLIP's own text tower, and numbers of two encoders must not be held against each other.
+  have a cosine well above 0, and each encoder has its own scale. FineR uses all-mpnet-base-v2; here any local sentence encoder
+  serves (encoder.sentences), or a CLIP's own text tower, and numbers of two encoders must not be held against each other.
 
 Definitions after FineR (arXiv 2401.13837); RAR's Table 1 has both, as percentages.
 """

@@ -67,24 +67,31 @@ def judged(folder: RunFolder, index: pa.Table) -> tuple[metrics.Judged, pa.Chunk
 def again(settings: config.Config, folder: RunFolder, boxed: bool) -> tuple[dict[str, float], bool]:
     """(metrics of a finished run, whether they are new): they are kept unless they were measured by something else.
 
-    What is asked of the memory or the encoder stays as it is: neither predictions nor memory have changed.
+    What is asked of the memory or the encoder stays as it is: neither predictions nor memory have changed. A sentence encoder
+    judges anew; without one where there was one, nothing is left to judge by.
     """
     known: dict[str, float] = folder.read("metrics.json")
-    if folder.read("run.json")["measured"] == identity.of_metrics(settings):
+    before, now = folder.read("run.json")["measured"], identity.of_metrics(settings)
+    if before == now:
         return known, False
     index = read_table(folder.path / "index.parquet")
     values = measured(settings, folder, index, boxed) | {key: known[key] for key in KEPT if key in known}
+    if "sentences" in {**before, **now} and not boxed:
+        values.pop("semantic_similarity", None)
+        if (sentences := settings.run.sentence_encoder) is not None:
+            values["semantic_similarity"] = similarity(sentences, *guesses_and_labels(folder.predictions(), index))
     folder.write_metrics(values, settings)
     return values, True
 
 
 def vocabulary_free(session: Session, settings: config.Config, predictions: pa.Table, index: pa.Table) -> dict[str, float]:
-    """cACC, and where the encoder embeds names also sACC, by prototypes of its text tower, of the labelled images."""
-    truth = index["label"].take(pa.array(positions(predictions["row"], index))).to_pylist()
-    pairs = zip(predictions["class_name"].to_pylist(), truth, strict=True)
-    labelled = [(guess, label) for guess, label in pairs if label is not None]
-    guesses, labels = [guess for guess, _ in labelled], [label for _, label in labelled]
+    """cACC and sACC of the labelled images. sACC is by the sentence encoder, else by the encoder's text tower, if any."""
+    from rar.engine import pipeline
+
+    guesses, labels = guesses_and_labels(predictions, index)
     values = {"cluster_accuracy": clustering.cluster_accuracy(guesses, labels)}
+    if (sentences := settings.run.sentence_encoder) is not None:
+        return values | {"semantic_similarity": pipeline.in_a_worker(similarity, sentences, guesses, labels)}
     if settings.encoder.model == "precomputed" or not session.encoder(settings.encoder).facts.embeds_texts:
         return values
 
@@ -94,6 +101,21 @@ def vocabulary_free(session: Session, settings: config.Config, predictions: pa.T
         return vectors_of(session.encoder(settings.encoder).run(table))
 
     return values | {"semantic_similarity": clustering.semantic_similarity(guesses, labels, embed)}
+
+
+def guesses_and_labels(predictions: pa.Table, index: pa.Table) -> tuple[list[str], list[str]]:
+    """Predicted and true names of the labelled images."""
+    truth = index["label"].take(pa.array(positions(predictions["row"], index))).to_pylist()
+    pairs = zip(predictions["class_name"].to_pylist(), truth, strict=True)
+    labelled = [(guess, label) for guess, label in pairs if label is not None]
+    return [guess for guess, _ in labelled], [label for _, label in labelled]
+
+
+def similarity(sentence_encoder: str, guesses: Sequence[str], labels: Sequence[str]) -> float:
+    """sACC by a sentence encoder in a folder. Raises UserError."""
+    from rar.encoder.sentences import SentenceEncoder
+
+    return clustering.semantic_similarity(guesses, labels, SentenceEncoder(sentence_encoder).embed)
 
 
 def detection(

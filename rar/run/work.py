@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from rar.config import Config
 from rar.corpus import coco
 from rar.corpus.datasets import named
-from rar.encoder.names import check_name
+from rar.encoder.names import check_name, check_sentence_encoder
 from rar.engine import pipeline
 from rar.run import build
 from rar.runfolder import RunFolder
@@ -85,6 +85,8 @@ def _check_models(settings: Config) -> None:
         is_model_folder(settings.ranker.model, "ranker.model")
     if settings.detect.detector is not None:
         is_model_folder(settings.detect.detector.model, "detect.detector.model")
+    if settings.run.sentence_encoder is not None:
+        check_sentence_encoder(settings.run.sentence_encoder)
 
 
 def dry_run(settings: Config, work: Work, path: Path) -> str:

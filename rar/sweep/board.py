@@ -270,7 +270,7 @@ def _claims_of(grid: Grid, variant: str, rows: Sequence[Row], pooled: Pooled) ->
     return said
 
 
-PUBLISHED_AS = {"top1": "top1", "cluster_accuracy": "cacc", "ap": "ap"}
+PUBLISHED_AS = {"top1": "top1", "cluster_accuracy": "cacc", "semantic_similarity": "sacc", "ap": "ap"}
 
 
 def _with_references(grid: Grid, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:

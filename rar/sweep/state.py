@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rar import storage
 from rar.config import Config
+from rar.run import measure
 from rar.runfolder import RunFolder
 from rar.schema import UserError
 from rar.sweep.grid import Cell, Grid, Group, cells, group_of, settings_of
@@ -74,14 +75,19 @@ def open_sweep(grid: Grid, out: Path) -> tuple[Sweep, list[Cell]]:
 
 
 def finished(sweep: Sweep, every: Sequence[Cell]) -> list[Cell]:
-    """The cells that have ended as they are configured now; a folder of another run is a failure that names what differs."""
+    """The cells that have ended as they are configured now, measured again where they are to be judged otherwise.
+
+    A folder of another run is a failure that names what differs.
+    """
     found = []
     for cell in every:
         folder = RunFolder(sweep.folder(cell))
         if cell.name in sweep.failed or not folder.finished:
             continue
         try:
-            RunFolder.check(folder.path, sweep.grid.datasets[cell.dataset].verb, sweep.settings(cell), fresh=False)
+            verb, settings = sweep.grid.datasets[cell.dataset].verb, sweep.settings(cell)
+            RunFolder.check(folder.path, verb, settings, fresh=False)
+            measure.again(settings, folder, verb == "detect")
             sweep.done[cell.name] = folder.read("run.json")["seconds"]
             found.append(cell)
         except UserError as error:

@@ -19,7 +19,7 @@ from rar.sweep.state import Sweep
 
 COLUMNS = [
     *("dataset", "shots", "seed", "encoder", "arm", "top_k", "metric", "top1", "ci_low", "ci_high", "top5"),
-    *("candidate_recall", "images", "ranked_fraction", "mllm_calls"),
+    *("candidate_recall", "semantic_similarity", "images", "ranked_fraction", "mllm_calls"),
 ]
 
 
@@ -31,7 +31,8 @@ def as_csv(found: Sequence[Result]) -> str:
     for one in found:
         values, cell = one.values, one.cell
         images, share = values.get("images") or 0.0, values.get("ranked_fraction") or 0.0
-        numbers = [one.value, one.low, one.high, values.get("top5"), values.get("candidate_recall")]
+        further = [values.get(name) for name in ("top5", "candidate_recall", "semantic_similarity")]
+        numbers = [one.value, one.low, one.high, *further]
         shown = ["" if number is None or np.isnan(number) else f"{number:.4f}" for number in numbers]
         place = [cell.dataset, cell.shots, cell.seed, cell.encoder, cell.arm, cell.top_k, one.metric]
         rows.writerow([*place, *shown, round(images), f"{share:.4f}", round(images * share)])

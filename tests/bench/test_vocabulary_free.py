@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 
 from rar.bench.vocabulary_free import rank_by_names, run
+from rar.encoder.sentences import SentenceEncoder
 from rar.schema import UserError
+from tests import tiny_bert
 from tests.conftest import SHARED_DATA, needs_shared_data
 
 GULL, OWL = ["herring gull", "sea bird", "gull"], ["tawny owl", "night bird", "owl"]
 
 
-def write(folder: Path, guesses: list[list[str]]) -> Path:
+def write(folder: Path, guesses: list[list[str]], names: tuple[str, str] = ("Larus argentatus", "Strix aluco")) -> Path:
     """Three pictures of a gull, three of an owl, far apart."""
     vectors = np.array([[1, 0, 0.1], [1, 0, 0.2], [1, 0, 0.3], [0, 1, 0.1], [0, 1, 0.2], [0, 1, 0.3]], np.float16)
     np.savez(folder / "birds.npz", embeddings=vectors, class_id=np.repeat([0, 1], 3))
-    told = {"class_names": ["Larus argentatus", "Strix aluco"], "files": ["x"] * 6, "guessed_names": guesses}
+    told = {"class_names": names, "files": ["x"] * 6, "guessed_names": guesses}
     (folder / "birds.json").write_text(json.dumps(told))
     return folder
 
@@ -49,6 +51,23 @@ def test_similarity_by_a_text_tower(tmp_path: Path) -> None:
     unknown = run(write(tmp_path, [GULL] * 3 + [OWL] * 3), "miniature")
     assert unknown["encoder"] == "miniature" and np.isnan(unknown["sets"]["birds"]["guess"]["sacc"])
     assert set(run(write(tmp_path, known), "miniature")["sets"]["birds"]["guess"]) == {"cacc", "sacc"}
+
+
+@pytest.mark.long
+def test_similarity_by_a_sentence_encoder(tmp_path: Path) -> None:
+    """Of names in words that it knows, the mean cosine of guess and truth; itself, 1."""
+    guesses = [["red star"], ["red sun"], ["red star"], ["blue ring"], ["blue ring"], ["blue moon"]]
+    judge = str(tiny_bert.write(tmp_path / "bert"))
+    found = run(write(tmp_path, guesses, ("red star", "blue ring")), sentence_encoder=judge)
+    embed = SentenceEncoder(judge).embed
+    cosines = (embed([one[0] for one in guesses]) * embed(["red star"] * 3 + ["blue ring"] * 3)).sum(axis=1)
+    assert found["encoder"] == judge
+    assert found["sets"]["birds"]["guess"]["sacc"] == pytest.approx(cosines.mean()) and cosines.min() < 1
+
+
+def test_two_judges_are_one_too_many(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="by one of them"):
+        run(write(tmp_path, [GULL] * 6), "miniature", "bert")
 
 
 def test_ranking_by_names() -> None:

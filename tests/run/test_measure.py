@@ -11,11 +11,13 @@ import pytest
 
 from rar import config
 from rar.corpus import coco, listing
+from rar.encoder.sentences import SentenceEncoder
 from rar.engine.sinks import ShardSink
 from rar.fusion import Calibration
 from rar.report import view
 from rar.run import measure
 from rar.runfolder import RunFolder
+from tests import tiny_bert
 from tests.conftest import SHARED_CASES, needs_shared_cases
 from tests.runs import NAMES, block, detect_run, draw, end, write_run, write_truth
 
@@ -107,6 +109,36 @@ def test_only_what_measures_is_computed_again(tmp_path: Path) -> None:
     assert known["config"]["detect"]["score"] == "class" and known["seconds"] == old["seconds"]
     assert len(folder.read("detections.json")) == 2 * folder.predictions().num_rows
     assert measure.again(other, folder, boxed=True)[1] is False
+
+
+def test_guessed_names_are_judged_again_by_another_judge(tmp_path: Path) -> None:
+    """A finished run is given a sentence encoder, another one, and none; predictions stay, and cluster accuracy, too."""
+    names, truth = ["red star", "blue ring"], ["red star", "red star", "blue ring"]
+    (tmp_path / "test.csv").write_text("\n".join(["uri,label", *(f"{row}.jpg,{name}" for row, name in enumerate(truth))]))
+
+    def judged_by(judge: Path | None) -> config.Config:
+        chosen = {"vocabulary_free": True, "sentence_encoder": None if judge is None else str(judge)}
+        return config.build({"corpus": {"uri": str(tmp_path / "test.csv")}, "run": chosen})
+
+    plain = judged_by(None)
+    assert plain.corpus is not None
+    index = listing.list_images(plain.corpus)
+    rows = [said(row, None, f"{row}.jpg", None, name, names) for row, name in enumerate(["red star", "blue ring", "red star"])]
+    made = folder_of(tmp_path / "run", "classify", plain, index, rows, names)
+    known = measure.measured(plain, made, index, boxed=False) | {"cluster_accuracy": 2 / 3, "semantic_similarity": 0.5}
+    end(made, plain, known)
+    judges = [tiny_bert.write(tmp_path / "bert"), tiny_bert.write(tmp_path / "other", seed=1)]
+    said_by = []
+    for judge in judges:
+        RunFolder.check(made.path, "classify", judged_by(judge), fresh=False)  # not refused
+        values, new = measure.again(judged_by(judge), made, boxed=False)
+        vectors = dict(zip(names, SentenceEncoder(str(judge)).embed(names), strict=True))
+        between = float(vectors["red star"] @ vectors["blue ring"])
+        assert new and values["semantic_similarity"] == pytest.approx((1 + 2 * between) / 3)
+        assert values["cluster_accuracy"] == 2 / 3 and not measure.again(judged_by(judge), made, boxed=False)[1]
+        said_by.append(values["semantic_similarity"])
+    assert said_by[0] != pytest.approx(said_by[1])
+    assert "semantic_similarity" not in measure.again(plain, made, boxed=False)[0]
 
 
 def test_a_row_that_the_index_lacks_is_a_fault_of_ours(tmp_path: Path) -> None:
