@@ -18,7 +18,7 @@ def test_names_that_may_be_something_pass(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     check_name(str(tmp_path))
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match="neither open_clip_config.json"):
+    with pytest.raises(UserError, match=r"neither open_clip_config\.json"):
         check_name(str(tmp_path))
 
 

@@ -97,6 +97,24 @@ def test_a_process_that_is_gone_is_one_line(ray_session: Session) -> None:
     assert "\n" not in str(gone.value)
 
 
+def _hangs(table: pa.Table) -> pa.Table:
+    time.sleep(8)
+    return table
+
+
+def test_a_stage_that_hangs_ends_the_run_in_one_line(ray_session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ray.data.DataContext.get_current()
+    assert context.execution_no_progress_timeout_s == session.STALLED * ray_session.patience_s
+    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 2)
+    table, began = pa.table({"x": [1]}), time.monotonic()
+    with (
+        pytest.raises(Unavailable, match=r"no shard of the run was done within six times run.patience_s") as told,
+        faults.crossing(),
+    ):
+        pipeline.collect(pipeline.through(pipeline.shards_of(table, pipeline.evenly(table, 1)), "x", _hangs))
+    assert time.monotonic() - began < 7 and "\n" not in str(told.value)
+
+
 @pytest.mark.long
 def test_a_worker_finds_the_serve_that_replaced_the_one_it_knew(ray_session: Session) -> None:
     worker = fussy.Worker.remote()  # type: ignore[attr-defined]
