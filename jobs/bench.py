@@ -200,6 +200,18 @@ def rank(
     _run(work)
 
 
+@bench.command("start-up")
+def start_up(repeats: Repeats = 3) -> None:
+    """Seconds of commands that have next to nothing to do, from a cold process, and where their driver's time goes."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import start_up as module
+
+        return module.run(repeats)
+
+    _run(work)
+
+
 @bench.command()
 def consistency(images: int = 200, seed: Seed = 0) -> None:
     """How often the order of the candidates decides the answer, by method and debiasing, on miniature photos."""
