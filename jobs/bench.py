@@ -200,6 +200,18 @@ def rank(
     _run(work)
 
 
+@bench.command()
+def embed(pictures: int = 256, repeats: Repeats = 5, model: str = "ViT-B-32/random") -> None:
+    """Pictures/s from JPEG files to vectors, against the bare forward pass and a loop; channels last against planes."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import embed as module
+
+        return module.run(pictures, repeats, model)
+
+    _run(work)
+
+
 @bench.command("start-up")
 def start_up(repeats: Repeats = 3) -> None:
     """Seconds of commands that have next to nothing to do, from a cold process, and where their driver's time goes."""

@@ -32,14 +32,14 @@ def run(verb: str, config_file: Path, out: str | None, sets: list[str], dry_run:
     from rar.corpus.support import strangers
     from rar.engine import session
     from rar.report.page import write_report
-    from rar.run import nearest, recognise, work
+    from rar.run import alone, nearest, recognise, work
     from rar.run.vocabulary import odd_treatment
 
     rows = {"classify": work.classify_work, "detect": work.detect_work}[verb](settings)
     if dry_run:
         say("\n  ".join([work.dry_run(settings, rows, path), *remarks(rows.index)]))
         return 0
-    with session.opened(settings.memory, patience_s=settings.run.patience_s) as opened:
+    with alone.driving(path), session.opened(settings.memory, patience_s=settings.run.patience_s) as opened:
         vocabulary = recognise.prepare(opened, settings)
         folder = RunFolder.open(path, verb, settings, fresh=fresh, name=config_file.stem, group=verb)
         strange = strangers(rows.labels, list(vocabulary.names.values()))

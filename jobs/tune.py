@@ -68,8 +68,9 @@ def run(
         say(tuning.dry_run(settings, path))
         return Exit.DONE
     from rar.engine import session
+    from rar.run import alone
 
-    with session.opened(settings.memory, patience_s=settings.run.patience_s) as opened:
+    with alone.driving(path), session.opened(settings.memory, patience_s=settings.run.patience_s) as opened:
         folder = RunFolder.open(path, "tune", settings, fresh=fresh, name=config_file.stem, group="tune")
         rows = tuning.make_data(opened, settings, folder, say)
         if export is not None:

@@ -66,7 +66,7 @@ class RunFolder:
         path = storage.place(path)
         if path.is_file():
             raise UserError(f"{path} is a file; choose a folder for --out")
-        if not path.exists() or not any(path.iterdir()):
+        if not path.exists() or all(entry.name == storage.DRIVER for entry in path.iterdir()):
             return
         if not (path / "run.json").is_file():
             raise UserError(f"{path} is not a run folder and not empty; choose another --out")

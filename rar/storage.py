@@ -30,6 +30,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 from rar.schema import Unavailable, UserError
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}  # what is sent there is whole or not there
+DRIVER = "driver.json"  # in a run folder: who is at work there
 PATIENCE_S = 300.0  # with storage that does not answer, beyond the few seconds that its client has by itself
 OF_A_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 REFUSED = (errno.EINVAL, errno.EPERM, errno.ENOSYS)  # what a store says of a request that it will never like

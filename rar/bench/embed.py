@@ -1,0 +1,117 @@
+"""Pictures a second from JPEG files to vectors, against the bare forward pass and the loop that one writes first; and by the
+order of pixels in memory that the forward pass is given.
+
+Pictures are drawn (500 x 375, smooth with grain, JPEG of about 60 kB); weights do not matter here, so they are random by default.
+All of it runs with the threads that torch takes on this machine, in fp32, in one process beside the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rar import config
+from rar.bench.timing import paired
+from rar.corpus.decode import decode, fit_square
+from rar.encoder.towers import ClipEncoder, ImageEncoder, load_encoder
+from rar.engine import pipeline, session
+from rar.run import steps
+from rar.run.work import classify_work
+
+MODEL = "ViT-B-32/random"
+CONVOLUTIONAL = "timm/efficientnet_lite0/random"
+BATCHES = (8, 16, 32, 64, 128)
+Row = dict[str, Any]
+
+
+def run(pictures: int = 256, repeats: int = 5, model: str = MODEL) -> Row:
+    """whole: files to vectors against `bare` (the forward pass alone, in the batch that suits it best) and against `loop`.
+
+    order: of MODEL and of a convolutional one, channels last (as a decoded picture lies, and as we leave it) against planes.
+    """
+    with tempfile.TemporaryDirectory(prefix="rar_bench_") as temporary:
+        folder = Path(temporary)
+        draw(folder, pictures)
+        settings = config.validated(
+            config.Config,
+            {
+                "corpus": {"uri": str(folder)},
+                "encoder": {"model": model},
+                "ranker": {"method": "none"},
+                "run": {"shard_size": 64},
+            },
+        )
+        whole = from_files(settings, repeats)
+        squares = _squares(load_encoder(settings.encoder), sorted(folder.glob("*.jpg")))
+    order = {name: by_order(load_encoder(config.Encoder(model=name)), squares, repeats) for name in (MODEL, CONVOLUTIONAL)}
+    return {"model": model, "pictures": pictures, "threads": torch.get_num_threads(), "whole": whole, "order": order}
+
+
+def draw(folder: Path, count: int) -> None:
+    random = np.random.default_rng(0)
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+        grain = random.normal(0, 8, (375, 500, 1))
+        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(
+            folder / f"{number:04}.jpg", quality=90
+        )
+
+
+def from_files(settings: config.Config, repeats: int) -> Row:
+    """Rows of `timing.paired`, pictures/s: {"bare": ..., "loop": ...}."""
+    work = classify_work(settings)
+    files = [Path(uri) for uri in work.index["uri"].to_pylist()]
+    encoder = load_encoder(settings.encoder)
+    squares = _squares(encoder, files)
+    best = min(BATCHES, key=lambda batch: _seconds(encoder, squares, batch))
+    with session.opened() as opened:
+        facts = opened.encoder(settings.encoder).facts
+
+        def ours() -> None:
+            rows = pipeline.collect(steps.vectors(opened, settings, work, facts))
+            assert rows.num_rows == len(files) and rows["error"].null_count == len(files)
+
+        bare = paired(ours, lambda: forward(encoder, squares, best), len(files), repeats)
+        loop = paired(ours, lambda: one_by_one(encoder, files), len(files), repeats)
+    return {"bare": bare | {"batch": best}, "loop": loop}
+
+
+@torch.inference_mode()
+def forward(encoder: ClipEncoder | ImageEncoder, squares: torch.Tensor, batch: int) -> None:
+    for start in range(0, len(squares), batch):
+        encoder.forward(squares[start : start + batch])
+
+
+def one_by_one(encoder: ClipEncoder | ImageEncoder, files: list[Path]) -> None:
+    """As the reference's notebooks have it: a picture is opened, prepared and embedded before the next one."""
+    for file in files:
+        forward(encoder, _squares(encoder, [file]), 1)
+
+
+def by_order(encoder: ClipEncoder | ImageEncoder, squares: torch.Tensor, repeats: int) -> Row:
+    """ours: channels last; reference: planes, which is what torch calls contiguous."""
+    side = encoder.preprocess.crop
+    last = torch.nn.functional.interpolate(squares, (side, side)).contiguous(memory_format=torch.channels_last)
+    planes = last.contiguous(memory_format=torch.contiguous_format)
+    return paired(lambda: forward(encoder, last, 32), lambda: forward(encoder, planes, 32), len(squares), repeats)
+
+
+def _squares(encoder: ClipEncoder | ImageEncoder, files: list[Path]) -> torch.Tensor:
+    """(N, 3, crop, crop) float32, normalised, as the encoder's forward pass gets them."""
+    fitting, crop = (encoder.side, encoder.resize_mode, encoder.interpolation), encoder.preprocess.crop
+    pixels = torch.from_numpy(np.stack([fit_square(decode(file.read_bytes()), *fitting) for file in files]))
+    start = round((encoder.side - crop) / 2)
+    pixels = pixels[:, start : start + crop, start : start + crop].permute(0, 3, 1, 2).float()
+    return (pixels - encoder.mean) / encoder.std
+
+
+def _seconds(encoder: ClipEncoder | ImageEncoder, squares: torch.Tensor, batch: int) -> float:
+    started = time.perf_counter()
+    forward(encoder, squares, batch)
+    return time.perf_counter() - started
