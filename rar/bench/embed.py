@@ -1,7 +1,7 @@
 """Pictures a second from JPEG files to vectors, against the bare forward pass and the loop that one writes first; and by the
 order of pixels in memory that the forward pass is given.
 
-Pictures are drawn (500 x 375, smooth with grain, JPEG of about 60 kB); weights do not matter here, so they are random by default.
+Pictures are drawn (500 x 375, smooth with grain, JPEG of about 60 kB). Weights do not matter here, and are random by default.
 All of it runs with the threads that torch takes on this machine, in fp32, in one process beside the pipeline's own.
 """
 
