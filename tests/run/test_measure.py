@@ -118,7 +118,7 @@ def test_guessed_names_are_judged_again_by_another_judge(tmp_path: Path) -> None
 
     def judged_by(judge: Path | None) -> config.Config:
         chosen = {"vocabulary_free": True, "sentence_encoder": None if judge is None else str(judge)}
-        return config.build({"corpus": {"uri": str(tmp_path / "test.csv")}, "run": chosen})
+        return config.validated(config.Config, {"corpus": {"uri": str(tmp_path / "test.csv")}, "run": chosen})
 
     plain = judged_by(None)
     assert plain.corpus is not None
