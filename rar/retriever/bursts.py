@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 PERCENTILE = 90.0  # of images' cosines with the nearest image of another class
 SAMPLE, BLOCK = 1024, 1024  # images that the threshold is taken from, and images compared with others at once
+EDGES = 1 << 22  # pairs of like images in one graph, beyond those of one block
 BURSTY = 0.2  # share of the images with a near duplicate from which a memory counts as one of bursts
 MOST = 0.5  # share of the classes of several images that may be one group
 COPY = 1 - 1e-6  # cosine of an image and its copy, to rounding
@@ -35,18 +36,16 @@ def groups_of(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
     unit = np.asarray(vectors, np.float32)
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
     order = np.argsort(labels, kind="stable")
-    classes = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    starts = np.flatnonzero(np.diff(labels[order], prepend=labels[order[0]] - 1))
+    rows, number = unit[order], np.repeat(np.arange(len(starts)), np.diff(starts, append=len(order)))
     threshold = _threshold(unit, labels)
-    copies, bursts = ([_linked(unit[rows], least) for rows in classes] for least in (COPY, min(threshold, COPY)))
-    several = [found.max() > 0 for found in copies]
-    whole = [many and found.max() == 0 for many, found in zip(several, bursts, strict=True)]
-    paired = sum(int((np.bincount(found)[found] > 1).sum()) for found in bursts)
-    told = paired >= BURSTY * len(labels) and sum(whole) <= MOST * sum(several)
-    numbers, free = np.empty(len(labels), np.int64), 0
-    for rows, alone, linked, one in zip(classes, copies, bursts, whole, strict=True):
-        found = linked if told and not one else alone
-        numbers[rows] = free + found
-        free += int(found.max()) + 1
+    copies, bursts = (_linked(rows, starts, least) for least in (COPY, min(threshold, COPY)))
+    several, one = (np.bincount(number[np.unique(found)]) for found in (copies, bursts))
+    whole = (several > 1) & (one == 1)
+    paired = np.count_nonzero(np.bincount(bursts)[bursts] > 1)
+    told = paired >= BURSTY * len(labels) and whole.sum() <= MOST * (several > 1).sum()
+    numbers = np.empty(len(labels), np.int64)
+    numbers[order] = np.unique(np.where(told & ~whole[number], bursts, copies), return_inverse=True)[1]
     return numbers
 
 
@@ -61,20 +60,28 @@ def _threshold(unit: np.ndarray, labels: np.ndarray) -> float:
     return float(np.percentile(nearest, PERCENTILE)) if np.isfinite(nearest).all() else 1.0
 
 
-def _linked(unit: np.ndarray, least: float) -> np.ndarray:
-    """(n,) numbers from 0 of the components that cosines above `least` make of the images (n, D)."""
-    found = np.arange(len(unit))
-    for start in range(0, len(unit), BLOCK):
-        near, others = np.nonzero(unit[start : start + BLOCK] @ unit.T > least)
-        if (near + start == others).all():  # nobody is like another, as in most classes: no graph is made
-            continue
-        edges = (np.concatenate([near + start, np.arange(len(unit))]), np.concatenate([others, found]))
-        graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(len(unit), len(unit)))
-        found = _first_of(connected_components(graph, directed=False)[1])
-    return np.unique(found, return_inverse=True)[1]
+def _linked(unit: np.ndarray, starts: np.ndarray, least: float) -> np.ndarray:
+    """(N,) the first row of the component that cosines above `least` make of each image (N, D) and others of its class.
+
+    starts: (classes,) the first row of each class. One graph holds many classes, and is made anew with what is known so far
+    where it grows beyond EDGES.
+    """
+    found, edges, count = np.arange(len(unit)), [], 0
+    for first, last in zip(starts.tolist(), [*starts[1:].tolist(), len(unit)], strict=True):
+        for start in range(first, last, BLOCK):
+            near, others = np.nonzero(unit[start : min(start + BLOCK, last)] @ unit[first:last].T > least)
+            if len(near) == min(BLOCK, last - start):  # each is like itself alone, as in most classes
+                continue
+            edges.append((near + start, others + first))
+            count += len(near)
+            if count > EDGES:
+                found, edges, count = _joined(found, edges), [], 0
+    return _joined(found, edges) if edges else found
 
 
-def _first_of(components: np.ndarray) -> np.ndarray:
-    """Component numbers (n,) -> the place of the first member of each one's component (n,)."""
-    _, first, inverse = np.unique(components, return_index=True, return_inverse=True)
+def _joined(found: np.ndarray, edges: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Components, as their first rows (N,), and more edges -> those of both."""
+    ends = [np.concatenate(part) for part in zip(*edges, (np.arange(len(found)), found), strict=True)]
+    graph = coo_array((np.ones(len(ends[0]), np.int8), (ends[0], ends[1])), shape=(len(found), len(found)))
+    _, first, inverse = np.unique(connected_components(graph, directed=False)[1], return_index=True, return_inverse=True)
     return first[inverse]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.sparse import csr_array
 
 TINY, BLOCK = 1e-12, 8192  # the latter: images cast to float64 at a time
 MEANS_PRIOR = 8.0  # equal spread in all directions counts as this many class means a dimension
@@ -43,15 +44,21 @@ class Moments:
         return self.counts > 0
 
     @cached_property
+    def rows(self) -> np.ndarray | slice:
+        """What picks them; where all are known a slice, which copies nothing."""
+        return slice(None) if self.known.all() else self.known
+
+    @cached_property
     def means(self) -> np.ndarray:
         """(known classes, D) float32."""
-        return (self.sums[self.known] / self.counts[self.known, None]).astype(np.float32)
+        return (self.sums[self.rows] / self.counts[self.rows, None]).astype(np.float32)
 
     def expected_by(self, names: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`_expected`, kept: it is the same for every prior."""
+        """What `_expected` gives, for the differences their scatter (D, D) a class; kept, as it is the same for every prior."""
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] is not names:
-            kept = self.__dict__["_kept"] = names, _expected(self, names)
+            expected, gaps, named = _expected(self, names)
+            kept = self.__dict__["_kept"] = names, (expected, (gaps.T @ gaps / len(gaps)).astype(np.float64), named)
         return kept[1]
 
     @cached_property
@@ -60,11 +67,11 @@ class Moments:
 
         0 eigenvalues where the images have no residuals to speak of: one image a class, or copies of it.
         """
-        counts = self.counts[self.known].astype(np.float64)
+        counts, sums = self.counts[self.rows].astype(np.float64), self.sums[self.rows]
         between = np.zeros_like(self.gram)
         for start in range(0, len(counts), BLOCK):  # exact sums: float64, a block at a time
-            sums = self.sums[self.known][start : start + BLOCK]
-            between += (sums / counts[start : start + BLOCK, None]).T @ sums
+            block = sums[start : start + BLOCK]
+            between += (block / counts[start : start + BLOCK, None]).T @ block
         values, basis = np.linalg.eigh(self.gram - between)
         if values.sum() <= TINY * np.trace(self.gram):
             return np.zeros(len(basis)), np.eye(len(basis)), 0
@@ -89,9 +96,8 @@ def moments_of(vectors: np.ndarray, labels: np.ndarray, n_classes: int) -> Momen
         block = rows[start : start + BLOCK]
         values = vectors[block].astype(np.float64)
         gram += values.T @ values
-        order = np.argsort(labels[block], kind="stable")
-        found, firsts = np.unique(labels[block][order], return_index=True)
-        sums[found] += np.add.reduceat(values[order], firsts)
+        found, place = np.unique(labels[block], return_inverse=True)
+        sums[found] += csr_array((np.ones(len(block)), (place, np.arange(len(block)))), (len(found), len(block))) @ values
     return Moments(gram, sums, np.bincount(labels[rows], minlength=n_classes))
 
 
@@ -107,8 +113,8 @@ def discriminant(images: Moments, prior: float) -> Part:
     centre = images.means.mean(axis=0)
     offsets = images.means - centre
     weights, bias = np.zeros(images.sums.shape, np.float32), np.zeros(len(images.sums), np.float32)
-    weights[images.known] = offsets @ ((basis / variances) @ basis.T).astype(np.float32)
-    bias[images.known] = -(weights[images.known] * (centre + offsets / 2)).sum(axis=1)
+    weights[images.rows] = offsets @ ((basis / variances) @ basis.T).astype(np.float32)
+    bias[images.rows] = -np.einsum("cd,cd->c", weights[images.rows], centre + offsets / 2)
     return Part(weights, bias, images.known)
 
 
@@ -121,25 +127,23 @@ def posterior(images: Moments, prior: float, names: np.ndarray | None = None) ->
     expected) and a new image of the class has variance 1 + T / (nT + 1).
     """
     variances, basis = _within(images, prior)
-    whiten = (basis / np.sqrt(variances * _noise(images))).astype(np.float32)
-    expected, gaps, named = images.expected_by(names)
-    counts = images.counts[images.known].astype(np.float32)
-    spread, axes = _principal(gaps @ whiten)
-    spread, axes = spread.astype(np.float32), axes.astype(np.float32)
-    even = spread.sum() / len(basis)
+    whiten = basis / np.sqrt(variances * _noise(images))
+    expected, scatter, named = images.expected_by(names)
+    spread, axes = np.linalg.eigh(whiten.T @ scatter @ whiten)
+    turn, spread = (whiten @ axes).astype(np.float32), np.maximum(spread, 0).astype(np.float32)
+    counts = images.counts[images.rows, None].astype(np.float32)
+    even, noise = spread.mean(), (1 / counts).mean()
     share = MEANS_PRIOR * len(basis) / (MEANS_PRIOR * len(basis) + len(counts))
-    noise = (1 / counts).mean()
-    between, other = (np.maximum(v - noise, 0.02 * even) for v in ((1 - share) * spread + share * even, share * even))
-    found = expected @ whiten
-    gain = counts[:, None] * between / (counts[:, None] * between + 1)
-    found[images.known] += ((images.means - expected[images.known]) @ (whiten @ axes) * gain) @ axes.T
+    between = np.maximum((1 - share) * spread + share * even - noise, 0.02 * even)
+    found = expected @ turn
+    gain = counts * between / (counts * between + 1)
+    found[images.rows] += (images.means @ turn - found[images.rows]) * gain
     present = images.known | named
-    centre = found[present].mean(axis=0)
-    offsets = found - centre
-    predictive, elsewhere = (1 + v / (v / noise + 1) for v in (between, other))
-    solved = offsets / elsewhere + (offsets @ axes * (1 / predictive - 1 / elsewhere)) @ axes.T
-    solved /= np.sqrt(np.maximum((solved * offsets).sum(axis=1, keepdims=True), TINY))
-    return Part(solved @ whiten.T, -solved @ centre, present)
+    centre = (found if present.all() else found[present]).mean(axis=0)
+    found -= centre
+    solved = found / (1 + between / (between / noise + 1))
+    solved /= np.sqrt(np.maximum(np.einsum("cd,cd->c", solved, found), TINY))[:, None]
+    return Part(solved @ turn.T, -solved @ centre, present)
 
 
 def _within(images: Moments, prior: float) -> tuple[np.ndarray, np.ndarray]:
@@ -183,9 +187,9 @@ def _expected(images: Moments, names: np.ndarray | None) -> tuple[np.ndarray, np
     if both.sum() < 3:
         return expected, gaps, nothing
     middle = names[both].mean(axis=0)
-    variances, axes = _principal(names[both] - middle)  # ridge regression in the basis where it is diagonal
-    variances, axes = variances.astype(np.float32), axes.astype(np.float32)
-    along = (names[both] - middle) @ axes
+    about = names[both] - middle
+    variances, axes = (one.astype(np.float32) for one in _principal(about))  # where the ridge regression is diagonal
+    along = about @ axes
     targets, best, chosen = offsets[inside] - offsets[inside].mean(axis=0), np.inf, np.zeros(0)
     squares, together = along**2, along.T @ targets
     for ridge in RIDGES:

@@ -250,8 +250,8 @@ def _standardised(part: Part, images: Moments) -> tuple[Part, float]:
         return part, 1.0
     mean = images.sums.sum(axis=0) / n_images
     covariance = (images.gram / n_images - np.outer(mean, mean)).astype(np.float32)
-    centred = part.weights[part.present] - _mean(part)
-    variance = float(np.einsum("cd,cd->", centred @ covariance, centred)) / len(centred)
+    centred = _known(part) - _mean(part)
+    variance = float(np.vdot(centred.T @ centred, covariance)) / len(centred)
     spread = variance**0.5 if variance > TINY else 1.0
     return Part(part.weights / np.float32(spread), part.bias / np.float32(spread), part.present), spread
 
@@ -280,8 +280,13 @@ def combine(parts: list[Part], fitted: Fitted) -> tuple[np.ndarray, np.ndarray]:
     return weights, bias
 
 
+def _known(part: Part) -> np.ndarray:
+    """The weights of the classes that are present."""
+    return part.weights if part.present.all() else part.weights[part.present]
+
+
 def _mean(part: Part) -> np.ndarray:
-    return part.weights[part.present].mean(axis=0)
+    return _known(part).mean(axis=0)
 
 
 def fit(problem: Problem, seed: int) -> Fitted:

@@ -34,9 +34,10 @@ def fit_weights(scores: np.ndarray, penalty: np.ndarray, truth: np.ndarray, prio
         return weights
     loss, chances = evaluate(weights)
     for _ in range(50):
-        means = np.einsum("nk,pnk->pn", chances, margins)
+        weighted = margins * chances
+        means = weighted.sum(axis=2)
         gradient = means.sum(axis=1) + strength * (weights - prior)
-        second = np.einsum("nk,pnk,qnk->pq", chances, margins, margins, optimize=True)
+        second = weighted.reshape(len(weights), -1) @ margins.reshape(len(weights), -1).T  # sums over images and columns
         hessian = second - means @ means.T + strength * np.eye(len(weights))
         free = (weights > 0) | (gradient < 0)
         step, size = np.zeros_like(weights), 1.0

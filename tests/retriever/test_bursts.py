@@ -27,17 +27,20 @@ def flooded(unit_vectors: np.ndarray, labels: np.ndarray, least: float) -> list[
     return found
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(-0.5, 0.95), st.integers(1, 9))
-def test_linked_images_are_those_that_a_plain_search_reaches(seed: int, least: float, block: int) -> None:
+@given(st.integers(0, 2**32 - 1), st.floats(-0.5, 0.95), st.integers(1, 9), st.integers(1, 40), st.integers(1, 4))
+def test_linked_images_are_those_that_a_plain_search_reaches(
+    seed: int, least: float, block: int, edges: int, classes: int
+) -> None:
     rng = np.random.default_rng(seed)
-    vectors = unit(rng.normal(size=(30, 4)))
-    known, bursts.BLOCK = bursts.BLOCK, block
+    vectors, labels = unit(rng.normal(size=(30, 4))), np.sort(rng.integers(classes, size=30))
+    known = bursts.BLOCK, bursts.EDGES
+    bursts.BLOCK, bursts.EDGES = block, edges
     try:
-        found = bursts._linked(vectors, least)
+        found = bursts._linked(vectors, np.unique(labels, return_index=True)[1], least)
     finally:
-        bursts.BLOCK = known
-    groups = [set(np.flatnonzero(found == number).tolist()) for number in range(found.max() + 1)]
-    assert groups == flooded(vectors, np.zeros(30), least)
+        bursts.BLOCK, bursts.EDGES = known
+    groups = [set(np.flatnonzero(found == first).tolist()) for first in np.unique(found).tolist()]
+    assert groups == flooded(vectors, labels, least)
 
 
 def in_bursts(rng: np.random.Generator, means: np.ndarray, each: int, photos: int) -> tuple[np.ndarray, np.ndarray]:
