@@ -33,6 +33,7 @@ from rar.schema import Unavailable, UserError
 T = TypeVar("T")
 
 SAID_EVERY_S = 5.0
+ASKED_SHARE = 0.05  # of the time, at most, goes into asking: Milvus Lite copies what it has not flushed to count it
 STILL_S = 10.0  # without a new row, before it is asked why
 TASK_CPUS = 0.5  # tasks wait for models about as much as they work
 
@@ -112,8 +113,13 @@ def in_a_worker(work: Callable[..., T], *arguments: Any) -> T:
     """
     if not ray.is_initialized():
         return work(*arguments)
+    return result_of(ray.remote(num_cpus=TASK_CPUS, max_retries=1)(work).remote(*arguments))
+
+
+def result_of(reference: ray.ObjectRef) -> Any:
+    """What a task gives. Raises its own UserError and Unavailable."""
     try:
-        return ray.get(ray.remote(num_cpus=TASK_CPUS, max_retries=1)(work).remote(*arguments))
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, (UserError, Unavailable)):  # a line, not a traceback
             raise error.cause from None
@@ -161,10 +167,12 @@ def progress(target: Counted, total: int, title: str, why: Callable[[], str] = l
     start, began = sum(target.progress()), time.monotonic()
 
     def report() -> None:
-        last, since = start, began
-        while not done.wait(SAID_EVERY_S):
+        last, since, asked = start, began, 0.0
+        while not done.wait(max(SAID_EVERY_S, asked / ASKED_SHARE)):
             try:
+                asking = time.monotonic()
                 now = sum(target.progress())
+                asked = time.monotonic() - asking
                 last, since = (now, time.monotonic()) if now > last else (last, since)
                 still = time.monotonic() - since
                 told = why() if still > STILL_S else ""

@@ -22,6 +22,7 @@ from ray.data.datasource import Datasink, WriteResult
 
 from rar import storage
 from rar.columns import fitted, vectors_of
+from rar.engine.keeping import Keeper
 from rar.engine.stages import with_seconds
 from rar.memory.collection import FIELDS, Collection
 from rar.runfolder import RunFolder
@@ -33,11 +34,11 @@ class MilvusSink(Datasink[tuple[int, pa.Table, dict[str, float]]]):
 
     The collection must exist (`Collection.create`) and is sealed by the caller, once, after the write. After a write, `written`
     is the number of entries that were sent, `told` the columns `tell` of all rows, written or not, and `seconds` the sums of
-    `stage_seconds`: what the driver learns of a build, which is never a vector.
+    `stage_seconds`: what the driver learns of a build, which is never a vector. keeper: what is written is kept there, too.
     """
 
-    def __init__(self, collection: Collection, tell: Sequence[str] = ()) -> None:
-        self.collection, self.tell = collection, tuple(tell)
+    def __init__(self, collection: Collection, tell: Sequence[str] = (), keeper: Keeper | None = None) -> None:
+        self.collection, self.tell, self.keeper = collection, tuple(tell), keeper
         self.written, self.told, self.seconds = 0, pa.table({}), Counter[str]()
 
     def on_write_start(self, schema: pa.Schema | None = None) -> None:
@@ -63,12 +64,12 @@ class MilvusSink(Datasink[tuple[int, pa.Table, dict[str, float]]]):
             table = table.filter(pc.is_null(table["error"]))
         if not table.num_rows:
             return 0
-        return self.collection.upsert(
-            table["entry_id"].to_pylist(),
-            table["class_id"].to_numpy(),
-            table["class_name"].to_pylist(),
-            np.stack(list(BlockAccessor.for_block(table).to_numpy("vector"))),  # (N, D), from lists as well as from tensors
-        )
+        ids, names = table["entry_id"].to_pylist(), table["class_name"].to_pylist()
+        vectors = np.stack(list(BlockAccessor.for_block(table).to_numpy("vector")))  # from lists as well as from tensors
+        written = self.collection.upsert(ids, table["class_id"].to_numpy(), names, vectors)
+        if self.keeper is not None:
+            self.keeper.add(ids, vectors)
+        return written
 
     def on_write_complete(self, write_result: WriteResult[tuple[int, pa.Table, dict[str, float]]]) -> None:
         self.written = sum(count for count, _, _ in write_result.write_returns)

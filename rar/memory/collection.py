@@ -156,12 +156,13 @@ class Collection:
     def _delete(self, entry_ids: list[str]) -> None:
         self._call(lambda client: client.delete(self.name, ids=entry_ids))
 
-    def seal(self, expected: int) -> None:
+    def seal(self, expected: int, *, keep: bool = False) -> Entries | None:
         """Finish writing: flush once, wait until the index is built and in use, check that exactly `expected` entries are
         there and visible, and keep the digest of this state (see `state`).
 
         Milvus limits flushes to one in ten seconds, hence only here. An embedded store builds HNSW in the background: until it
         is done these entries are searched exactly, and leaving `open_store` waits for it. Raises UserError for another count.
+        keep: return the entries that it reads for that, without vectors as `fetch` gives them.
         """
         self._call(lambda client: client.flush(self.name))
         self._wait_for_index()
@@ -173,9 +174,11 @@ class Collection:
             Retrying(retry=unseen, stop=stop_after_delay(PATIENCE_SECONDS), wait=wait_fixed(0.2))(self._count, "Bounded")
         except RetryError:
             raise Unavailable(f"Milvus at {self.address} does not show all entries of memory {self.name!r}") from None
-        stock = self._take_stock()
+        kept: list[dict[str, Any]] = []
+        stock = self._take_stock(kept if keep else None)
         self._expect(stock["count"], expected)
         self._call(lambda client: client.alter_collection_properties(self.name, {layout.STATE_KEY: json.dumps(stock)}))
+        return _bare(kept) if keep else None
 
     def _wait_for_index(self) -> None:
         """Until no row waits for the index. Raises Unavailable where it has not come on for STANDSTILL_SECONDS."""
@@ -203,7 +206,8 @@ class Collection:
                 f"memory {self.name!r} holds {found} entries, not the {expected} written; drop it and build it again"
             )
 
-    def _take_stock(self) -> dict[str, Any]:
+    def _take_stock(self, kept: list[dict[str, Any]] | None) -> dict[str, Any]:
+        """The state; what is read for it is added to `kept`."""
         meta, columns = self.meta(), FIELDS[:3]
         digest = hashlib.sha256(json.dumps([meta.get("fingerprint"), meta["dim"]]).encode())
         count, classes = 0, set()
@@ -211,6 +215,8 @@ class Collection:
             digest.update("".join(json.dumps([row[column] for column in columns]) for row in page).encode())
             classes |= {row["class_id"] for row in page}
             count += len(page)
+            if kept is not None:
+                kept += page
         return {"count": count, "classes": len(classes), "digest": digest.hexdigest()[:16]}
 
     def copy(self, name: str, meta: Mapping[str, Any]) -> Collection:
@@ -359,9 +365,7 @@ class Collection:
     def fetch(self, *, vectors: bool = True) -> Entries:
         """Every entry, sorted by entry_id; without `vectors` these are (N, 0)."""
         if not vectors:
-            bare = [row for page in self._pages(FIELDS[:3]) for row in page]
-            entry_ids, class_ids, class_names = ([row[name] for row in bare] for name in FIELDS[:3])
-            return Entries(entry_ids, np.array(class_ids, np.int64), class_names, np.empty((len(bare), 0), np.float32))
+            return _bare([row for page in self._pages(FIELDS[:3]) for row in page])
         dim, column = self.meta()["dim"], "full" if self._reduced() else "vector"
         rows: list[dict[str, Any]] = []
         parts = [np.empty((0, dim), np.float32)]
@@ -404,8 +408,8 @@ class Collection:
         return self._count("Strong")
 
     def progress(self) -> tuple[int]:
-        """Entries so far, asked over a connection of its own: another thread writes."""
-        return (Collection(self.address, self.name, self.token).count(),)
+        """Entries so far."""
+        return (self.count(),)
 
     def _count(self, consistency: str) -> int:
         counted = self._read(lambda client: client.query(self.name, output_fields=["count(*)"], consistency_level=consistency))
@@ -447,6 +451,12 @@ class Collection:
 
     def _disconnect(self) -> None:
         self._client, self._meta, self._projection, self._loaded = None, None, None, False
+
+
+def _bare(rows: Sequence[Mapping[str, Any]]) -> Entries:
+    """Entries without vectors."""
+    entry_ids, class_ids, class_names = ([row[name] for row in rows] for name in FIELDS[:3])
+    return Entries(entry_ids, np.array(class_ids, np.int64), class_names, np.empty((len(rows), 0), np.float32))
 
 
 def _now() -> str:

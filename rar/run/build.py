@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,11 +31,12 @@ from rar.corpus.support import Plan
 from rar.encoder import templates
 from rar.engine import entering, models, pipeline, reading
 from rar.engine.entering import HELD, RESUMED
+from rar.engine.keeping import Keeper, Kept
 from rar.engine.session import Session
 from rar.engine.sinks import MilvusSink
 from rar.engine.stages import Stage
 from rar.memory import catalog
-from rar.memory.collection import Collection
+from rar.memory.collection import Collection, Entries
 from rar.retriever import modes
 from rar.run import fitting, generation
 from rar.run.fitting import index_of
@@ -98,11 +100,11 @@ def build_memory(session: Session, settings: Config, *, fresh: bool, known: Know
     check_index(settings, len(class_of))
     check_mode(settings, bool(planned.support.num_rows or "images" in base), named or "texts" in base)
     texts, names = _write_texts(session, settings, planned, facts, draft, class_of, known)
-    images, seconds = _write_images(session, settings, planned, facts, draft, class_of, known)
+    images, seconds, keeper = _write_images(session, settings, planned, facts, draft, class_of, known)
     maker = _maker(settings, planned.support, facts)
     changes = pipeline.in_a_worker(_settle, images, class_of, maker)  # it numbers all ids
     if draft.base is None or texts or changes.new or changes.labels or not generation.same_index(settings, draft.base):
-        _complete(settings, draft, texts, changes)
+        _complete(settings, draft, texts, changes, keeper)
     else:
         draft.drop()
     if not named:
@@ -182,10 +184,12 @@ def _write_images(
     draft: Draft,
     class_of: dict[str, int],
     known: Known | None,
-) -> tuple[pa.Table, dict[str, float]]:
-    """Embed and write the support images that are nowhere yet; returns the columns TOLD of all of them, and stage seconds."""
+) -> tuple[pa.Table, dict[str, float], Keeper | None]:
+    """Embed and write the support images that are nowhere yet; returns the columns TOLD of all of them, stage seconds, and
+    what keeps the vectors that were written.
+    """
     if not planned.support.num_rows:
-        return pa.table({}), {}
+        return pa.table({}), {}, None
     base = draft.base_part("images")
     size = planned.support.num_rows + (base.count() if base else 0)
     sample = None
@@ -194,11 +198,14 @@ def _write_images(
         found = pipeline.collect(_vectors(session, settings, few, facts, {}, class_of, known))
         sample = vectors_of(found.filter(pc.is_null(found["error"]))) if found.num_rows else None
     places = draft.places("images")
-    sink = MilvusSink(draft.create("images", facts.dim, size, sample), TOLD)
+    written = draft.create("images", facts.dim, size, sample)
+    some = planned.support.num_rows > sum(place.count() for place in places.values())  # else nothing is new, most likely
+    keeper = Keeper() if some else None
+    sink = MilvusSink(written, TOLD, keeper)
     rows = _vectors(session, settings, planned.support, facts, places, class_of, known)
-    with pipeline.progress(sink.collection, planned.support.num_rows, f"memory {settings.memory.name}"):
+    with pipeline.progress(draft.part("images"), planned.support.num_rows, f"memory {settings.memory.name}"):
         rows.write_datasink(sink)
-    return sink.told, dict(sink.seconds)
+    return sink.told, dict(sink.seconds), keeper
 
 
 def _vectors(
@@ -281,26 +288,44 @@ def _settle(told: pa.Table, class_of: dict[str, int], fingerprint: str) -> Chang
     return Changes(rows["stage"].null_count, new, changed, settled.copies, settled.conflicts, settled.remarks())
 
 
-def _complete(settings: Config, draft: Draft, texts: int, changes: Changes) -> None:
+def _complete(settings: Config, draft: Draft, texts: int, changes: Changes, keeper: Keeper | None) -> None:
     """Take over what the base holds, put labels right, seal, and fit the head: sealing it makes the generation the live one."""
     counts = {kind: draft.base.counts.get(kind, 0) if draft.base else 0 for kind in PARTS}
     counts = {"images": counts["images"] + changes.new, "texts": counts["texts"] + texts}
     for kind, count in counts.items():
-        draft.take_over(kind)
+        pipeline.in_a_worker(Draft.take_over, draft, kind)  # its vectors pass through
         if count == 0:
             draft.part(kind).drop()
     if changes.labels:
         draft.part("images").relabel(changes.labels)
-    _commit(settings, draft, counts)
+    _commit(settings, draft, counts, keeper)
 
 
-def _commit(settings: Config, draft: Draft, counts: dict[str, int]) -> None:
-    parts = {kind: draft.part(kind) for kind, count in counts.items() if count}
-    for kind, one in parts.items():
-        pipeline.in_a_worker(Collection.seal, one, counts[kind])  # it reads all ids
+def _commit(settings: Config, draft: Draft, counts: dict[str, int], keeper: Keeper | None) -> None:
+    parts = {kind: (draft.part(kind), count) for kind, count in counts.items() if count}
     mode: modes.Mode = "fused" if settings.retriever.mode == "all" else settings.retriever.mode
-    meta = {**draft.meta, "entries": catalog.entries_digest(parts)}
-    fitting.fit(settings, mode, parts, draft.part(f"head_{mode}"), meta)
+    arguments = (settings, mode, parts, draft.part(f"head_{mode}"), dict(draft.meta))
+    if keeper is not None:
+        keeper.run(_finish, *arguments)
+    else:
+        pipeline.in_a_worker(_finish, *arguments, None)
+
+
+def _finish(
+    settings: Config,
+    mode: modes.Mode,
+    parts: dict[str, tuple[Collection, int]],
+    head: Collection,
+    meta: dict[str, Any],
+    kept: Kept | None,
+) -> None:
+    """Seal the parts, each with its count, and write a head that was fitted on them. kept: vectors of images."""
+    entries: dict[str, Entries | None] = {}
+    for kind, (one, count) in parts.items():
+        bare = one.seal(count, keep=kept is not None and kind == "images")
+        entries[kind] = kept.entries(one, bare) if kept is not None and bare is not None else fitting.entries_of(one)
+    meta |= {"entries": catalog.entries_digest({kind: one for kind, (one, _) in parts.items()})}
+    fitting.write_head(settings, mode, entries, head, meta)
 
 
 def _ensure_head(settings: Config, address: str, number: int, meta: dict) -> None:
@@ -338,11 +363,11 @@ def remove(settings: Config, address: str, names: Sequence[str]) -> dict[str, fl
     gone = frozenset(class_of[name] for name in names)
     counts = {}
     for kind in parts:
-        draft.take_over(kind, gone)
+        pipeline.in_a_worker(Draft.take_over, draft, kind, gone)
         counts[kind] = draft.part(kind).count()
         if not counts[kind]:
             draft.part(kind).drop()
-    _commit(settings, draft, counts)
+    _commit(settings, draft, counts, None)
     removed: dict[str, float] = {f"removed.{kind}": live.counts.get(kind, 0) - counts.get(kind, 0) for kind in PARTS}
     return removed | _held_out(settings, address, draft.number)
 

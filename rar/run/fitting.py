@@ -42,7 +42,14 @@ def held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tupl
 
 
 def _fit(settings: Config, mode: modes.Mode, entries: Parts, head: Collection, meta: Mapping[str, Any]) -> None:
-    images, texts = (entries_of(entries[kind]) if kind in entries else None for kind in ("images", "texts"))
+    write_head(settings, mode, {kind: entries_of(one) for kind, one in entries.items()}, head, meta)
+
+
+def write_head(
+    settings: Config, mode: modes.Mode, entries: Mapping[str, Entries | None], head: Collection, meta: Mapping[str, Any]
+) -> None:
+    """The same in this process, on entries that were read."""
+    images, texts = (entries.get(kind) for kind in ("images", "texts"))
     fitted = modes.fit_head(mode, images, texts, settings.run.seed, settings.retriever.n_neighbors)
     classes = fitted.to_entries()
     head.drop()
