@@ -34,7 +34,7 @@ class Kept:
         """Keep vectors (N, D) float32, of an id that comes twice the last one; or forget all, where they are too many."""
         self.free -= vectors.nbytes
         if self.free >= 0:
-            self.parts.append((entry_ids, np.asarray(vectors, np.float32)))
+            self.parts.append((entry_ids, np.array(vectors, np.float32)))  # a copy: else Ray's store would hold them, too
         else:
             self.parts.clear()
 

@@ -22,6 +22,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
@@ -33,7 +34,7 @@ from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wa
 from rar.config import Index
 from rar.memory import layout, reduced
 from rar.memory.entries import FIELDS, MAX_ID_BYTES, Entries, ExactIndex, Hits, IntArray, distinct, hits, in_order, matrix
-from rar.memory.store import connect, open_store, patiently
+from rar.memory.store import connected, forget, open_store, patiently
 from rar.schema import Unavailable, UserError
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ HANDOVER_SECONDS = 600.0  # of new segments to their index, which takes a server
 
 
 class Collection:
-    """One collection of entries at an address from `open_store`. Picklable: every process connects when it first needs to.
+    """One collection of entries at an address from `open_store`. Picklable: every process connects when it first needs to, the
+    collections of a thread together; one that is known to be loaded is not asked for it again.
 
     Every method rides out a server that is away for PATIENCE_SECONDS, then raises Unavailable. All but `create`, `exists`
     and `drop` raise UserError where there is no such memory, or one that was not made here.
@@ -75,7 +77,7 @@ class Collection:
         self._loaded = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None, "_meta": None, "_projection": None, "_loaded": False}
+        return {**self.__dict__, "_client": None, "_meta": None, "_projection": None}
 
     def create(self, dim: int, index: Index, meta: Mapping[str, Any], size_hint: int, sample: np.ndarray | None = None) -> None:
         """Create the collection, indexed and loaded. `size_hint`, the expected number of entries, decides what `auto` means.
@@ -408,8 +410,8 @@ class Collection:
         return self._count("Strong")
 
     def progress(self) -> tuple[int]:
-        """Entries so far."""
-        return (self.count(),)
+        """Entries so far, asked over a connection of its own: another thread writes."""
+        return (copy(self).count(),)
 
     def _count(self, consistency: str) -> int:
         counted = self._read(lambda client: client.query(self.name, output_fields=["count(*)"], consistency_level=consistency))
@@ -439,15 +441,19 @@ class Collection:
     def _call(self, action: Callable[[MilvusClient], T]) -> T:
         def attempt() -> T:
             if self._client is None:
-                self._client = connect(self.address, self.token)
+                self._client = connected(self.address, self.token)
             return action(self._client)
 
         try:
-            return patiently(attempt, self.address, PATIENCE_SECONDS, self._disconnect)
+            return patiently(attempt, self.address, PATIENCE_SECONDS, self._reconnect)
         except Exception as error:
             if getattr(error, "code", None) != NOT_FOUND:
                 raise
             raise UserError(f"there is no memory {self.name!r} at this memory.uri; build it with `rar memory CONFIG`") from None
+
+    def _reconnect(self) -> None:
+        forget(self.address, self.token)
+        self._disconnect()
 
     def _disconnect(self) -> None:
         self._client, self._meta, self._projection, self._loaded = None, None, None, False

@@ -157,6 +157,25 @@ def connect(address: str, token: str | None) -> MilvusClient:
     return MilvusClient(address, token=token, timeout=CONNECT_SECONDS, dedicated=True)
 
 
+_own = threading.local()  # of a thread: its connections by address and token
+OWN = 4
+
+
+def connected(address: str, token: str | None) -> MilvusClient:
+    """This thread's connection, made when it is first asked for: the next task of a worker takes up that of the last one."""
+    kept: dict[tuple[str, str | None], MilvusClient] = _own.__dict__.setdefault("kept", {})
+    if (address, token) not in kept:
+        for oldest in list(kept)[: max(0, 1 + len(kept) - OWN)]:
+            del kept[oldest]
+        kept[address, token] = connect(address, token)
+    return kept[address, token]
+
+
+def forget(address: str, token: str | None) -> None:
+    """Make this thread's next connection anew."""
+    _own.__dict__.get("kept", {}).pop((address, token), None)
+
+
 def _quiet() -> None:
     """Every error that matters is raised; the libraries also log it, with tracebacks, and gRPC reports every fork on stderr."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is first imported

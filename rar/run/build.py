@@ -45,6 +45,7 @@ from rar.run.vocabulary import PARTS, check_index, check_kind, check_mode, class
 from rar.schema import ERRORS, UserError, content_id, entry_id
 
 SAMPLE = 4096  # support images, at most, that the projection of REDUCED is fitted on
+BROUGHT, LEAST_SHARDS = 16, 8  # shards of vectors: times run.shard_size, as they weigh little, but not fewer than these
 TOLD = ("row", "content", "label", "stage", "error")  # of a row, to the driver
 
 
@@ -203,7 +204,7 @@ def _write_images(
     keeper = Keeper() if some else None
     sink = MilvusSink(written, TOLD, keeper)
     rows = _vectors(session, settings, planned.support, facts, places, class_of, known)
-    with pipeline.progress(draft.part("images"), planned.support.num_rows, f"memory {settings.memory.name}"):
+    with pipeline.progress(written, planned.support.num_rows, f"memory {settings.memory.name}"):
         rows.write_datasink(sink)
     return sink.told, dict(sink.seconds), keeper
 
@@ -218,8 +219,11 @@ def _vectors(
     known: Known | None,
 ) -> Dataset:
     """Rows of an index as entries with vectors; those that a place holds, and faulty ones, have an `error`."""
-    rows = pipeline.shards_of(index, pipeline.evenly(index, settings.run.shard_size))
     precomputed, maker = settings.encoder.model == "precomputed", _maker(settings, index, facts)
+    size = settings.run.shard_size
+    if precomputed:
+        size = max(size, min(BROUGHT * size, index.num_rows // LEAST_SHARDS))
+    rows = pipeline.shards_of(index, pipeline.evenly(index, size))
     assert settings.memory.support is not None
     reader = reading.reader(index, settings.detect.crop.sized(facts.side), None)
     read = reading.LoadVectors(settings.memory.support) if precomputed else known.images if known else reader

@@ -47,7 +47,8 @@ class Draft:
     def places(self, kind: str) -> dict[str, Collection]:
         """Where entries may be already, as `entering.Lacking` asks."""
         base, own = self.base_part(kind), self.part(kind)
-        return ({HELD: base} if base else {}) | ({RESUMED: own} if own.exists() and own.count() else {})
+        found = {HELD: base, RESUMED: own if own.exists() else None}
+        return {stage: one for stage, one in found.items() if one is not None and one.count()}  # loaded, before workers ask
 
     def create(self, kind: str, dim: int, size: int, sample: np.ndarray | None = None) -> Collection:
         """The collection of a part, of about `size` entries. sample: see Collection.create; by default some of the base's."""
