@@ -76,7 +76,10 @@ def histogram(parts: Mapping[str, np.ndarray], colours: Sequence[str], xlabel: s
     with _style(salt):
         figure = Figure((WIDTH, 2.5), layout="constrained", dpi=72)
         axes = figure.subplots()
-        bins = np.histogram_bin_edges(np.concatenate(list(parts.values())), bins=20).tolist()
+        scores = np.concatenate(list(parts.values()))
+        room = 1e-6 * max(1.0, np.abs(scores).max())  # scores that are equal but for rounding leave none for 20 bars
+        even = np.ptp(scores) < room
+        bins = np.histogram_bin_edges(scores, 20, (scores.min() - room, scores.max() + room) if even else None).tolist()
         axes.hist(list(parts.values()), bins=bins, stacked=True, color=list(colours), label=list(parts), rwidth=0.86)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         _labels(axes, xlabel, "predictions")

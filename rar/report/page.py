@@ -13,9 +13,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,9 @@ from rar.report import cards, classes, figures
 from rar.report.against import comparison
 from rar.report.view import RunView, number, read_run
 from rar.schema import UserError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 ERROR_REASONS = 20
 FREQUENT_NAMES = 12
@@ -74,8 +77,6 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Report", against
     a run, and for one that shares no picture with `against`. A picture that cannot be read any more becomes a placeholder that
     says why.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     folders = [read_run(run) for run in runs if run != against]
     if not folders:
         raise UserError("no run folder to report on" + (", other than that of --against" if against else ""))
@@ -84,24 +85,30 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Report", against
         other = read_run(against)
         comparisons = [comparison(run, other) for run in folders if run.info["verb"] != "memory"]
         folders.append(other)
-    environment = Environment(
-        loader=PackageLoader("rar.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"decimal": _decimal, "pretty": partial(json.dumps, indent=2, ensure_ascii=False)}
-    environment.globals["percent"] = percent
     arms = [run for run in folders if run.info["verb"] != "memory"]
     memories = [{"name": run.name, "values": run.values} for run in folders if run.info["verb"] == "memory"]
     groups = [_group(name, arms) for name in dict.fromkeys(run.group for run in arms)]
     summaries = [_summary(run) for run in folders]
     stages = list(dict.fromkeys(name for summary in summaries for name in summary["stages"]))
-    template = environment.get_template("report.html.j2")
     asked = [column for column in MLLM if any(summary["mllm"][column[0]] for summary in summaries)]
-    page = template.render(
+    page = _template().render(
         title=title, groups=groups, comparisons=comparisons, memories=memories, runs=summaries, stages=stages, asked=asked
     )
     target = out / "report.html" if out.is_dir() else out
     target.parent.mkdir(parents=True, exist_ok=True)
     storage.write(target, (page.strip() + "\n").encode())
+
+
+@cache  # a sweep writes a page a cell, and compiling takes a third of that
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("rar.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"decimal": _decimal, "pretty": partial(json.dumps, indent=2, ensure_ascii=False)}
+    environment.globals["percent"] = percent
+    return environment.get_template("report.html.j2")
 
 
 def _group(name: str, folders: Sequence[RunView]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from rar.runfolder import RunFolder
 from rar.schema import first_line
 from rar.sweep import replay
 from rar.sweep.grid import Cell, groups
-from rar.sweep.state import Sweep
+from rar.sweep.state import Sweep, write_page
 
 if TYPE_CHECKING:
     from rar.engine.session import Session
@@ -93,6 +93,7 @@ def _guarded(sweep: Sweep, cell: Cell, told: Callable[[Cell, str], None], work: 
     try:
         with faults.crossing():
             values = work()
+            write_page(sweep, cell)
     except Spent as error:
         with sweep.lock:
             sweep.left[cell.name] = f"budget: {error}"
@@ -188,7 +189,7 @@ class Worker:
         return kept
 
     def _cell(self, opened: Session, cell: Cell) -> dict[str, float]:
-        from rar.run import recognise, shared
+        from rar.run import nearest, recognise, shared
 
         sweep, settings = self.sweep, self.sweep.settings(cell)
         verb = sweep.grid.datasets[cell.dataset].verb
@@ -203,6 +204,7 @@ class Worker:
         values = recognise.run(opened, settings, vocabulary, work, folder, retrieved=rows)
         with sweep.lock:  # what was routed past the MLLM, or answered before, is free for others
             sweep.calls -= reserved - int(folder.stats()["mllm.calls"] - before)
+        nearest.keep(opened, settings, vocabulary, folder)
         return values
 
     def _candidates(self, opened: Session, cell: Cell, settings: Config, work: Work, vocabulary: Vocabulary) -> Kept:

@@ -16,11 +16,14 @@ from pathlib import Path
 
 from rar import storage
 from rar.config import Config
+from rar.report.page import write_report
 from rar.run import measure
 from rar.runfolder import RunFolder
 from rar.schema import UserError
 from rar.sweep.grid import Cell, Grid, Group, cells, group_of, settings_of
 from rar.sweep.sources import Source, prepare
+
+PAGE = "report.html"
 
 
 @dataclass
@@ -75,24 +78,32 @@ def open_sweep(grid: Grid, out: Path) -> tuple[Sweep, list[Cell]]:
 
 
 def finished(sweep: Sweep, every: Sequence[Cell]) -> list[Cell]:
-    """The cells that have ended as they are configured now, measured again where they are to be judged otherwise.
+    """The cells that have ended as they are configured now, page and all, measured again where they are to be judged otherwise.
 
     A folder of another run is a failure that names what differs.
     """
     found = []
     for cell in every:
         folder = RunFolder(sweep.folder(cell))
-        if cell.name in sweep.failed or not folder.finished:
+        if cell.name in sweep.failed or not folder.finished or not (folder.path / PAGE).exists():
             continue
         try:
             verb, settings = sweep.grid.datasets[cell.dataset].verb, sweep.settings(cell)
             RunFolder.check(folder.path, verb, settings, fresh=False)
-            measure.again(settings, folder, verb == "detect")
+            if measure.again(settings, folder, verb == "detect")[1]:
+                write_page(sweep, cell)
             sweep.done[cell.name] = folder.read("run.json")["seconds"]
             found.append(cell)
         except UserError as error:
             sweep.failed[cell.name] = str(error)
     return found
+
+
+def write_page(sweep: Sweep, cell: Cell) -> None:
+    """The page of an ordinary run. One at a time, and beside no page of the sweep: matplotlib's settings are the process's."""
+    folder = sweep.folder(cell)
+    with sweep.lock:
+        write_report([folder], folder / PAGE, title=f"{sweep.grid.title}: {cell.name}")
 
 
 def chosen(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:

@@ -50,6 +50,12 @@ def test_dots_stand_where_the_values_are() -> None:
     assert [float(mark[1]) for mark in marks] == sorted(float(mark[1]) for mark in marks)
 
 
+@pytest.mark.parametrize("around", [0.0, 1.0, 0.3, -4000.0])
+def test_scores_that_are_equal_but_for_rounding_are_drawn(around: float) -> None:
+    for scores in (np.array([around]), np.nextafter(np.full(3, around), [np.inf, np.inf, -np.inf])):
+        assert "<svg" in figures.histogram({"predictions": scores}, (figures.GOOD,), "score", "salt")
+
+
 def test_a_histogram_of_one_kind_needs_no_legend() -> None:
     svg = figures.histogram({"predictions": np.array([0.1, 0.9])}, (figures.GOOD,), "score", "salt")
     words = [text.strip() for text in ElementTree.fromstring(svg).itertext()]
