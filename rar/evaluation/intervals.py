@@ -3,6 +3,7 @@
 - `wilson` treats images as independent draws: how would *these classes* fare on more images? A formula, no seed.
 - `accuracy`, `mean_per_class` and `paired_difference` bootstrap whole classes, because errors cluster by class: how would other
   classes of this kind fare? It costs a seed and some time, and is too narrow with few classes.
+- `resampled` gives the draws themselves, of which the interval of a number that is made of several accuracies is taken.
 - `over_seeds` is about the draw of the shots: Student's t over the runs' means. It says nothing about other test images, so a
   page shows it beside a bootstrap, not in its place. With two seeds it is very wide, as it should be.
 - `mcnemar` tests two arms on the same images, `sign_flip` on the same classes; `holm` corrects a family of such tests.
@@ -60,6 +61,13 @@ def mean_per_class(correct: Flags, groups: Groups, seed: int) -> tuple[float, fl
     accuracies = sums / sizes
     mean = float(accuracies.mean()) if len(accuracies) else math.nan
     return mean, *_percentiles([accuracies[drawn].mean(axis=1) for drawn in _draws(len(sizes), seed)])
+
+
+def resampled(correct: Flags, groups: Groups, seed: int | Sequence[int]) -> np.ndarray:
+    """(RESAMPLES,) accuracies by the same bootstrap, for what is made of several; empty for fewer than two classes."""
+    sums, sizes = _per_class(np.asarray(correct, dtype=np.float64), groups)
+    drawn = [sums[draw].sum(axis=1) / sizes[draw].sum(axis=1) for draw in _draws(len(sizes), seed)]
+    return np.concatenate([np.zeros(0), *drawn])
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
@@ -121,7 +129,7 @@ def _per_class(values: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarr
     return np.bincount(group, weights=values, minlength=len(names)), np.bincount(group, minlength=len(names))
 
 
-def _draws(classes: int, seed: int) -> Iterator[np.ndarray]:
+def _draws(classes: int, seed: int | Sequence[int]) -> Iterator[np.ndarray]:
     """RESAMPLES rows of class numbers with replacement, in blocks; none where there are fewer than two classes."""
     if classes < 2:
         return

@@ -190,6 +190,12 @@ def asked_curve(predictions: pa.Table, truth: Sequence[str | None]) -> tuple[np.
     return np.arange(len(asked) + 1) / total, right / total
 
 
+def harmonic_mean(base: np.ndarray, novel: np.ndarray) -> np.ndarray:
+    """H = 2 b n / (b + n) of accuracies on base and on novel classes (CoCoOp, 2203.05557), of any shape; 0 where both are 0."""
+    total = base + novel
+    return np.divide(2 * base * novel, total, out=np.zeros_like(total), where=total > 0)
+
+
 def _as_labels(truth: Truth) -> pa.ChunkedArray:
     return truth if isinstance(truth, pa.ChunkedArray) else pa.chunked_array([pa.array(truth, pa.string())])
 

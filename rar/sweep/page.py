@@ -20,12 +20,13 @@ from rar.sweep.grid import Cell
 
 if TYPE_CHECKING:
     from rar.sweep.board import Board, Result, Row
+    from rar.sweep.splits import Split
     from rar.sweep.state import Sweep
 
 CONFUSIONS = 20
 
 
-def render(sweep: Sweep, every: Sequence[Cell], found: Sequence[Result], made: Board) -> str:
+def render(sweep: Sweep, every: Sequence[Cell], found: Sequence[Result], made: Board, halved: Sequence[Split] = ()) -> str:
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     loader = ChoiceLoader([PackageLoader("rar.sweep", "."), PackageLoader("rar.report", ".")])
@@ -49,6 +50,7 @@ def render(sweep: Sweep, every: Sequence[Cell], found: Sequence[Result], made: B
         ours=sweep.grid.ours,
         figures=_over_shots(made) + _over_k(made) + _frontier(made) + _gain_figure(gains),
         gains=gains,
+        halved=halved,
         asking=any(shares.values()),
         confusions=_confusions(sweep, found),
         cells=[{"name": one.cell.name, "value": one.value, "asked": shares[one.cell.name]} for one in found],

@@ -15,6 +15,7 @@ from rar import storage
 from rar.sweep import page
 from rar.sweep.board import Board, Entry, Result, board, results
 from rar.sweep.grid import Cell, Grid
+from rar.sweep.splits import Split, splits
 from rar.sweep.state import Sweep
 
 COLUMNS = [
@@ -51,7 +52,7 @@ def _dec(value: float) -> str:
     return f"{value:.3f}".replace("0.", ".", 1)
 
 
-def as_markdown(grid: Grid, made: Board) -> str:
+def as_markdown(grid: Grid, made: Board, halved: Sequence[Split] = ()) -> str:
     lines = [
         f"# {grid.title}",
         "",
@@ -64,6 +65,17 @@ def as_markdown(grid: Grid, made: Board) -> str:
         shown = [cell_text(row.entries.get(arm)) for arm in made.arms]
         shown += [_dec(row.published[name]) if name in row.published else "–" for name in made.references]
         lines.append(f"| {row.dataset} | {row.shots} | " + " | ".join(shown) + " |")
+    if halved:
+        lines += [
+            "",
+            "Base and novel classes, and their harmonic mean H = 2bn / (b + n) with its 95 % interval over classes of both:",
+            "",
+        ]
+        lines += ["| data sets | shots | arm | base | novel | H |", "|---" * 6 + "|"]
+        for one in halved:
+            value, low, high = one.harmonic()
+            both = f"{_dec(one.base[0])} | {_dec(one.novel[0])}"
+            lines.append(f"| {one.dataset} | {one.shots} | `{one.arm}` | {both} | {cell_text(Entry(value, low, high, 0.0))} |")
     if made.claims:
         lines += ["", *[f"- {one}" for one in made.claims]]
     if made.differs:
@@ -72,8 +84,8 @@ def as_markdown(grid: Grid, made: Board) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_latex(grid: Grid, made: Board) -> str:
-    """A tabular that compiles by itself; percent, intervals left to the other tables."""
+def as_latex(grid: Grid, made: Board, halved: Sequence[Split] = ()) -> str:
+    """Tabulars that compile by themselves; percent, intervals left to the other tables."""
     escape = str.maketrans({"_": r"\_", "&": r"\&", "%": r"\%", "#": r"\#", "$": r"\$"})
     lines = [rf"\begin{{tabular}}{{lr{'r' * len(made.arms)}}}", r"\hline"]
     lines.append(" & ".join(["data set", "shots", *(arm.translate(escape) for arm in made.arms)]) + r" \\ \hline")
@@ -84,19 +96,28 @@ def as_latex(grid: Grid, made: Board) -> str:
             text = "--" if one is None or np.isnan(one.value) else f"{100 * one.value:.1f}"
             shown.append(rf"\textbf{{{text}}}" if one is not None and one.bold else text)
         lines.append(" & ".join([row.dataset.translate(escape), str(row.shots), *shown]) + r" \\")
-    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
+    lines += [r"\hline", r"\end{tabular}", ""]
+    if halved:
+        lines += [r"\begin{tabular}{lrlrrr}", r"\hline", r"data sets & shots & arm & base & novel & H \\ \hline"]
+        for split in halved:
+            numbers = [f"{100 * value:.1f}" for value in (split.base[0], split.novel[0], split.harmonic()[0])]
+            named = [split.dataset.translate(escape), str(split.shots), split.arm.translate(escape)]
+            lines.append(" & ".join([*named, *numbers]) + r" \\")
+        lines += [r"\hline", r"\end{tabular}", ""]
+    return "\n".join(lines)
 
 
 def write(sweep: Sweep, every: Sequence[Cell]) -> None:
     """leaderboard.{csv,md,tex} and report.html, from what is done."""
     found = results(sweep, every)
-    made = board(sweep.grid, found)
-    files = {"csv": as_csv(found), "md": as_markdown(sweep.grid, made), "tex": as_latex(sweep.grid, made)}
+    made, halved = board(sweep.grid, found), splits(sweep.grid, found)
+    files = {"csv": as_csv(found), "md": as_markdown(sweep.grid, made, halved), "tex": as_latex(sweep.grid, made, halved)}
     for suffix, text in files.items():
         storage.write(sweep.out / f"leaderboard.{suffix}", text.encode())
-    storage.write(sweep.out / "report.html", page.render(sweep, every, found, made).encode())
+    storage.write(sweep.out / "report.html", page.render(sweep, every, found, made, halved).encode())
 
 
 def summary(sweep: Sweep, every: Sequence[Cell]) -> str:
     """The table for the terminal."""
-    return as_markdown(sweep.grid, board(sweep.grid, results(sweep, every)))
+    found = results(sweep, every)
+    return as_markdown(sweep.grid, board(sweep.grid, found), splits(sweep.grid, found))

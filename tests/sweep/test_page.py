@@ -85,13 +85,13 @@ def test_it_fits_the_screen_and_figures_are_drawn(opened: Any) -> None:
     assert all(box["width"] > 200 and box["height"] > 100 for box in boxes)
 
 
-def test_cells_are_listed_with_links_to_their_folders(opened: Any) -> None:
+def test_cells_are_listed_with_links_to_their_pages(opened: Any) -> None:
     opened.locator("summary").last.click()
     rows = list(csv.DictReader(io.StringIO(tables.as_csv(FOUND[:-2]))))
     links = opened.locator("details a")
     assert links.count() == len(rows) and links.first.is_visible()
     names = [f"{row['dataset']}-{row['shots']}shot-seed{row['seed']}-{row['arm']}-k{row['top_k']}" for row in rows]
-    assert [one.get_attribute("href") for one in links.all()] == [f"cells/{name}/" for name in names]
+    assert [one.get_attribute("href") for one in links.all()] == [f"cells/{name}/report.html" for name in names]
 
 
 def test_arms_over_k_have_a_figure_where_the_grid_has_several(browser: Any, tmp_path: Path) -> None:
