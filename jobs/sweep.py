@@ -57,10 +57,11 @@ def run(
 ) -> int:
     quiet()
     from rar import storage
-    from rar.sweep import grid, plan, state, tables
+    from rar.sweep import grid, plan, sources, state, tables
     from rar.sweep import run as sweeping
 
     found = grid.load(name, sets)
+    sources.check(found)
     path = run_folder_path(out, "sweep", Path(name))
     if "://" in str(path):
         raise UserError("--out of a sweep must be a folder of this machine, or one that is mounted: memories lie in it")
@@ -94,10 +95,11 @@ def run(
 def searched(name: str, out: str | None, sets: list[str], only: list[str], trials: int) -> int:
     """The best settings for one data set (`--only NAME`; default: the grid's first), as JSON on stdout."""
     quiet()
-    from rar.sweep import grid
+    from rar.sweep import grid, sources
     from rar.sweep import search as searching
 
     found = grid.load(name, sets)
+    sources.check(found)
     dataset = only[0] if only else next(iter(found.datasets))
     if dataset not in found.datasets:
         raise UserError(f"--only {dataset} is none of the data sets {', '.join(found.datasets)}")

@@ -57,12 +57,16 @@ def run(grid: Grid, dataset: str, out: Path, trials: int, say: Callable[[str], N
 
         def objective(trial: optuna.Trial) -> float:
             drawn = {key: trial.suggest_categorical(key, values) for key, values in grid.search.items()}
-            known = _known(study, drawn)
-            value = worth(opened, grid, dataset, source, out, drawn) if known is None else known
+            value = _known(study, drawn)
+            try:
+                value = worth(opened, grid, dataset, source, out, drawn) if value is None else value
+            except UserError as error:  # settings that do not fit together, or no settings at all
+                say(f"trial {trial.number}: refused: {error}")
+                raise optuna.TrialPruned from None
             say(f"trial {trial.number}: {value:.4f} {json.dumps(drawn)}")
             return value
 
-        study.optimize(objective, n_trials=max(0, trials - len(_ended(study))), catch=UserError)
+        study.optimize(objective, n_trials=max(0, trials - len(_ended(study))))
     ended = _ended(study)
     if not ended:
         raise UserError("no trial could be judged: every combination was refused; see the lines above")

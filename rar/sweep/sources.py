@@ -11,6 +11,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from rar.miniature.world import Spec, render, rng_of, vocabulary
 from rar.run.work import classify_work, detect_work
 from rar.schema import UserError
 from rar.sweep import replay
-from rar.sweep.grid import DataSet, Piece, World
+from rar.sweep.grid import DataSet, Grid, Piece, World, cells, settings_of
 
 Source = Callable[[int], Piece]  # seed -> sections of a config
 
@@ -58,6 +59,19 @@ def placeholder(dataset: DataSet) -> Piece:
     if dataset.replayed:
         return answers(dataset.recorded)
     return {"corpus": {"uri": dataset.recorded}, "memory": {"support": {"uri": dataset.recorded}}}
+
+
+def check(grid: Grid) -> None:
+    """Raises UserError for a piece that makes no config: a mistyped key of an arm is told before anything is laid out.
+
+    What is not there (files, data sets) is not looked for; a cell that lacks it fails by itself.
+    """
+    for cell in dict.fromkeys(replace(one, shots=one.shots or 1, seed=0) for one in cells(grid)):
+        try:
+            source = placeholder(grid.datasets[cell.dataset])
+        except UserError:
+            continue
+        settings_of(grid, cell, source)
 
 
 def test_pictures(dataset: DataSet, settings: Config) -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rar import config
 from rar.schema import UserError
-from rar.sweep import grid, state
+from rar.sweep import grid, sources, state
 from rar.sweep.plan import dry_run
 from rar.sweep.state import chosen
 
@@ -82,6 +82,17 @@ def test_the_presets_are_those_of_the_contract() -> None:
     assert {"paper-fewshot", "paper-fgvr", "paper-lvis", "paper-v3det", "ablations", "miniature"} <= set(grid.presets())
     with pytest.raises(UserError, match="neither a file nor a preset"):
         grid.load("paper-few")
+
+
+def test_a_mistyped_key_of_a_piece_is_told_at_once_and_what_is_missing_is_not() -> None:
+    sources.check(tiny())  # its pictures are not there
+    sources.check(tiny(datasets={"b": {"recorded": "no/such.json"}}))
+    wrong = {"retriever": {"mod": "knn"}}
+    for change in ({"arms": {"knn": {"config": wrong}}}, {"base": wrong}, {"encoders": {"b32": wrong}}):
+        with pytest.raises(
+            UserError, match=r"^a-1shot-.*: config: unknown key 'retriever\.mod'; did you mean 'retriever\.mode'\?$"
+        ):
+            sources.check(tiny(**change))
 
 
 def test_only_chooses_by_name_and_refuses_what_matches_nothing() -> None:

@@ -45,3 +45,15 @@ def test_the_best_is_the_best_of_all_and_a_second_start_goes_on(ray_session: Ses
     assert found["trials"] == 4 and found["leave_one_out"] == pytest.approx(max(values.values()), abs=1e-4)
     assert values[found["best"]["retriever.mode"]] == max(values.values())
     assert search.run(made, "drawn", tmp_path, 5, said.append)["trials"] == 5 and len(said) == 5
+
+
+@pytest.mark.slow
+def test_settings_that_are_refused_are_told_in_a_line_each_and_the_others_are_judged(
+    ray_session: Session, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = config.validated(grid.Grid, {**DATA, "search": {"retriever.mode": ["centroid", "centre"]}})
+    said: list[str] = []
+    found = search.run(made, "drawn", tmp_path, 8, said.append)
+    refused = [line for line in said if ": refused: " in line]
+    assert 0 < len(refused) < 8 == found["trials"] + len(refused) and found["best"] == {"retriever.mode": "centroid"}
+    assert all("config: retriever.mode" in line for line in refused) and "Traceback" not in capfd.readouterr().err
