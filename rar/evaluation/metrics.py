@@ -166,11 +166,11 @@ def per_class(predictions: pa.Table, truth: Truth) -> pa.Table:
     )
 
 
-def confusions(predictions: pa.Table, truth: Sequence[str | None], limit: int = 20) -> list[tuple[str, str, int]]:
-    """The most frequent (true name, predicted name, count), most first, ties by name."""
+def confusions(predictions: pa.Table, truth: Sequence[str | None], limit: int = 20) -> list[tuple[str, str | None, int]]:
+    """The most frequent (true name, predicted name, count), most first, ties by name; None: nothing was predicted."""
     pairs = zip(truth, predictions["class_name"].to_pylist(), strict=True)
     counts = Counter((true, predicted) for true, predicted in pairs if true is not None and true != predicted)
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0][0], item[0][1] or ""))
     return [(true, predicted, count) for (true, predicted), count in ordered[:limit]]
 
 

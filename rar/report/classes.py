@@ -42,7 +42,7 @@ def pairs(run: RunView) -> list[dict[str, Any]]:
     found = []
     for true, name, count in metrics.confusions(run.predictions, run.truth, PAIRS):
         wrong = np.flatnonzero((truth == true) & (predicted == name))
-        right = np.flatnonzero((truth == name) & (predicted == name))
+        right = np.flatnonzero((truth == name) & (predicted == name) & (name is not None))
         shown = {"wrong": _pictures(run, wrong), "right": _pictures(run, right)}
         found.append({"true": true, "predicted": name or "(nothing)", "count": count, **shown})
     return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from rar.runfolder import RunFolder, read_table
 from rar.schema import PREDICTIONS, Candidate, Ranking, RankStatus
 
 if TYPE_CHECKING:
+    from rar.encoder.sentences import SentenceEncoder
     from rar.engine.session import Session  # a finished run is measured again without Ray
 
 JUDGED = ("row", "image_id", "class_name", "candidates", "ranking", "rank_status", "label_mass", "label_first")
@@ -113,9 +115,14 @@ def guesses_and_labels(predictions: pa.Table, index: pa.Table) -> tuple[list[str
 
 def similarity(sentence_encoder: str, guesses: Sequence[str], labels: Sequence[str]) -> float:
     """sACC by a sentence encoder in a folder. Raises UserError."""
+    return clustering.semantic_similarity(guesses, labels, _judge(sentence_encoder).embed)
+
+
+@lru_cache(maxsize=1)  # a sweep asks for each cell
+def _judge(folder: str) -> SentenceEncoder:
     from rar.encoder.sentences import SentenceEncoder
 
-    return clustering.semantic_similarity(guesses, labels, SentenceEncoder(sentence_encoder).embed)
+    return SentenceEncoder(folder)
 
 
 def detection(

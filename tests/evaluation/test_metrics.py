@@ -148,6 +148,13 @@ def test_per_class_and_confusions() -> None:
     assert metrics.confusions(table(FIVE), FIVE_TRUTH, limit=1) == [("cat", "dog", 1)]
 
 
+def test_what_was_called_nothing_at_all_is_a_confusion_too() -> None:
+    """A model asked over a whole vocabulary may name none of it."""
+    rows = [{"class_name": name} for name in ("cat", None, None, "dog", None)]
+    told = metrics.confusions(pa.Table.from_pylist(rows, schema=schema.PREDICTIONS), ["dog", "dog", "fox", "fox", None])
+    assert told == [("dog", None, 1), ("dog", "cat", 1), ("fox", None, 1), ("fox", "dog", 1)]
+
+
 def test_asked_curve_asks_the_least_certain_first() -> None:
     def row(second: float, predicted: str, status: str) -> dict[str, object]:
         scores = [("a", 1.0), ("b", second)]

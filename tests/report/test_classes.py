@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 
 from rar.report import classes
@@ -35,3 +37,14 @@ def test_confused_pairs_have_pictures_of_both_sides(run: RunView) -> None:
         assert counts[pair["true"], pair["predicted"]] == pair["count"]
         assert 0 < len(pair["wrong"]) <= min(pair["count"], classes.EXAMPLES)
     assert any(pair["right"] for pair in told)
+
+
+def test_rows_without_a_prediction_are_told_as_nothing(run: RunView) -> None:
+    rows = run.predictions.to_pylist()
+    first = run.truth[0]
+    for row, truth in zip(rows, run.truth, strict=True):
+        row["class_name"] = None if truth == first else row["class_name"]
+    silent = replace(run, predictions=pa.Table.from_pylist(rows, schema=run.predictions.schema))
+    told = classes.pairs(silent)[0]
+    assert (told["true"], told["predicted"]) == (first, "(nothing)") and told["wrong"] and not told["right"]
+    assert next(row for row in classes.weakest(silent) if row["class_name"] == first)["called"] == "(nothing)"
