@@ -66,7 +66,7 @@ def open_store(uri: str, token: str | None = None) -> Iterator[str]:
         raise UserError(f"memory.uri must be a folder or start with http:// or https://, got {uri!r}")
     else:
         database = own(Path(uri))
-        server, port = serve(database)
+        server, port = listen(database)
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
@@ -122,7 +122,7 @@ def own(folder: Path) -> MilvusLite:
         raise UserError(f"cannot open memory.uri {folder}: {error.strerror}") from None
 
 
-def serve(database: MilvusLite, port: int = 0) -> tuple[grpc.Server, int]:
+def listen(database: MilvusLite, port: int = 0) -> tuple[grpc.Server, int]:
     """Serve on a port of loopback, by default a free one.
 
     milvus_lite has this as `start_server_in_thread`; there, writes do not take turns.

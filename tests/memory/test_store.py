@@ -137,14 +137,14 @@ def test_a_server_that_is_away_for_a_moment_is_waited_for(tmp_path: Path, monkey
     """The owner stops and starts again on the same port while a worker keeps its collection."""
     vectors, port = unit(20, 8), free_port()
     database = store.own(tmp_path)
-    server, port = store.serve(database)
+    server, port = store.listen(database)
     collection = built(Collection(f"http://127.0.0.1:{port}", "m"), vectors)
     server.stop(grace=0).wait()
     with futures.ThreadPoolExecutor(1) as pool:
         search = pool.submit(collection.search, vectors[:1], 1)
         time.sleep(1.0)
         assert not search.done()
-        server, _ = store.serve(database, port)
+        server, _ = store.listen(database, port)
         assert search.result(timeout=30).entry_ids == [["e000000"]]
     server.stop(grace=0).wait()
     database.close()
