@@ -28,6 +28,7 @@ from rar.retriever.softmax import fit_weights
 from rar.schema import Candidate, Ranking, RankStatus
 
 N_FOLDS = 5
+DIGITS = 4  # of a calibration that are kept; a last place moves a probability by less than one in a thousand
 RIDGE = 1.0  # on weights of features scaled to spread 1; worth a handful of images
 TOLERANCE = 0.003  # accuracy that routing past the ranker may cost, in expectation
 MIN_IMAGES = 20  # with the truth among the candidates; below, nothing is fitted
@@ -52,6 +53,11 @@ class Calibration:
     images: int = 0
     retriever_top1: float | None = None
     fused_top1: float | None = None
+
+    def rounded(self) -> Calibration:
+        """To DIGITS digits: fits that differ in their last places, by threads or machines, then decide and fuse alike."""
+        used = ("weight_retriever", "weight_ranker", "retriever_scale", "threshold", "least_probability")
+        return type(self)(**asdict(self) | {name: float(f"{getattr(self, name):.{DIGITS}g}") for name in used})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: an infinite threshold, which JSON lacks, becomes the text "inf"."""

@@ -114,6 +114,15 @@ def test_calibration_survives_json(a: float, b: float, threshold: float, images:
     calibration = Calibration(a, b, a, threshold, 0.1, images, 0.5, None)
     text = json.dumps(calibration.to_dict(), allow_nan=False)
     assert Calibration.from_dict(json.loads(text)) == calibration
+    rounded = calibration.rounded()
+    assert rounded == rounded.rounded() and rounded.weight_ranker == pytest.approx(b, rel=1e-3)
+    assert rounded.threshold == threshold if threshold == math.inf else abs(rounded.threshold - threshold) <= 1e-3 * threshold
+
+
+def test_fits_of_two_machines_are_one_calibration() -> None:
+    one = Calibration(0.123456, 2.34567, 0.98765, 0.87654, 0.0123412)
+    other = Calibration(0.1234561, 2.3456702, 0.987651, 0.8765402, 0.0123413)
+    assert one.rounded() == other.rounded() == Calibration(0.1235, 2.346, 0.9877, 0.8765, 0.01234)
 
 
 def test_too_few_images_give_the_default() -> None:

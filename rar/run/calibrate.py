@@ -41,7 +41,7 @@ def calibrate(
         return fusion.Calibration.from_dict(folder.read("calibration.json"))
     calibration = PAPER if settings.route.mode == "always" else fusion.Calibration()
     if settings.route.mode == "calibrated" and settings.ranker.method != "none" and settings.memory.support is not None:
-        calibration = _fit(session, settings, vocabulary, prior)
+        calibration = _fit(session, settings, vocabulary, prior).rounded()
     folder.write("calibration.json", calibration.to_dict())
     return calibration
 
