@@ -6,21 +6,23 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import ray
 from ray.data.datasource import WriteResult
 
 from rar import config
-from rar.columns import with_candidates
+from rar.columns import with_candidates, with_vectors
 from rar.config import Index
-from rar.engine import choosing, pipeline, reading, session, stages
+from rar.engine import choosing, entering, pipeline, reading, session, stages
 from rar.engine.session import Session
 from rar.engine.sinks import MilvusSink, ShardSink
 from rar.fusion import Calibration
 from rar.memory.collection import Collection, open_store
+from rar.memory.entries import Entries
 from rar.runfolder import RunFolder
-from rar.schema import Candidate, UserError
+from rar.schema import Candidate, UserError, content_id, entry_id
 
 DIM = 4
 
@@ -38,21 +40,34 @@ def collection(address: str, request: pytest.FixtureRequest) -> Collection:
     return made
 
 
+CLASSES = {f"class {number}": number for number in range(200)}
+
+
 def block(first: int, count: int) -> pa.Table:
-    """Entries as a build sends them (columns.vectors_column)."""
+    """Entries as a build sends them: rows of the encoder, through the stage before the sink."""
     numbers = range(first, first + count)
     columns = {
-        "entry_id": [f"e{n:03d}" for n in numbers],
-        "class_id": list(numbers),
-        "class_name": [f"class {n}" for n in numbers],
-        "vector": pa.array([[float(n), 1.0, 0.0, -1.0] for n in numbers], pa.list_(pa.float32(), DIM)),
-        "uri": ["left out"] * count,
+        "row": pa.array(numbers, pa.int64()),
+        "uri": [f"{number}.png" for number in numbers],
+        "image_id": pa.array([content_id(b"%d" % number) for number in numbers], pa.string()),
+        "label": pa.array([f"class {number}" for number in numbers], pa.string()),
+        "pixels": pa.array([b"pixels"] * count, pa.large_binary()),
     }
-    return pa.table(columns)
+    vectors = np.array(vectors_of(first + count)[first:], np.float32).reshape(-1, DIM)
+    return entering.AsEntries(CLASSES, "f")(with_vectors(pa.table(columns), vectors))
+
+
+def ids_of(count: int) -> list[str]:
+    return [entry_id(content_id(b"%d" % number), "f") for number in range(count)]
 
 
 def vectors_of(count: int) -> list[list[float]]:
     return [[float(n), 1.0, 0.0, -1.0] for n in range(count)]
+
+
+def as_rows(entries: Entries) -> list[tuple[str, int, str, list[float]]]:
+    columns = entries.entry_ids, entries.class_ids.tolist(), entries.class_names, entries.vectors.tolist()
+    return list(zip(*columns, strict=True))
 
 
 def test_blocks_become_entries(address: str) -> None:
@@ -64,10 +79,7 @@ def test_blocks_become_entries(address: str) -> None:
     collection.seal(5)
     entries = collection.fetch()
     assert written == 5
-    assert entries.entry_ids == ["e000", "e001", "e002", "e003", "e004"]
-    assert entries.class_ids.tolist() == [0, 1, 2, 3, 4]
-    assert entries.class_names[4] == "class 4"
-    assert entries.vectors.tolist() == vectors_of(5)
+    assert as_rows(entries) == sorted(zip(ids_of(5), range(5), list(CLASSES)[:5], vectors_of(5), strict=True))
 
 
 def test_a_retried_task_changes_nothing(collection: Collection) -> None:
@@ -85,9 +97,9 @@ def test_faulty_rows_are_told_and_not_written(collection: Collection) -> None:
     returns = [sink.write([one], ctx=None) for one in blocks]
     sink.on_write_complete(WriteResult(num_rows=5, size_bytes=1, write_returns=returns))
     collection.seal(4)
-    assert sink.written == 4 and collection.fetch().entry_ids == ["e000", "e002", "e003", "e004"]
+    assert sink.written == 4 and collection.fetch().entry_ids == sorted(set(ids_of(5)) - {ids_of(2)[1]})
     assert sink.seconds["write.rows"] == 5 and sink.seconds["write.seconds"] > 0
-    assert sink.told.to_pydict() == {"entry_id": [f"e00{n}" for n in range(5)], "error": [None, "gone", None, None, None]}
+    assert sink.told.to_pydict() == {"entry_id": ids_of(5), "error": [None, "gone", None, None, None]}
 
 
 def test_mistakes_are_found_before_the_first_task(collection: Collection) -> None:
@@ -117,8 +129,7 @@ def test_ray_workers_write_through_one_owner(collection: Collection, ray_session
     assert sink.written == 200
     collection.seal(200)
     entries = collection.fetch()
-    assert entries.entry_ids == [f"e{n:03d}" for n in range(200)]
-    assert entries.vectors.tolist() == vectors_of(200)
+    assert as_rows(entries) == sorted(zip(ids_of(200), range(200), CLASSES, vectors_of(200), strict=True))
 
 
 @pytest.fixture
