@@ -8,8 +8,9 @@ life; new names get new ids. Nothing is taken away by a build: a class that the 
 Shards go read -> ask -> decode -> embed -> MilvusSink in parallel, as they come. Each asks Milvus for its own ids, so that a
 killed build embeds again only the shards that were in flight. The driver learns content ids, labels and faults (some 80 bytes a
 picture, less than its row of the index), never a vector; with those it settles, by the rule of corpus.support, which label the
-entry of a picture has that stands under several, whoever wrote last. The exception is the index REDUCED, whose projection is
-fitted on up to SAMPLE vectors before the first is written.
+entry of a picture has that stands under several, whoever wrote last. What is written is also kept (engine.keeping), so that the
+head is fitted without reading it back. The exception is the index REDUCED, whose projection is fitted on up to SAMPLE vectors
+before the first is written.
 """
 
 from __future__ import annotations
