@@ -17,6 +17,7 @@ import numpy as np
 from rar.bench.server import memory_mib
 from rar.memory.entries import Entries
 from rar.retriever.modes import Mode, fit_head
+from rar.schema import UserError
 
 CLASSES = (120, 1_203, 13_204)  # the miniature's, LVIS's, V3Det's
 MODES: tuple[Mode, ...] = ("text", "centroid", "lda", "fused")
@@ -29,8 +30,11 @@ def run(
     classes: Sequence[int] = CLASSES, shots: int = 4, dim: int = 512, repeats: int = 3, modes: Sequence[Mode] = MODES
 ) -> Row:
     """sizes.N.MODE: `seconds` (median) and `cpu_seconds` (of the processor, median: what others' work beside does not move as
-    much), and what the process held before (`before_mib`, vectors and libraries) and at most.
+    much), and what the process held before (`before_mib`, vectors and libraries) and at most. Raises UserError for less than
+    two classes of a shot.
     """
+    if min(classes) < 2 or shots < 1:
+        raise UserError(f"a fit needs two classes of one shot at least, got --classes {min(classes)} --shots {shots}")
     result: Row = {"shots": shots, "dim": dim, "repeats": repeats, "sizes": {}}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process a fit: a peak is forgotten
         for count in classes:

@@ -36,7 +36,7 @@ from rar.memory.collection import Collection
 from rar.memory.store import connect
 from rar.miniature.data import two_processes
 from rar.miniature.world import render, rng_of, vocabulary
-from rar.schema import Unavailable
+from rar.schema import Unavailable, UserError
 
 SIZES = (10_000, 30_000, 100_000)
 CLASSES = 1_203
@@ -52,6 +52,8 @@ def run(sizes: Sequence[int] = SIZES, dim: int = 512, server: bool = False, mode
     brought embeddings; without the plain upserts, as there are no vectors to write. build: rows a second as `ours`, the plain
     upserts' as `reference`. driver: the driver's memory at the largest size over that at the smallest.
     """
+    if len(set(sizes)) < 2 or min(sizes) < 1:
+        raise UserError("growth is told by two sizes at least, e.g. --rows 10000 --rows 30000")
     result: Row = {"pictures": True} if pictures else {"dim": dim, "classes": CLASSES}
     result |= {"mode": mode, "sizes": {}}
     with tempfile.TemporaryDirectory(prefix="rar_bench_") as temporary:

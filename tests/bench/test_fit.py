@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from rar.bench import fit
+from rar.bench import fit, scale
 from rar.retriever.modes import fit_head
+from rar.schema import UserError
 
 
 def test_a_fit_is_timed_in_a_process_of_its_own() -> None:
     row = fit.run([7], shots=2, dim=16, repeats=1, modes=["fused"])["sizes"]["7"]["fused"]
     assert 0 < row["seconds"] < 60 and 0 < row["cpu_seconds"] < 60 and 0 < row["before_mib"] <= row["peak_mib"]
+
+
+@pytest.mark.parametrize(("classes", "shots"), [([1], 4), ([20, 0], 4), ([20], 0)])
+def test_too_few_to_fit_is_a_line(classes: list[int], shots: int) -> None:
+    with pytest.raises(UserError, match="two classes of one shot"):
+        fit.run(classes, shots)
+
+
+@pytest.mark.parametrize("sizes", [[10_000], [10_000, 10_000], [0, 10]])
+def test_growth_needs_two_sizes(sizes: list[int]) -> None:
+    with pytest.raises(UserError, match="two sizes"):
+        scale.run(sizes)
 
 
 def test_drawn_pictures_are_of_their_class() -> None:
