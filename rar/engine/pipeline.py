@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -124,26 +124,6 @@ def result_of(reference: ray.ObjectRef) -> Any:
         if isinstance(error.cause, (UserError, Unavailable)):  # a line, not a traceback
             raise error.cause from None
         raise
-
-
-def warmed() -> threading.Thread:
-    """Begin a pipeline of one row, so that what starts with the first one, processes of Ray Data and of its tasks, does so
-    while a model loads. To be joined before Ray ends; what goes wrong in it goes wrong in the first real one, too."""
-
-    def begin() -> None:
-        with suppress(Exception):
-            plainly(ray.data.from_arrow(pa.table({"row": [0]})), _imported).materialize()
-
-    thread = threading.Thread(target=begin, daemon=True)
-    thread.start()
-    return thread
-
-
-def _imported(table: pa.Table) -> pa.Table:
-    """In a task's process: the stages and what they need."""
-    from rar.engine import choosing, reading  # noqa: F401
-
-    return table
 
 
 def write(table: pa.Table, sink: Datasink) -> None:

@@ -23,7 +23,7 @@ import ray.data
 from tenacity import retry, stop_after_attempt
 
 from rar import config
-from rar.engine import faults, models, pipeline
+from rar.engine import faults, models
 from rar.engine.actors import ModelActor, Pool
 from rar.memory.store import open_store
 from rar.ranker.requests import Offers
@@ -134,8 +134,6 @@ def opened(memory: config.Memory | None = None, *, create: bool = False, patienc
                     f"memory.uri {memory.uri} is of this machine alone, and the cluster has {len(hosts)}: name a server"
                 )
             with session.endings:
-                if not session.joined:
-                    session.endings.callback(pipeline.warmed().join)
                 yield session
     except UserError:
         if memory is not None and missing:
