@@ -32,7 +32,8 @@ def test_a_whole_set_and_a_broken_one(tmp_path: Path) -> None:
     small = rar("check", "dtd", "--root", str(tmp_path))
     assert small.returncode == 2 and len(small.stdout.splitlines()) == 4
     assert small.stderr.count("\n") == 1 and "dtd: split train has 94 pictures, 2,820 were published" in small.stderr
-    gone = rar("check", "dtd", "--root", str(tmp_path / "nowhere"), "--split", "test")
+    (tmp_path / "empty").mkdir()
+    gone = rar("check", "dtd", "--root", str(tmp_path / "empty"), "--split", "test")
     assert (
         gone.returncode == 2
         and gone.stderr.count("\n") == 1

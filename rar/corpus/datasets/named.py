@@ -79,8 +79,11 @@ def place_of(corpus: Corpus) -> Place:
 
 
 def _below(root: str, folder: str) -> str:
-    """root/folder; or the root, where that is the data set's folder itself."""
-    root = storage.full_name(*storage.locate(root)).rstrip("/")
+    """root/folder; or the root, where that is the data set's folder itself. Raises UserError for a root that is not there."""
+    fs, path = storage.locate(root)
+    if storage.kind_of(fs, path) != "directory":
+        raise UserError(f"corpus.root: {root} is no folder; name the one that the data sets lie in")
+    root = storage.full_name(fs, path).rstrip("/")
     itself = root.rpartition("/")[2] == folder and storage.kind_of(*storage.locate(f"{root}/{folder}")) != "directory"
     return root if itself else f"{root}/{folder}"
 

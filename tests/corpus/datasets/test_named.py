@@ -51,6 +51,11 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tree
     return root, {name: trees.make(name, root / name) for name in known()}
 
 
+def test_a_root_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"corpus.root: .*nowhere is no folder"):
+        named.check("oxford_pets", str(tmp_path / "nowhere"))
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_what_is_published(name: str) -> None:
     one, (classes, test, template) = known()[name], PUBLISHED[name]
