@@ -4,7 +4,7 @@ File systems' own locks are not there on object stores, and not kept by every sh
 that says who it is and counts up while it lives. Another one on the same machine sees by the process whether it does; one on
 another machine waits for the next counts, and takes over where none comes: no clocks are compared. It costs STILL_S before a
 run is taken over from a machine that died, and two drivers that begin within the same second of each other on an object store
-may both begin; the later one to look again is refused.
+may both begin. A driver that stood still for so long and was taken over from goes on, without a sign of its own.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def driving(folder: Path, beat_s: float = BEAT_S, still_s: float = STILL_S) -> I
     finally:
         over.set()
         beating.join()
-        file.unlink(missing_ok=True)
+        if _is_ours(file, own):
+            file.unlink(missing_ok=True)
         with suppress(OSError):
             folder.rmdir()
 
@@ -59,7 +60,14 @@ def _beat(file: Path, own: dict[str, Any], over: threading.Event, beat_s: float)
     while not over.wait(beat_s):
         count += 1
         with suppress(OSError):  # a run ends by what it writes itself, not by this
-            _write(file, own, count)
+            if _is_ours(file, own):
+                _write(file, own, count)
+
+
+def _is_ours(file: Path, own: dict[str, Any]) -> bool:
+    """Or nobody's, as --fresh empties the folder; not that of a driver which took over while this one stood still."""
+    known = _read(file)
+    return known is None or known["driver"] == own["driver"]
 
 
 def _lives(file: Path, known: dict[str, Any], still_s: float) -> bool:
@@ -88,6 +96,7 @@ def _write(file: Path, own: dict[str, Any], count: int) -> None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):  # none; or torn, by what is no driver of ours
+        known = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):  # none, or torn
         return None
+    return known if isinstance(known, dict) and {"machine", "process", "driver"} <= known.keys() else None

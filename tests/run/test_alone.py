@@ -80,3 +80,11 @@ def test_a_torn_file_is_no_driver(tmp_path: Path) -> None:
     with alone.driving(tmp_path):
         pass
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_driver_that_was_taken_over_from_leaves_the_others_sign_alone(tmp_path: Path) -> None:
+    folder, other = tmp_path / "run", {"machine": "other", "process": 1, "driver": "y", "count": 0}
+    with alone.driving(folder, beat_s=0.05):
+        (folder / "driver.json").write_text(json.dumps(other))
+        time.sleep(0.3)
+    assert json.loads((folder / "driver.json").read_text()) == other
