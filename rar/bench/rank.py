@@ -12,6 +12,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,13 @@ def through_serve(images: int = 96, repeats: int = 5) -> dict[str, Any]:
     work, settings = draw(images), Ranker(batch_size=BATCH)
     encoded = [png(image) for image in work.images]
     starts = range(0, images, BATCH)
-    batches = [(encoded[start : start + BATCH], work.names[start : start + BATCH]) for start in starts]
+    batches = [[column[start : start + BATCH] for start in starts] for column in (encoded, work.names)]
     with session.opened() as opened:
         client.deploy(opened, settings)
-        ask = client.ask(opened, settings)
-        assert isinstance(ask, client.Ask)
-        ranker = MllmRanker(settings, str(miniature.MLLM))
-        return {"serve": against(lambda: ask(batches), ranker, work, repeats)}
+        ask, ranker = client.ask(opened, settings), MllmRanker(settings, str(miniature.MLLM))
+        assert ask is not None
+        with ThreadPoolExecutor(settings.in_flight) as pool:
+            return {"serve": against(lambda: list(pool.map(ask, *batches)), ranker, work, repeats)}
 
 
 def png(image: np.ndarray) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from rar import config, fusion
 from rar.columns import candidates_of, rankings_of, vectors_of, with_candidates, with_retrieved
 from rar.engine.stages import with_columns
 from rar.memory.collection import Collection
+from rar.ranker.cache import Asks
 from rar.retriever import exact, modes
 from rar.schema import Candidate, Ranking, RankStatus
 
@@ -78,22 +80,20 @@ class Recall:
         return with_candidates(table, [self.known.get(image_id, []) for image_id in table["image_id"].to_pylist()])
 
 
+class Spent(Exception):
+    """The calls that a run may make do not reach for a shard."""
+
+
 class Rank:
     """candidates -> the columns of a Ranking, by `ask` for the images that need the MLLM.
 
     The others keep the retriever's order as `skipped`. The ranking is the ranker's own; what is made of it is up to `Fuse`.
-    ask(batches) -> one list of Rankings a batch of (encoded images, candidates' names). It is called once a shard with batches
-    of `batch` images: what a batch holds depends on the shard alone, never on timing. Where it answers None, the calls that a
-    run may make are spent, and the shard loses its rows: it stays to be done.
+    ask: called with `batch` images of the shard at a time (None: with all), `in_flight` times at once: what a batch holds
+    depends on the shard alone, never on timing. Where it raises Spent, the shard loses its rows: it stays to be done.
     """
 
-    def __init__(
-        self,
-        ask: Callable[[list[tuple[list[bytes], list[list[str]]]]], list[list[Ranking]] | None] | None,
-        calibration: fusion.Calibration,
-        batch: int,
-    ) -> None:
-        self.ask, self.calibration, self.batch = ask, calibration, batch
+    def __init__(self, ask: Asks | None, calibration: fusion.Calibration, batch: int | None = None, in_flight: int = 1) -> None:
+        self.ask, self.calibration, self.batch, self.in_flight = ask, calibration, batch, in_flight
 
     def __call__(self, table: pa.Table) -> pa.Table:
         retrieved = candidates_of(table)
@@ -103,11 +103,13 @@ class Rank:
         if self.ask is not None and rows:
             images = table["bytes"].take(rows).to_pylist()
             names = [[candidate.class_name for candidate in retrieved[row][: shown[row]]] for row in rows]
-            starts = range(0, len(rows), self.batch)
-            batches = [(images[s : s + self.batch], names[s : s + self.batch]) for s in starts]
-            answers = self.ask(batches)
-            if answers is None:
-                return self(table.slice(0, 0))
+            size = self.batch or len(rows)
+            batches = [(images[s : s + size], names[s : s + size]) for s in range(0, len(rows), size)]
+            with ThreadPoolExecutor(self.in_flight) as pool:
+                try:
+                    answers = list(pool.map(self.ask, *zip(*batches, strict=True)))
+                except Spent:
+                    return self(table.slice(0, 0))
             for row, ranking in zip(rows, (ranking for answered in answers for ranking in answered), strict=True):
                 rankings[row] = fusion.among(ranking, len(retrieved[row]))
         else:

@@ -12,8 +12,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -32,9 +30,9 @@ from rar.engine.actors import free_resources
 from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.exemplars import Exemplars
 from rar.engine.isolate import reason
-from rar.engine.replica import Batch, One, RankerReplica
+from rar.engine.replica import One, RankerReplica
 from rar.engine.session import Session
-from rar.ranker.cache import AnswerCache
+from rar.ranker.cache import AnswerCache, Asks
 from rar.ranker.debias import Prior
 from rar.ranker.endpoint import EndpointRanker
 from rar.ranker.requests import Offers
@@ -188,24 +186,16 @@ def _forget(state: RetryCallState) -> None:
 
 @dataclass
 class Ask:
-    """Sends batches to a ranker application with a window of requests in flight, and waits for all. Picklable.
+    """Sends a batch to a ranker application, again where the application is busy or a replica died with it. Picklable.
 
-    cache: folder and fingerprint of the answers that are looked up before anything is sent. prior: of the labels.
-    exemplars: class name -> where its pictures lie. patience_s: for a replica to come back, and for one answer. Raises
-    Unavailable where that was not enough.
+    prior: of the labels. exemplars: class name -> where its pictures lie. patience_s: for a replica to come back, and for one
+    answer. Raises Unavailable where that was not enough.
     """
 
     app: str
-    in_flight: int
     patience_s: float = 300.0
-    cache: tuple[str, str] | None = None
     prior: Prior | None = None
     exemplars: Exemplars | None = None
-
-    def __call__(self, batches: Sequence[Batch]) -> list[list[Ranking]]:
-        work = self._send if self.cache is None else partial(AnswerCache(*self.cache).filled, ask=self._send)
-        with ThreadPoolExecutor(self.in_flight) as pool:
-            return list(pool.map(work, *zip(*batches, strict=True)))
 
     @retry(
         retry=retry_if_exception_type((BackPressureError, *GONE)),
@@ -214,7 +204,7 @@ class Ask:
         before_sleep=_forget,
         retry_error_callback=_stayed_away,
     )
-    def _send(self, images: list[bytes], names: list[list[str]]) -> list[Ranking]:
+    def __call__(self, images: list[bytes], names: list[list[str]]) -> list[Ranking]:
         shown = None
         if self.exemplars is not None:
             shown = [[self.exemplars.get(name, []) for name in listed] for listed in names]
@@ -237,24 +227,26 @@ def ask(
     prior: Prior | None = None,
     exemplars: Exemplars | None = None,
     limited: bool = False,
-) -> Ask | direct.AskServers | None:
+) -> Asks | None:
     """How pipeline workers reach a ranker; None where no ranker is configured. Raises UserError for a cache that cannot be.
 
-    limited: whether ranker.max_calls and ranker.token_budget hold, over all workers.
+    With ranker.cache, answers are looked up before anything is sent. limited: whether ranker.max_calls and ranker.token_budget
+    hold, over all workers.
     """
     if settings.method == "none":
         return None
-    kept = None
-    if settings.cache is not None:
-        decisive = identity.of_answers(settings, json.dumps([prior, exemplars]))
-        kept = (os.path.abspath(settings.cache), identity.fingerprint(decisive))
-        AnswerCache(*kept)
+    send: Asks
     if settings.method == "endpoint":
         limits = (settings.max_calls, settings.token_budget)
         budget = direct.Budget.remote(*limits) if limited and limits != (None, None) else None  # type: ignore[attr-defined]
         there = hosted.located(session, settings)
-        return direct.AskServers(there, _offered(session, there), kept, budget)
-    return Ask(app_name(settings), settings.in_flight, session.patience_s, kept, prior, exemplars)
+        send = direct.AskServers(there, _offered(session, there), budget)
+    else:
+        send = Ask(app_name(settings), session.patience_s, prior, exemplars)
+    if settings.cache is None:
+        return send
+    decisive = identity.of_answers(settings, json.dumps([prior, exemplars]))
+    return partial(AnswerCache(os.path.abspath(settings.cache), identity.fingerprint(decisive)).filled, send)
 
 
 def waiters(session: Session, settings: config.Ranker) -> int | None:

@@ -18,14 +18,14 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import ray
 
 from rar import config
-from rar.engine.replica import Batch, fallback, try_decode
-from rar.ranker.cache import AnswerCache
+from rar.engine.choosing import Spent
+from rar.engine.replica import fallback, try_decode
 from rar.ranker.endpoint import EndpointRanker
 from rar.ranker.requests import Offers
 from rar.schema import Ranking, RowError
@@ -48,33 +48,15 @@ class Budget:
         self.tokens -= tokens
 
 
-class Spent(Exception):
-    """The budget does not reach for a shard."""
-
-
 @dataclass
 class AskServers:
-    """Ranks all batches of a shard together; None where the budget does not reach. Picklable.
-
-    cache: folder and fingerprint of the answers that are looked up before anything is sent. budget: a Budget.
-    """
+    """Ranks a whole shard by servers of the worker's own. Picklable. budget: a Budget; raises choosing.Spent where it is."""
 
     settings: config.Ranker
     offers: Offers
-    cache: tuple[str, str] | None = None
     budget: Any = None
 
-    def __call__(self, batches: Sequence[Batch]) -> list[list[Ranking]] | None:
-        images = [image for batch, _ in batches for image in batch]
-        names = [listed for _, batch in batches for listed in batch]
-        ask = self._ask if self.cache is None else partial(AnswerCache(*self.cache).filled, ask=self._ask)
-        try:
-            ranked = iter(ask(images, names))
-        except Spent:
-            return None
-        return [[next(ranked) for _ in batch] for batch, _ in batches]
-
-    def _ask(self, images: list[bytes], names: list[list[str]]) -> list[Ranking]:
+    def __call__(self, images: list[bytes], names: list[list[str]]) -> list[Ranking]:
         if self.budget is not None and not ray.get(self.budget.take.remote(self._calls(names))):
             raise Spent
         found = _worker(self.settings.model_dump_json(), self.offers).rank(images, names)

@@ -12,12 +12,12 @@ row that runs out of memory alone is at fault itself, and changes no later batch
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from rar.schema import RowError, Unavailable, UserError
 
-Row = TypeVar("Row")
 Answer = TypeVar("Answer")
 REASON_CHARS = 300
 
@@ -26,63 +26,69 @@ class Broken(Exception):
     """The device answers nothing more in this process, whatever it is asked (a sticky CUDA error): only a new one helps."""
 
 
-class Isolate(Generic[Row, Answer]):
-    """Calls `work`, rows -> one answer a row, and gives each row its answer, or the exception that it raises alone.
+class Isolate(Generic[Answer]):
+    """Calls `work`, columns of rows -> one answer a row, and gives each row its answer, or the exception that it raises alone.
 
     relieve: called after running out of memory, before the next try; e.g. torch.cuda.empty_cache. raised: what concerns all
-    rows and is raised as it is. `limit` is the largest batch that is tried; None until one was too large for memory.
+    rows and is raised as it is. noted: told the answers of a batch and the seconds that they took. `limit` is the largest batch
+    that is tried; None until one was too large for memory.
     """
 
     def __init__(
         self,
-        work: Callable[[list[Row]], Sequence[Answer]],
+        work: Callable[..., Sequence[Answer]],
         relieve: Callable[[], object] = lambda: None,
         raised: tuple[type[Exception], ...] = (UserError, Unavailable),
+        noted: Callable[[list[Answer | Exception], float], object] = lambda answers, seconds: None,
     ) -> None:
-        self.work, self.relieve, self.raised = work, relieve, raised
+        self.work, self.relieve, self.raised, self.noted = work, relieve, raised, noted
         self.limit: int | None = None
 
-    def __call__(self, rows: Sequence[Row]) -> list[Answer | Exception]:
-        """Raises Broken, and the errors of `raised`."""
-        size = self.limit or len(rows) or 1
+    def __call__(self, *columns: Sequence[Any], **shared: Any) -> list[Answer | Exception]:
+        """columns: what `work` takes, a value a row. shared: what it takes once. Raises Broken, and the errors of `raised`."""
+        started, count = time.perf_counter(), len(columns[0])
+        size = self.limit or count or 1
         answers: list[Answer | Exception] = []
-        for start in range(0, len(rows), size):
-            part = list(rows[start : start + size])
+        for start in range(0, count, size):
+            part = [list(column[start : start + size]) for column in columns]
             try:
-                answers += self.work(part)
+                answers += self.work(*part, **shared)
             except self.raised:
                 raise
             except Exception as error:
-                answers += self._found(part, error)
+                answers += self._found(part, shared, error)
+        self.noted(answers, time.perf_counter() - started)
         return answers
 
-    def _found(self, rows: list[Row], fault: Exception) -> list[Answer | Exception]:
+    def _found(self, columns: list[list], shared: dict[str, Any], fault: Exception) -> list[Answer | Exception]:
         """The answers of a batch that failed; a size that worked where it had been too large for memory is kept."""
         worked: list[int] = []
-        answers = self._halves(rows, fault, worked)
+        answers = self._halves(columns, shared, fault, worked)
         if is_memory(fault) and not any(isinstance(answer, Exception) for answer in answers):
             self.limit = max(worked)
         return answers
 
-    def _halves(self, rows: list[Row], fault: Exception, worked: list[int]) -> list[Answer | Exception]:
+    def _halves(
+        self, columns: list[list], shared: dict[str, Any], fault: Exception, worked: list[int]
+    ) -> list[Answer | Exception]:
         """Answers of rows that failed together. worked: gets the sizes of the parts that did not."""
         if is_broken(fault):
             raise Broken(reason(fault)) from fault
         fault.with_traceback(None)  # its frames hold the batch's tensors
         if is_memory(fault):
             self.relieve()
-        if len(rows) == 1:
+        if len(columns[0]) == 1:
             return [fault]
-        middle = (len(rows) + 1) // 2
+        middle = (len(columns[0]) + 1) // 2
         answers: list[Answer | Exception] = []
-        for half in (rows[:middle], rows[middle:]):
+        for half in ([column[:middle] for column in columns], [column[middle:] for column in columns]):
             try:
-                answers += self.work(half)
-                worked.append(len(half))
+                answers += self.work(*half, **shared)
+                worked.append(len(half[0]))
             except self.raised:
                 raise
             except Exception as error:
-                answers += self._halves(half, error, worked)
+                answers += self._halves(half, shared, error, worked)
         return answers
 
 

@@ -44,7 +44,7 @@ class Propose:
         assert settings.detector is not None
         self.batch = settings.detector.batch_size
         proposer = Proposer(settings.detector)
-        self.propose: Isolate[np.ndarray, tuple[np.ndarray, np.ndarray]] = Isolate(
+        self.propose: Isolate[tuple[np.ndarray, np.ndarray]] = Isolate(
             lambda images: proposer.propose(images, settings.max_boxes), free_gpu_memory
         )
 
@@ -116,7 +116,7 @@ class Embed:
 
         self.encoder = load_encoder(settings)
         self.images = Isolate(self._squares, free_gpu_memory)
-        self.texts: Isolate[str, np.ndarray] = Isolate(lambda names: list(self.encoder.prototypes(names)), free_gpu_memory)
+        self.texts: Isolate[np.ndarray] = Isolate(lambda names: list(self.encoder.prototypes(names)), free_gpu_memory)
 
     def facts(self) -> EncoderFacts:
         encoder = self.encoder

@@ -19,10 +19,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 from ray import serve
@@ -51,15 +51,6 @@ class Ranks(Protocol):
     """What MllmRanker and EndpointRanker have in common."""
 
     def rank(self, images: Sequence[np.ndarray], names: Sequence[Sequence[str]]) -> list[Ranking]: ...
-
-
-class Asked(NamedTuple):
-    """An image with its candidates; the pictures of each candidate, and the label prior, where they are used."""
-
-    pixels: np.ndarray
-    names: list[str]
-    exemplars: list[list[np.ndarray]] | None = None
-    prior: Prior | None = None
 
 
 class RankerReplica:
@@ -131,10 +122,12 @@ class RankerReplica:
         """
         pictures = await self._decoded(images)
         good = [row for row, picture in enumerate(pictures) if not isinstance(picture, RowError)]
-        shown = await self._shown(None if exemplars is None else [exemplars[row] for row in good], len(good))
-        rows = [Asked(pictures[row], names[row], pair, prior) for row, pair in zip(good, shown, strict=True)]  # type: ignore[arg-type]
+        columns: list[list[Any]] = [[pictures[row] for row in good], [names[row] for row in good]]
+        if exemplars is not None:
+            columns.append(await self._shown([exemplars[row] for row in good]))
+        rank = partial(self.whole, *columns, **_given(prior))
         answers: list[Any] = list(pictures)
-        for row, answer in zip(good, await self._run(self.whole, rows), strict=True):
+        for row, answer in zip(good, await asyncio.get_running_loop().run_in_executor(self.worker, rank), strict=True):
             answers[row] = answer
         return [
             fallback(len(listed), reason(answer)) if isinstance(answer, Exception) else answer
@@ -198,31 +191,29 @@ class RankerReplica:
 
         return Batcher(work, fits, WAIT_S)
 
-    def _isolate(self, ranker: Ranks, raised: tuple[type[Exception], ...]) -> Isolate[Asked, Ranking]:
-        def work(rows: list[Asked]) -> list[Ranking]:
-            """In the model's thread."""
-            started = time.perf_counter()
-            rank: Any = ranker.rank  # exemplars and prior are of local models alone
-            more: dict[str, Any] = {} if rows[0].prior is None else {"prior": rows[0].prior}
-            if rows[0].exemplars is not None:
-                more["exemplars"] = [row.exemplars for row in rows]
-            rankings = rank([row.pixels for row in rows], [row.names for row in rows], **more)
-            self.meters.note(rankings, time.perf_counter() - started)
-            return rankings
+    def _isolate(self, ranker: Ranks, raised: tuple[type[Exception], ...]) -> Isolate[Ranking]:
+        return Isolate(ranker.rank, free_gpu_memory, raised, self._note)
 
-        return Isolate(work, free_gpu_memory, raised)
+    def _note(self, answers: list[Ranking | Exception], seconds: float) -> None:
+        """In the model's thread."""
+        rankings = [answer for answer in answers if isinstance(answer, Ranking)]
+        if rankings:
+            self.meters.note(rankings, seconds)
+            self.failures = 0
+        elif any(not isinstance(answer, FAULTS) for answer in answers):
+            self.failures += 1
 
-    async def _answers(self, isolated: Isolate[Asked, Ranking], waiting: list[One]) -> list[Ranking | Exception]:
+    async def _answers(self, isolated: Isolate[Ranking], waiting: list[One]) -> list[Ranking | Exception]:
         """A Ranking or its own fault for each."""
         answers: list[Any] = list(await self._decoded([image for image, _ in waiting]))
         good = [row for row, picture in enumerate(answers) if not isinstance(picture, RowError)]
         names, known = [waiting[row][1] for row in good], self.known_exemplars
-        places = None if known is None else [[known.get(name, []) for name in listed] for listed in names]
-        shown = await self._shown(places, len(good))
-        prior, pairs = self.known_prior, zip(names, shown, strict=True)
-        rows = [Asked(answers[row], *pair, prior) for row, pair in zip(good, pairs, strict=True)]
+        columns: list[list[Any]] = [[answers[row] for row in good], names]
+        if known is not None:
+            columns.append(await self._shown([[known.get(name, []) for name in listed] for listed in names]))
+        rank = partial(isolated, *columns, **_given(self.known_prior))
         try:
-            found = await self._run(isolated, rows)
+            found = await asyncio.get_running_loop().run_in_executor(self.worker, rank)
         except Unavailable as error:  # an endpoint that stayed away does so for all of them
             found = [error] * len(good)
         for row, answer in zip(good, found, strict=True):
@@ -233,21 +224,16 @@ class RankerReplica:
         loop = asyncio.get_running_loop()
         return list(await asyncio.gather(*(loop.run_in_executor(self.decoders, try_decode, image) for image in images)))
 
-    async def _shown(self, places: list[list[list[Place]]] | None, count: int) -> list[list[list[np.ndarray]] | None]:
-        """The pictures of each row's candidates, read beside the event loop; None for each of `count` rows without any."""
-        if places is None:
-            return [None] * count
+    async def _shown(self, places: list[list[list[Place]]]) -> list[list[list[np.ndarray]]]:
+        """The pictures of each row's candidates, read beside the event loop."""
         loop, at = asyncio.get_running_loop(), self.pictures.at
         jobs = (loop.run_in_executor(self.decoders, lambda row=row: [at(each) for each in row]) for row in places)  # type: ignore[misc]
         return list(await asyncio.gather(*jobs))
 
-    async def _run(self, isolated: Isolate[Asked, Ranking], rows: list[Asked]) -> list[Ranking | Exception]:
-        answers = await asyncio.get_running_loop().run_in_executor(self.worker, isolated, rows)
-        if any(isinstance(answer, Ranking) for answer in answers):
-            self.failures = 0
-        elif any(not isinstance(answer, FAULTS) for answer in answers):
-            self.failures += 1
-        return answers
+
+def _given(prior: Prior | None) -> dict[str, Any]:
+    """For local models alone: an endpoint's ranker takes no prior."""
+    return {} if prior is None else {"prior": prior}
 
 
 def fallback(count: int, why: str) -> Ranking:

@@ -20,7 +20,7 @@ from pathlib import Path
 from rar import storage
 from rar.schema import Ranking, RankStatus, Unavailable, UserError
 
-Ask = Callable[[list[bytes], list[list[str]]], list[Ranking]]  # encoded images, candidates' names of each
+Asks = Callable[[list[bytes], list[list[str]]], list[Ranking]]  # encoded images, candidates' names of each
 KEPT = ("order", "status", "scores", "response", "label_mass", "label_first")
 
 
@@ -60,7 +60,7 @@ class AnswerCache:
             if ranking.calls:
                 self._write(self._path(image, listed), _packed(ranking))
 
-    def filled(self, images: Sequence[bytes], names: Sequence[list[str]], ask: Ask) -> list[Ranking]:
+    def filled(self, ask: Asks, images: Sequence[bytes], names: Sequence[list[str]]) -> list[Ranking]:
         """What was answered for each image and its candidates, the rest by `ask`, which is kept from now on."""
         kept = self.get(images, names)
         rows = [row for row, ranking in enumerate(kept) if ranking is None]
@@ -78,7 +78,7 @@ class AnswerCache:
 
     def _write(self, path: Path, data: bytes) -> None:
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             storage.write(path, data)
         except OSError as error:
             raise Unavailable(f"ranker.cache {self.folder} cannot be written: {error.strerror}") from None

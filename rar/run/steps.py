@@ -13,6 +13,7 @@ from ray.data import Dataset
 from rar import config, fusion
 from rar.engine import choosing, client, models, pipeline, reading
 from rar.engine.session import Session
+from rar.ranker.cache import Asks
 from rar.run.vocabulary import Vocabulary
 from rar.run.work import Work
 
@@ -53,12 +54,13 @@ def retrieve(vocabulary: Vocabulary, rows: Dataset) -> Dataset:
 def rank(
     session: Session,
     settings: config.Ranker,
-    ask: client.Ask | client.direct.AskServers | None,
+    ask: Asks | None,
     calibration: fusion.Calibration,
     rows: Dataset,
 ) -> Dataset:
-    """ask: of `client.ask`."""
-    work = choosing.Rank(ask, calibration, settings.batch_size)
+    """ask: of `client.ask`. Servers are asked about a whole shard; a worker's own session keeps the pace there."""
+    batches = (None, 1) if settings.method == "endpoint" else (settings.batch_size, settings.in_flight)
+    work = choosing.Rank(ask, calibration, *batches)
     return pipeline.through(rows, "rank", work, client.waiters(session, settings))
 
 

@@ -8,6 +8,7 @@ about the same list turned by a third and by two thirds: the share of pictures w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -91,9 +92,9 @@ def ranked(session: Session, ranker: Ranker, pictures: Pictures, lessons: Sequen
     for start in range(0, len(lessons), ranker.batch_size):
         part = lessons[start : start + ranker.batch_size]
         batches.append((pictures.encoded([lesson.row for lesson in part]), [lesson.names for lesson in part]))
-    answers = ask(batches)
+    with ThreadPoolExecutor(ranker.in_flight) as pool:
+        answers = list(pool.map(ask, *zip(*batches, strict=True)))
     client.undeploy(ranker)
-    assert answers is not None
     return [ranking for batch in answers for ranking in batch]
 
 

@@ -57,14 +57,14 @@ class FussyReplica(RankerReplica):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        rank = self.ranker.rank
+        rank = self.whole.work
 
-        def fussy(images: Sequence[np.ndarray], names: Sequence[Sequence[str]], **more: Any) -> list[Ranking]:
+        def fussy(images: Sequence[np.ndarray], names: Sequence[Sequence[str]], **more: Any) -> Sequence[Ranking]:
             if any(shows(image, BLUE) for image in images):
                 raise ValueError("blue is no colour")
             return rank(images, names, **more)
 
-        self.ranker.rank = fussy
+        self.whole.work = fussy
 
 
 class Answers:
@@ -76,8 +76,8 @@ class Answers:
 
 @ray.remote(num_cpus=0)
 class Worker:
-    def ask(self, ask: client.Ask) -> list[list[Ranking]]:
-        return ask([([b""], [["a", "b"]])])
+    def ask(self, ask: client.Ask) -> list[Ranking]:
+        return ask([b""], [["a", "b"]])
 
 
 class Deadly(models.Embed):

@@ -6,6 +6,7 @@ Not covered: a cluster whose workers reach a server by other ways than the drive
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from rar.config import Ranker
 from rar.engine import direct
+from rar.ranker.cache import AnswerCache
 from rar.ranker.endpoint import EndpointRanker
 from tests.chat_server import BEST, NAMES, colour_model, picture, serving
 
@@ -23,23 +25,21 @@ def png(image: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def test_a_shard_is_ranked_in_one_session_and_comes_back_in_its_batches(tmp_path: Path) -> None:
+def test_a_shard_is_ranked_in_one_session(tmp_path: Path) -> None:
     """A picture that cannot be read costs no call, and what is in the cache none either."""
     with serving() as server:
         server.answer = colour_model()
         settings = Ranker(method="endpoint", model="colours", base_url=server.url)
-        ask = direct.AskServers(settings, EndpointRanker(settings).probe(), (str(tmp_path / "cache"), "0" * 32))
-        first = [png(picture("red")), b"no picture"], [NAMES, NAMES]
-        second = [png(picture("blue"))], [NAMES]
+        cache = AnswerCache(tmp_path / "cache", "0" * 32)
+        ask = partial(cache.filled, direct.AskServers(settings, EndpointRanker(settings).probe()))
+        shard = [png(picture("red")), b"no picture", png(picture("blue"))], [NAMES] * 3
         probes = len(server.seen)
-        answers = ask([first, second])
-        assert answers is not None and [len(batch) for batch in answers] == [2, 1]
-        (red, bad), (blue,) = answers
+        red, bad, blue = ask(*shard)
         assert (red.order[0], blue.order[0]) == (BEST["red"], BEST["blue"])
         assert (bad.status, bad.calls) == ("fallback", 0) and "not a readable" in bad.response
         assert len(server.seen) == probes + 2
-        again = ask([first, second])
-        assert again is not None and again[0][0].order == red.order and again[0][0].label_mass == red.label_mass
+        again = ask(*shard)[0]
+        assert again.order == red.order and again.label_mass == red.label_mass
         assert len(server.seen) == probes + 2
 
 
@@ -50,9 +50,8 @@ def test_a_picture_that_cannot_be_sent_costs_its_own_row() -> None:
         settings = Ranker(method="endpoint", model="colours", base_url=server.url)
         ask = direct.AskServers(settings, EndpointRanker(settings).probe())
         probes = len(server.seen)
-        answers = ask([([png(picture("red")), png(np.zeros((5, 66_000, 3), np.uint8)), png(picture("blue"))], [NAMES] * 3)])
-        assert answers is not None
-        red, long, blue = answers[0]
+        pictures = [picture("red"), np.zeros((5, 66_000, 3), np.uint8), picture("blue")]
+        red, long, blue = ask([png(each) for each in pictures], [NAMES] * 3)
         assert (red.order[0], blue.order[0]) == (BEST["red"], BEST["blue"]) and len(server.seen) == probes + 2
         assert (long.status, long.order, long.calls) == ("fallback", (0, 1, 2), 0) and "OSError" in long.response
 

@@ -121,7 +121,7 @@ def test_a_worker_finds_the_serve_that_replaced_the_one_it_knew(ray_session: Ses
     for _ in range(2):
         serve.start(proxy_location="Disabled", logging_config=client.QUIET)
         serve.run(serve.deployment(name="ranker")(fussy.Answers).bind(), name="answers", route_prefix=None)
-        ((answer,),) = ray.get(worker.ask.remote(client.Ask("answers", 1)), timeout=60)
+        (answer,) = ray.get(worker.ask.remote(client.Ask("answers")), timeout=60)
         assert answer.order == (0, 1)
         serve.shutdown()
 

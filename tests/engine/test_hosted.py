@@ -161,13 +161,13 @@ def test_transformers_is_hosted_asked_killed_and_ended(world: Path, ray_session:
         client.deploy(session, settings)
         ask = client.ask(session, settings)
         assert ask is not None
-        (theirs,) = ask([(files, names)]) or [[]]
+        theirs = ask(files, names)
         local = MllmRanker(Ranker(method="generate", device="cpu"), str(miniature.MLLM)).rank(images, names)
         assert [one.response for one in theirs] == [one.response for one in local]
         (server,) = processes()
         os.kill(server, signal.SIGKILL)
         until(lambda: bool(processes()) and server not in processes())
-        (again,) = ask([(files, names)]) or [[]]
+        again = ask(files, names)
         assert {one.status for one in again} <= {RankStatus.RANKED, RankStatus.REPAIRED}
     until(lambda: not processes())
 
@@ -186,7 +186,7 @@ settings, batch = json.loads(sys.stdin.read())
 with session.opened(patience_s=1200) as opened:
     ranker = Ranker(**settings)
     client.deploy(opened, ranker)
-    (found,) = client.ask(opened, ranker)([([bytes.fromhex(one) for one in batch[0]], batch[1])])
+    found = client.ask(opened, ranker)([bytes.fromhex(one) for one in batch[0]], batch[1])
 print(json.dumps([[one.order[0], one.label_mass, *one.scores] for one in found]))
 """
 

@@ -489,9 +489,9 @@ class Reverser:
     def __init__(self) -> None:
         self.asked: list[tuple[list[bytes], list[list[str]]]] = []
 
-    def __call__(self, batches: list[tuple[list[bytes], list[list[str]]]]) -> list[list[Ranking]]:
-        self.asked += batches
-        return [[self.reverse(row) for row in names] for _, names in batches]
+    def __call__(self, images: list[bytes], names: list[list[str]]) -> list[Ranking]:
+        self.asked.append((images, names))
+        return [self.reverse(row) for row in names]
 
     @staticmethod
     def reverse(names: list[str]) -> Ranking:

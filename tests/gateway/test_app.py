@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from ray import serve as ray_serve
@@ -29,15 +33,17 @@ from ray import serve as ray_serve
 from rar import config
 from rar.bench import load
 from rar.boxes import xywh_to_xyxy
+from rar.columns import with_candidates
 from rar.corpus.decode import decode
 from rar.crops import windows
-from rar.engine import client, reading
+from rar.engine import choosing, client, reading, stages
 from rar.engine.replica import SICK, Fits, One, RankerReplica
 from rar.engine.session import Session
+from rar.fusion import Calibration
 from rar.gateway import app
 from rar.gateway.client import Client
 from rar.runfolder import RunFolder
-from rar.schema import Ranking, RankStatus, RowError, UserError
+from rar.schema import Candidate, Ranking, RankStatus, RowError, UserError
 from tests.conftest import ROOT
 from tests.run.lab import Lab
 
@@ -89,6 +95,36 @@ def test_a_batch_keeps_its_order_and_says_what_it_could_not_decode(replica: Rank
     found = asyncio.run(replica.rank([png(), b"no picture", png("blue")], [["a", "b"], ["a", "b"], ["a", "b", "c"]]))
     assert [ranking.status for ranking in found] == [RankStatus.RANKED, RankStatus.FALLBACK, RankStatus.RANKED]
     assert "not a readable" in found[1].response and len(found[2].order) == 3
+
+
+def test_a_picture_goes_through_ten_frames_to_the_rankers_forward_pass(
+    replica: RankerReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage in the worker's thread, the replica's coroutines, the model's thread; before the stage come classify.run and
+    recognise.run, and between the two processes client.Ask."""
+    frames, model, house = set[str](), replica.ranker.mllm.model, os.path.dirname(config.__file__)
+    forward = model.forward
+
+    def ask(images: list[bytes], names: list[list[str]]) -> list[Ranking]:
+        answering = replica.rank(images, names)
+
+        def watched(*arguments: Any, **named: Any) -> Any:
+            worker = sys._current_frames()[threading.main_thread().ident or 0]
+            ours = [*traceback.extract_stack(worker), *traceback.extract_stack()]
+            frames.update(f"{one.filename}:{one.name}" for one in ours if one.filename.startswith(house))
+            awaited: Any = answering
+            while inspect.iscoroutine(awaited):
+                frames.add(awaited.__qualname__)
+                awaited = awaited.cr_await
+            return forward(*arguments, **named)
+
+        monkeypatch.setattr(model, "forward", watched)
+        return asyncio.run(answering)
+
+    table = pa.table({"bytes": pa.array([png()], pa.large_binary()), "error": pa.array([None], pa.string())})
+    table = with_candidates(table, [[Candidate(0, "a", 0.1), Candidate(1, "b", 0.0)]])
+    assert stages.timed("rank", choosing.Rank(ask, Calibration(), 8))(table)["mllm_calls"].to_pylist() == [1]
+    assert len(frames) + len(["classify.run", "recognise.run", "Ask.__call__"]) <= 10, frames
 
 
 def test_single_requests_share_batches_and_a_faulty_one_spoils_no_other(replica: RankerReplica, fussy: Fussy) -> None:
@@ -350,7 +386,7 @@ def test_batch_jobs_are_served_beside_it(service: Service, ray_session: Session)
     client.deploy(ray_session, service.settings.ranker)
     ask = client.ask(ray_session, service.settings.ranker)
     assert isinstance(ask, client.Ask)
-    ((ranking,),) = ask([([png()], [["a", "b", "c"]])])
+    (ranking,) = ask([png()], [["a", "b", "c"]])
     assert sorted(ranking.order) == [0, 1, 2]
     ray_serve.delete(client.app_name(service.settings.ranker))
 
