@@ -59,7 +59,7 @@ def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: b
     settings = config.load(config_file, sets)
     from rar.engine import session
     from rar.run import build
-    from rar.run.vocabulary import facts_of
+    from rar.run.vocabulary import check_index, facts_of
     from rar.runfolder import RunFolder
 
     planned = build.plan(settings)
@@ -71,6 +71,7 @@ def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: b
     if planned.undescribed:
         say(f"  {planned.undescribed:,} names of encoder.descriptions are no class and are ignored")
     if dry_run:
+        check_index(settings, len(planned.classes))  # those that only the memory knows could but add to them
         rows = planned.support.num_rows + len(planned.classes)
         say(f"would write at most {rows:,} entries to {settings.memory.uri} and a report to {path}")
         return 0

@@ -76,7 +76,7 @@ def histogram(parts: Mapping[str, np.ndarray], colours: Sequence[str], xlabel: s
     with _style(salt):
         figure = Figure((WIDTH, 2.5), layout="constrained", dpi=72)
         axes = figure.subplots()
-        scores = np.concatenate(list(parts.values()))
+        scores = np.concatenate(list(parts.values())).astype(np.float64)  # 20 edges fit between float32 that are nearly equal
         room = 1e-6 * max(1.0, np.abs(scores).max())  # scores that are equal but for rounding leave none for 20 bars
         even = np.ptp(scores) < room
         bins = np.histogram_bin_edges(scores, 20, (scores.min() - room, scores.max() + room) if even else None).tolist()

@@ -127,6 +127,14 @@ def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
 
+def test_a_dry_run_refuses_an_index_that_nothing_would_search(world: Path, tmp_path: Path) -> None:
+    file = write_config(tmp_path, world, memory={"index": {"kind": "HNSW"}})
+    assert typed("memory", file, "--dry-run", "--set", "retriever.mode=knn").exit_code == 0
+    result = typed("memory", file, "--dry-run")
+    assert result.exit_code == 2
+    assert "HNSW is of no use to retriever.mode fused" in [*result.stderr.splitlines()][-1]
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_predictions(world: Path, ray_session: Session, tmp_path: Path) -> None:
     file = write_config(tmp_path, world, corpus={"limit": 60}, memory={"shots": 1})

@@ -50,9 +50,11 @@ def test_dots_stand_where_the_values_are() -> None:
     assert [float(mark[1]) for mark in marks] == sorted(float(mark[1]) for mark in marks)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])  # as a run's scores are, and as they are counted
 @pytest.mark.parametrize("around", [0.0, 1.0, 0.3, -4000.0])
-def test_scores_that_are_equal_but_for_rounding_are_drawn(around: float) -> None:
-    for scores in (np.array([around]), np.nextafter(np.full(3, around), [np.inf, np.inf, -np.inf])):
+def test_scores_that_are_equal_but_for_rounding_are_drawn(around: float, dtype: type[np.floating]) -> None:
+    few = np.full(3, around, dtype)
+    for scores in (few[:1], np.nextafter(few, np.array([np.inf, np.inf, -np.inf], dtype)), few + np.array([0, 0, 2e-6], dtype)):
         assert "<svg" in figures.histogram({"predictions": scores}, (figures.GOOD,), "score", "salt")
 
 
