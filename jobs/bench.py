@@ -168,13 +168,19 @@ def scale(
 
 
 @bench.command()
-def kills(rows: int = 20_000, kills: int = 3, seed: int = 0, server: bool = False) -> None:
-    """`rar memory` killed at random moments and repeated, against one left alone: digests, counts, rows embedded again."""
+def faults(
+    only: Annotated[list[str] | None, typer.Option("--only", help="A fault by name; repeatable. Default: all.")] = None,
+    runs: Annotated[
+        int | None, typer.Option("--runs", min=1, help="Strikes in all, the faults in turns; default: one each.")
+    ] = None,
+    seed: int = 0,
+) -> None:
+    """Commands struck at a random moment (a process or node killed, a full disk, a store away), against ones left alone."""
 
     def work() -> dict[str, Any]:
-        from rar.bench import kills as module
+        from rar.bench import faults as module
 
-        return module.run(rows, kills, seed, server=server)
+        return module.run(only or (), runs, seed)
 
     _run(work)
 

@@ -437,7 +437,9 @@ class Run(Strict):
     shard_size: int = Field(256, ge=1, description="images per shard: the unit of work, of writing and of resuming")
     max_failed_fraction: float = Field(0.05, ge=0, le=1, description="a run with more failed rows ends with exit code 3")
     seed: int = Field(0, description="of every draw: shots, splits, calibration")
-    patience_s: float = Field(300.0, gt=0, description="how long a model, the ranker's replicas or an answer is waited for")
+    patience_s: float = Field(
+        300.0, gt=0, description="how long a model, Milvus, a replica of the ranker or an answer is waited for"
+    )
     vocabulary_free: bool = Field(
         False,
         description="the memory's names are guesses: metrics.json has cluster_accuracy and semantic_similarity, too",

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 import multiprocessing
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from rar.memory.collection import open_store
 from rar.schema import UserError
@@ -23,10 +26,14 @@ PROCESSES = Path("/proc")
 
 @dataclass(frozen=True)
 class Server:
-    """A running store: its address, and the one process that owns it."""
+    """A running store: its address, and the one process that owns it.
+
+    restart: kills it, and starts it again on the same data and address after so many seconds; of a Milvus server alone.
+    """
 
     address: str
     pid: int
+    restart: Callable[[float], None] | None = None
 
 
 @contextmanager
@@ -68,9 +75,17 @@ def milvus_server(folder: Path) -> Iterator[Server]:
     server.webservice_port = free_port()
     try:
         server.start()
-        yield Server(f"http://127.0.0.1:{server.listen_port}", server.server_proc.pid)
+        yield Server(f"http://127.0.0.1:{server.listen_port}", server.server_proc.pid, partial(_restart, server))
     finally:
         server.stop()
+
+
+def _restart(server: Any, away_s: float) -> None:
+    server.server_proc.kill()
+    server.server_proc.wait()
+    server.stop()
+    time.sleep(away_s)
+    server.start()
 
 
 def free_port() -> int:

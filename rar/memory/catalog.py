@@ -22,7 +22,7 @@ from typing import Any
 
 from rar.memory import layout
 from rar.memory.collection import Collection
-from rar.memory.store import REACH_SECONDS, connect, patiently
+from rar.memory.store import PATIENCE_S, connect, patiently
 from rar.schema import UserError
 
 PART = re.compile(r"(?P<memory>.+)_(?P<part>images|texts|head_[a-z]+)")
@@ -154,7 +154,7 @@ Grouped = dict[tuple[str, int | None, int], dict[str, Collection]]  # (name, ver
 
 
 def _grouped(address: str, token: str | None) -> Grouped:
-    client = patiently(lambda: connect(address, token), address, REACH_SECONDS)
+    client = patiently(lambda: connect(address, token), address, PATIENCE_S)
     try:
         parts = [part for name in client.list_collections() if (part := PART.fullmatch(name)) and layout.is_ours(client, name)]
     finally:

@@ -34,7 +34,7 @@ from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wa
 from rar.config import Index
 from rar.memory import layout, reduced
 from rar.memory.entries import FIELDS, MAX_ID_BYTES, Entries, ExactIndex, Hits, IntArray, distinct, hits, in_order, matrix
-from rar.memory.store import connected, forget, open_store, patiently
+from rar.memory.store import PATIENCE_S, connected, forget, open_store, patiently
 from rar.schema import Unavailable, UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ SEARCH_QUERIES = 512  # per request: Milvus Lite scores a request as one float32
 SEARCH_HITS = 200_000  # per request: hits become Python objects on both sides
 IDS = 4096  # per request that names them
 
-PATIENCE_SECONDS = 60.0  # covers the restart of a Milvus server
 STANDSTILL_SECONDS = 600.0  # of an index that is being built: it moves on by whole segments
 HANDOVER_SECONDS = 600.0  # of new segments to their index, which takes a server ten seconds and more
 
@@ -63,13 +62,14 @@ class Collection:
     """One collection of entries at an address from `open_store`. Picklable: every process connects when it first needs to, the
     collections of a thread together; one that is known to be loaded is not asked for it again.
 
-    Every method rides out a server that is away for PATIENCE_SECONDS, then raises Unavailable. All but `create`, `exists`
+    Every method rides out a server that is away for patience_s, then raises Unavailable. All but `create`, `exists`
     and `drop` raise UserError where there is no such memory, or one that was not made here.
     """
 
-    def __init__(self, address: str, name: str, token: str | None = None) -> None:
+    def __init__(self, address: str, name: str, token: str | None = None, patience_s: float = PATIENCE_S) -> None:
         self.address = address
         self.name = name
+        self.patience_s = patience_s
         self.token = token or os.environ.get("MILVUS_TOKEN")
         self._client: MilvusClient | None = None
         self._meta: dict[str, Any] | None = None
@@ -116,7 +116,7 @@ class Collection:
         return meta
 
     def _companion(self) -> Collection:
-        return Collection(self.address, f"{self.name}{PROJECTION}", self.token)
+        return Collection(self.address, f"{self.name}{PROJECTION}", self.token, self.patience_s)
 
     def _project(self, vectors: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, reduced_dim)."""
@@ -173,7 +173,7 @@ class Collection:
         self._expect(self.count(), expected)
         unseen = retry_if_result(lambda count: count != expected)
         try:
-            Retrying(retry=unseen, stop=stop_after_delay(PATIENCE_SECONDS), wait=wait_fixed(0.2))(self._count, "Bounded")
+            Retrying(retry=unseen, stop=stop_after_delay(self.patience_s), wait=wait_fixed(0.2))(self._count, "Bounded")
         except RetryError:
             raise Unavailable(f"Milvus at {self.address} does not show all entries of memory {self.name!r}") from None
         kept: list[dict[str, Any]] = []
@@ -223,7 +223,7 @@ class Collection:
 
     def copy(self, name: str, meta: Mapping[str, Any]) -> Collection:
         """A sealed copy, entries and index, as another collection; `meta` is added to its own. What had the name is dropped."""
-        target = Collection(self.address, name, self.token)
+        target = Collection(self.address, name, self.token, self.patience_s)
         target.drop()
         if self._reduced():
             self._companion().copy(target._companion().name, {})
@@ -336,7 +336,7 @@ class Collection:
 
     def at_ef(self, ef: int) -> Collection:
         """The same collection, whose graph is searched with another ef; nothing is kept."""
-        other = Collection(self.address, self.name, self.token)
+        other = Collection(self.address, self.name, self.token, self.patience_s)
         other._meta = {**self.meta(), "ef": ef}
         return other
 
@@ -445,7 +445,7 @@ class Collection:
             return action(self._client)
 
         try:
-            return patiently(attempt, self.address, PATIENCE_SECONDS, self._reconnect)
+            return patiently(attempt, self.address, self.patience_s, self._reconnect)
         except Exception as error:
             if getattr(error, "code", None) != NOT_FOUND:
                 raise

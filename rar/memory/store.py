@@ -45,6 +45,7 @@ DATABASE_NOT_FOUND = 800  # Milvus' code; Milvus Lite has no code of its own for
 LOCK_SECONDS = 10.0  # a killed owner's lock is freed by the kernel at once; one that is shutting down is still writing
 REACH_SECONDS = 10.0
 CONNECT_SECONDS = 3.0
+PATIENCE_S = 300.0  # with a server that was reached, by default: a cluster that starts again takes minutes
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import numpy as np
 
 from rar.memory.collection import Collection
 from rar.memory.entries import Entries
+from rar.memory.store import PATIENCE_S
 from rar.retriever import gaussian
 from rar.retriever.bursts import groups_of
 from rar.retriever.gaussian import TINY, Moments, Part
@@ -99,6 +100,7 @@ class StoredHead:
     digest: str
     weights: bool = True
     token: str | None = field(default=None, repr=False)
+    patience_s: float = PATIENCE_S
 
     def __call__(self) -> Head:
         return _read(self)
@@ -106,7 +108,7 @@ class StoredHead:
 
 @lru_cache(maxsize=4)
 def _read(stored: StoredHead) -> Head:
-    one = Collection(stored.address, stored.name, stored.token)
+    one = Collection(stored.address, stored.name, stored.token, stored.patience_s)
     return Head.from_entries(one.fetch(vectors=stored.weights), one.meta()["head"])
 
 

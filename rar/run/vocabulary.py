@@ -53,7 +53,7 @@ def open_memory(session: Session, settings: Config) -> Vocabulary:
             f"memory {memory.name!r}: head {mode} was fitted on other entries than there are; mend it with `rar memory CONFIG`"
         )
     digest, images = found.state, collection(settings, address, "images", found.generation)
-    bare = modes.StoredHead(address, head.name, digest, weights=False, token=memory.token)
+    bare = modes.StoredHead(address, head.name, digest, weights=False, token=memory.token, patience_s=head.patience_s)
     names = dict(zip(bare().class_ids.tolist(), bare().class_names, strict=True))
     check_index(settings, len(names))
     held = replace(bare, weights=mode in ("knn", "tip") or len(names) <= EXACT_CLASSES)
@@ -91,7 +91,8 @@ def collection(settings: Config, address: str, kind: str, generation: int | None
             one for one in catalog.memories(address, memory.token) if (one.name, one.version) == (memory.name, memory.version)
         ]
         generation = found[0].generation if found else 0
-    return Collection(address, catalog.collection_name(memory.name, kind, memory.version, generation), memory.token)
+    name = catalog.collection_name(memory.name, kind, memory.version, generation)
+    return Collection(address, name, memory.token, settings.run.patience_s)
 
 
 def class_names(settings: Config, address: str) -> list[str]:

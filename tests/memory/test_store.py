@@ -23,7 +23,6 @@ from urllib.parse import urlsplit
 import grpc
 import pytest
 
-import rar.memory.collection
 from rar.bench.server import free_port
 from rar.memory import store
 from rar.memory.collection import Collection, open_store
@@ -120,14 +119,13 @@ def test_folders_that_are_no_store_are_refused(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_an_unreachable_server_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(store, "REACH_SECONDS", 1.0)
-    monkeypatch.setattr(rar.memory.collection, "PATIENCE_SECONDS", 1.0)
     monkeypatch.setattr(store, "CONNECT_SECONDS", 0.5)
     uri = f"http://127.0.0.1:{free_port()}"
     started = time.monotonic()
     with pytest.raises(Unavailable, match=uri), open_store(uri):
         pass
     with pytest.raises(Unavailable, match=uri):
-        Collection(uri, "m").count()
+        Collection(uri, "m", patience_s=1.0).count()
     assert time.monotonic() - started < 10
     assert capfd.readouterr().err == ""
 
