@@ -25,8 +25,10 @@ def embed(config_file: ConfigFile, out: Out, sets: Sets = None, dry_run: DryRun 
 def run(config_file: Path, out: str, sets: list[str], dry_run: bool, fresh: bool) -> int:
     quiet()
     settings = config.load(config_file, sets)
+    from rar import storage
     from rar.corpus import listing
     from rar.engine import session
+    from rar.run import alone
     from rar.run import embed as verb
 
     if settings.corpus is None:
@@ -35,7 +37,7 @@ def run(config_file: Path, out: str, sets: list[str], dry_run: bool, fresh: bool
         index = listing.list_images(settings.corpus)
         say("\n  ".join([f"would embed {index.num_rows:,} images to {out}", *listing.remarks(index)]))
         return 0
-    with session.opened(patience_s=settings.run.patience_s) as opened:
+    with alone.driving(storage.place(out)), session.opened(patience_s=settings.run.patience_s) as opened:
         counts = verb.embed(opened, settings, out, fresh=fresh)
     say(f"{out}: {counts['ok']:,} ok, {counts['failed']:,} failed of {counts['input']:,}")
     return Exit.TOO_MANY_FAILED if counts["failed"] > settings.run.max_failed_fraction * counts["input"] else Exit.DONE

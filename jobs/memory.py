@@ -58,7 +58,7 @@ def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: b
     quiet()
     settings = config.load(config_file, sets)
     from rar.engine import session
-    from rar.run import build
+    from rar.run import alone, build
     from rar.run.vocabulary import check_index, facts_of
     from rar.runfolder import RunFolder
 
@@ -76,7 +76,7 @@ def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: b
         say(f"would write at most {rows:,} entries to {settings.memory.uri} and a report to {path}")
         return 0
     RunFolder.check(path, "memory", settings, fresh=True)
-    with session.opened(settings.memory, create=True, patience_s=settings.run.patience_s) as opened:
+    with alone.driving(path), session.opened(settings.memory, create=True, patience_s=settings.run.patience_s) as opened:
         facts_of(opened, settings, None)
         started = time.monotonic()  # as in a run, the models are there
         built = build.build_memory(opened, settings, fresh=fresh)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,11 @@ from jobs.common import DryRun, Fresh, Out, Sets, guarded, quiet, say, shared_pl
 from rar import config
 from rar.schema import Exit, UserError
 
-Verb = Annotated[str | None, typer.Argument(help="memory, classify, detect or embed.", show_default=False)]
+if TYPE_CHECKING:
+    from rar.config import Strict
+    from rar.sweep.grid import Grid
+
+Verb = Annotated[str | None, typer.Argument(help="memory, classify, detect, embed, tune or sweep.", show_default=False)]
 File = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="As for the verb itself.", show_default=False)]
 Address = Annotated[str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Dashboard: http://HEAD:8265.")]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Print the job's name and return.")]
@@ -64,17 +68,21 @@ def send(
         raise UserError(f"rar submit VERB CONFIG: VERB is one of {', '.join(submission.VERBS)}")
     if requirements is not None and not requirements.is_file():
         raise UserError(f"--requirements {requirements} is no file")
-    settings, place = config.load(file, sets), shared_place(out)
+    settings: Strict
+    if verb == "sweep":
+        file, settings, store, corpus, weights = of_grid(file, sets)
+    else:
+        settings, store, corpus, weights = of_config(file, sets)
+    place = shared_place(out)
     name, command = submission.submission_id(verb, settings, place), submission.entrypoint(verb, sets, place, fresh)
     with tempfile.TemporaryDirectory(prefix="rar_submit_") as folder:
-        sent = submission.pack(Path(folder), file, settings, code)
+        sent = submission.pack(Path(folder), file, settings, store, code=code, weights=weights)
         if dry_run:
             along = [submission.CONFIG, *map(str, sent), *(["rar/", "jobs/"] if code else [])]
             say(f"{name}: would send {', '.join(along)} to {address} and run\n  {command}")
             return 0
         environment = {"working_dir": folder} | ({"pip": str(requirements)} if requirements else {})
-        corpus = settings.corpus and (settings.corpus.uri or settings.corpus.dataset)
-        told = {"verb": verb, "config": file.name, "corpus": corpus or "", "out": place}
+        told = {"verb": verb, "config": file.name, "corpus": corpus, "out": place}
         client = submission.connect(address)
         new = submission.submit(client, name, command, environment, told)
     print(name, flush=True)
@@ -86,6 +94,24 @@ def send(
     except KeyboardInterrupt:
         say(f"rar: {name} goes on; the same command follows it again, `rar submit --stop {name} --address {address}` ends it")
         return Exit.CRASH
+
+
+def of_config(file: Path, sets: list[str]) -> tuple[config.Config, str, str, bool]:
+    """A config, its memory.uri, what is said of its corpus, and whether it needs the miniature weights."""
+    settings = config.load(file, sets)
+    corpus = settings.corpus and (settings.corpus.uri or settings.corpus.dataset)
+    asked = settings.ranker.model if settings.ranker.starts_models else ""
+    return settings, settings.memory.uri, corpus or "", "miniature" in (settings.encoder.model, asked)
+
+
+def of_grid(name: Path, sets: list[str]) -> tuple[Path, Grid, str, str, bool]:
+    """The same of a sweep's grid, and the file that it lies in, where a preset was named."""
+    from rar.sweep import grid
+
+    found = grid.load(str(name), sets)
+    file = name if name.is_file() else grid.presets()[str(name)]
+    store = str(found.base.get("memory", {}).get("uri", config.Memory().uri))
+    return file, found, store, ", ".join(found.datasets), True
 
 
 def other(address: str, status: str | None, stop: str | None) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.common import DryRun, Fresh, Out, Sets, guarded, quiet, run_folder_path, say
 from rar.schema import Exit, UserError
+
+if TYPE_CHECKING:
+    from rar.sweep.grid import Grid
 
 Which = Annotated[str, typer.Argument(help="YAML file of a grid, or a preset: see --presets.", show_default=False)]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Run at most so many cells this time.")]
@@ -56,9 +59,8 @@ def run(
     max_calls: int | None,
 ) -> int:
     quiet()
-    from rar import storage
-    from rar.sweep import grid, plan, sources, state, tables
-    from rar.sweep import run as sweeping
+    from rar.run import alone
+    from rar.sweep import grid, plan, sources
 
     found = grid.load(name, sets)
     sources.check(found)
@@ -68,6 +70,16 @@ def run(
     if dry_run:
         print(plan.dry_run(found, path, only, limit))
         return Exit.DONE
+    with alone.driving(path):
+        return swept(found, path, fresh, limit, only, max_calls)
+
+
+def swept(found: Grid, path: Path, fresh: bool, limit: int | None, only: list[str], max_calls: int | None) -> int:
+    """Run the cells that are not done; the exit code."""
+    from rar import storage
+    from rar.sweep import run as sweeping
+    from rar.sweep import state, tables
+
     if fresh:
         storage.remove(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -95,6 +107,7 @@ def run(
 def searched(name: str, out: str | None, sets: list[str], only: list[str], trials: int) -> int:
     """The best settings for one data set (`--only NAME`; default: the grid's first), as JSON on stdout."""
     quiet()
+    from rar.run import alone
     from rar.sweep import grid, sources
     from rar.sweep import search as searching
 
@@ -104,8 +117,9 @@ def searched(name: str, out: str | None, sets: list[str], only: list[str], trial
     if dataset not in found.datasets:
         raise UserError(f"--only {dataset} is none of the data sets {', '.join(found.datasets)}")
     path = run_folder_path(out, "search", Path(name))
-    path.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(searching.run(found, dataset, path, trials, say)))
+    with alone.driving(path):
+        path.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(searching.run(found, dataset, path, trials, say)))
     return Exit.DONE
 
 

@@ -98,6 +98,7 @@ class Trial:
     draw: random.Random
     options: tuple[str, ...] = ()
     touched: set[str] = field(default_factory=set)
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.moment = self.draw.uniform(EARLY, LATE)
@@ -118,7 +119,8 @@ class Trial:
         words = command or [sys.executable, "-m", "jobs.cli", *self.arguments()]
         environment = {**os.environ, **self.place.environment, **(more or {})}
         with self.log.open("ab") as log:
-            return subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+            self.started.append(subprocess.Popen(words, stdout=log, stderr=log, env=environment))
+        return self.started[-1]
 
     def begun(self, command: Sequence[str] = (), more: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start the command and return when its moment has come. Raises Unavailable where it ends before."""
@@ -332,8 +334,11 @@ def struck(place: Place, times: Mapping[str, int], seed: int) -> Row:
         for number in range(count):
             called = f"{name}_{number + 1}" if count > 1 else name
             trial = Trial(place, verb, f"{called}_{seed}", random.Random(f"{seed} {called}"), options)
-            codes, seconds = timed(trial, fault)
-            found[called] = outcome(trial, codes, *whole[verb, *options], seconds)
+            try:
+                codes, seconds = timed(trial, fault)
+                found[called] = outcome(trial, codes, *whole[verb, *options], seconds)
+            except (Unavailable, subprocess.TimeoutExpired) as error:  # the others are worth knowing
+                found[called] = {"exits": "-", "identical": 0, "of": len(whole[verb, *options][0]), "said": str(error)}
             print(f"  {called}: {found[called]}", file=sys.stderr, flush=True)
     return found
 
@@ -341,7 +346,11 @@ def struck(place: Place, times: Mapping[str, int], seed: int) -> Row:
 def timed(trial: Trial, fault: Callable[[Trial], list[int]]) -> tuple[list[int], float]:
     """Raises Unavailable where the last start ended with neither 0 nor 3."""
     started = time.monotonic()
-    codes = fault(trial)
+    try:
+        codes = fault(trial)
+    finally:
+        for process in trial.started:
+            process.kill()
     if codes[-1] not in (0, 3):
         raise Unavailable(f"{trial.name}: rar {trial.verb} ended with {codes}: {trial.log.read_text()[-1500:]}")
     return codes, time.monotonic() - started

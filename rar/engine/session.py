@@ -128,17 +128,21 @@ def opened(memory: config.Memory | None = None, *, create: bool = False, patienc
             stack.enter_context(faults.crossing())
             address = stack.enter_context(open_store(memory.uri, memory.token)) if memory is not None else None
             session = Session(address, stack.enter_context(_in_ray(patience_s)), patience_s)
-            hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-            if memory is not None and "://" not in memory.uri and len(hosts) > 1:
-                raise UserError(
-                    f"memory.uri {memory.uri} is of this machine alone, and the cluster has {len(hosts)}: name a server"
-                )
+            if memory is not None:
+                check_reached(memory.uri)
             with session.endings:
                 yield session
     except UserError:
         if memory is not None and missing:
             shutil.rmtree(memory.uri, ignore_errors=True)
         raise
+
+
+def check_reached(uri: str) -> None:
+    """Raises UserError for an embedded store where Ray has workers on other machines."""
+    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if "://" not in uri and len(hosts) > 1:
+        raise UserError(f"memory.uri {uri} is of this machine alone, and the cluster has {len(hosts)}: name a server")
 
 
 @contextmanager

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from rar import identity
-from rar.config import Config
+from rar.config import Strict
 from rar.schema import Exit, Unavailable, UserError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-VERBS = ("memory", "classify", "detect", "embed")
+VERBS = ("memory", "classify", "detect", "embed", "tune", "sweep")
 NAMING = {"uri", "images", "ids", "root", "classes", "class_embeddings", "descriptions", "model", "prompts", "adapter"}
 NAMING |= {"tokenizer", "cache", "proposals"}  # settings that name files
 STARTING_S = 60.0  # that a new head is given
@@ -57,7 +57,7 @@ def connect(address: str) -> JobSubmissionClient:
         raise Unavailable(f"the Ray dashboard at {address} refused: {' '.join(str(error).split())[:300]}") from None
 
 
-def submission_id(verb: str, settings: Config, out: str) -> str:
+def submission_id(verb: str, settings: Strict, out: str) -> str:
     return f"rar-{verb}-{identity.fingerprint([verb, settings.model_dump(mode='json'), out])[:12]}"
 
 
@@ -66,37 +66,41 @@ def entrypoint(verb: str, overrides: Sequence[str], out: str, fresh: bool) -> st
     return shlex.join(["python", "-m", f"jobs.{verb}", CONFIG, "--out", out, *sets, *(["--fresh"] if fresh else [])])
 
 
-def pack(folder: Path, config_file: Path, settings: Config, code: bool) -> list[Path]:
+def pack(folder: Path, config_file: Path, settings: Strict, store: str, *, code: bool, weights: bool) -> list[Path]:
     """Fill a folder with what the job needs; returns the small files that go along.
 
-    Raises UserError for a secret, and for a relative path that only this machine would have.
+    settings: what the file holds, a config or a sweep's grid. store: its memory.uri. code: this package goes along, and with
+    `weights` the miniature models. Raises UserError for a secret, and for a relative path that only this machine would have.
     """
-    if settings.memory.token is not None:
+    texts = dict(_texts(settings.model_dump(mode="json", exclude_defaults=True), ""))
+    if any(key.rpartition(".")[2] == "token" for key in texts):
         raise UserError("memory.token would lie in the job's files; set MILVUS_TOKEN in the cluster's environment instead")
-    if "://" not in (place := settings.memory.uri):
-        raise UserError(f"memory.uri {place} is a folder of this machine; on a cluster use a Milvus server (http://host:19530)")
-    named = _relative(settings.model_dump(mode="json", exclude_defaults=True), "")
-    sent = [Path(value) for key, value in named if _goes_along(key, Path(value))]
+    if "://" not in store:
+        raise UserError(f"memory.uri {store} is a folder of this machine; on a cluster use a Milvus server (http://host:19530)")
+    sent = [Path(value) for key, value in texts.items() if _is_relative(key, value) and _goes_along(key, Path(value))]
     shutil.copyfile(config_file, folder / CONFIG)
     for file in sent:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / file)
     if code:
-        asks = settings.ranker.starts_models
-        weights = "miniature" in (settings.encoder.model, settings.ranker.model if asks else "")
         left_out = shutil.ignore_patterns("__pycache__", *(() if weights else ("weights",)))
         for package in ("rar", "jobs"):
             shutil.copytree(PACKAGES / package, folder / package, ignore=left_out)
     return sent
 
 
-def _relative(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, relative path) of the settings that name files."""
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, value) of the settings that are texts."""
     if isinstance(value, dict):
         for name, one in value.items():
-            yield from _relative(one, f"{key}.{name}" if key else name)
-    elif isinstance(value, str) and key.rpartition(".")[2] in NAMING and "://" not in value and not Path(value).is_absolute():
+            yield from _texts(one, f"{key}.{name}" if key else name)
+    elif isinstance(value, str):
         yield key, value
+
+
+def _is_relative(key: str, value: str) -> bool:
+    """Whether a setting names a file by a path that depends on the folder."""
+    return key.rpartition(".")[2] in NAMING and "://" not in value and not Path(value).is_absolute()
 
 
 def _goes_along(key: str, path: Path) -> bool:

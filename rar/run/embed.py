@@ -64,7 +64,7 @@ def _claim(folder: Path, note: dict[str, Any], fresh: bool) -> None:
                 f"{folder} holds embeddings of another corpus, encoder or shard size; use --fresh, or another --out"
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(entry.name != storage.DRIVER for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {NOTE}; choose another --out")
     (folder / "errors").mkdir(parents=True, exist_ok=True)
     storage.write(known, json.dumps(note, indent=1).encode())

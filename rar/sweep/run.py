@@ -129,12 +129,13 @@ class Worker:
 
     def group(self, members: Sequence[Cell]) -> None:
         """The cells of one memory."""
-        from rar.engine import faults
+        from rar.engine import faults, session
 
         sweep = self.sweep
         try:
             with faults.crossing():
                 settings = sweep.settings(members[0])
+                session.check_reached(settings.memory.uri)
                 with open_store(settings.memory.uri, settings.memory.token) as address:
                     opened = replace(self.session, memory=address)
                     self._build(opened, members[0], settings)

@@ -59,7 +59,7 @@ def test_what_a_job_needs_goes_along_and_nothing_else(tmp_path: Path, monkeypatc
     for code in (True, False):
         folder = tmp_path / f"sent_{code}"
         folder.mkdir()
-        assert submission.pack(folder, file, settings, code) == [Path("lists/birds.txt")]
+        assert submission.pack(folder, file, settings, SERVER["uri"], code=code, weights=False) == [Path("lists/birds.txt")]
         assert config.load(folder / submission.CONFIG) == settings
         assert (folder / "lists/birds.txt").read_text() == "wren\nheron\n"
         found = {path.relative_to(folder).parts[0] for path in folder.rglob("*")}
@@ -69,7 +69,8 @@ def test_what_a_job_needs_goes_along_and_nothing_else(tmp_path: Path, monkeypatc
 
 
 def test_the_code_that_is_sent_runs_by_itself(tmp_path: Path) -> None:
-    submission.pack(tmp_path, written(tmp_path.parent), config.load(written(tmp_path.parent)), code=True)
+    file = written(tmp_path.parent)
+    submission.pack(tmp_path, file, config.load(file), SERVER["uri"], code=True, weights=True)
     where = "import rar, jobs; print(rar.__path__, jobs.__path__)"
     told = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert told.stdout.count(str(tmp_path)) == 2
@@ -241,4 +242,4 @@ def test_a_stopped_job_has_no_exit_code_of_its_own() -> None:
 
 def test_a_relative_memory_is_no_servers() -> None:
     with pytest.raises(UserError, match="folder of this machine"):
-        submission.pack(Path(), Path(), config.validated(config.Config, {"corpus": {"uri": "s3://b"}}), code=False)
+        submission.pack(Path(), Path(), config.Config(), config.Memory().uri, code=False, weights=False)
