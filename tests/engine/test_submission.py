@@ -6,6 +6,7 @@ Not covered: installing requirements on the cluster, heads on other machines, TL
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 import subprocess
@@ -99,6 +100,7 @@ def test_a_name_is_of_what_the_job_does(tmp_path: Path) -> None:
         ("classify", {}, ("--address", "ray://head:10001"), "http://HEAD:8265"),
         ("serve", {}, (), "VERB is one of"),
         ("classify", {}, ("--requirements", "nowhere.lock"), "is no file"),
+        ("sweep", {}, (), "datasets: Field required"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_sent(
@@ -229,6 +231,36 @@ def test_a_job_is_sent_followed_stopped_and_resumed(
         [str(Path(sys.executable).parent / "ray"), "job", "list", "--address", head.address], capture_output=True, text=True
     )
     assert name in jobs.stdout and not [one for one in PLANTED.values() if one in jobs.stdout + jobs.stderr]
+
+
+@pytest.mark.slow
+def test_a_tuning_and_a_sweep_are_sent_and_followed(head: Head, store: str, world: Path, tmp_path: Path) -> None:
+    """Memory, tuning and classification with what it leaves, and a grid whose memories a server holds."""
+    tune = {"max_steps": 4, "batch_size": 4, "check_every": 2, "judged": 12}
+    support = {"uri": str(world / "novel" / "support")}
+    corpus = {"uri": str(world / "novel" / "test"), "limit": 12}
+    file = written(tmp_path, corpus=corpus, memory={"uri": store, "support": support}, tune=tune, route={"mode": "always"})
+    drawn = {"miniature": {"classes": 6, "support": 2, "tests": 1}}
+    arms = {name: {"config": {"retriever": {"mode": name}, "ranker": {"method": "none"}}} for name in ("text", "fused")}
+    grid = {"base": {"memory": {"uri": store}}, "datasets": {"plain": drawn}, "arms": arms, "shots": [2], "seeds": [0]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+
+    def ended(verb: str, name: Path, *options: str) -> tuple[int, str]:
+        given = ["submit", verb, str(name), "--out", str(tmp_path / "runs" / verb), "--address", head.address, *options]
+        command = [sys.executable, "-m", "jobs.cli", *given]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600)
+        return done.returncode, done.stdout + done.stderr
+
+    for verb, name in (("memory", file), ("tune", file), ("sweep", tmp_path / "grid.yaml")):
+        code, told = ended(verb, name)
+        assert code == 0, told
+    assert (tmp_path / "runs" / "tune" / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "runs" / "sweep" / "leaderboard.csv").read_text().count("\n") == 3
+    code, told = ended("classify", file, "--set", f"ranker.adapter={tmp_path / 'runs' / 'tune' / 'adapter'}")
+    assert code == 0 and "12 ok, 0 failed" in told, told
+    code, told = ended("sweep", tmp_path / "grid.yaml", "--set", "shots=[3]")
+    assert code == 1 and "Traceback" not in told, told  # two photos a class cannot be three shots
 
 
 def test_a_stopped_job_has_no_exit_code_of_its_own() -> None:
