@@ -60,6 +60,8 @@ mount -o remount,size=1g "$place"
 "$@"; second=$?
 cp -a "$place/." "$kept/run"; exit $second
 """  # the disk of a run folder is full, then room is made: a disk of its own needs a mount namespace
+SAID = r"^rar: |waiting for|nothing for|cannot be told"
+NOISE = r"Traceback|\(raylet\)|^\[\d{4}-\d\d-\d\d"  # of Ray, which a user should not see
 Row = dict[str, Any]
 Rows = dict[Any, Any]  # of a run: place in the index -> prediction; of a memory: entry -> class
 
@@ -99,6 +101,7 @@ class Trial:
     options: tuple[str, ...] = ()
     touched: set[str] = field(default_factory=set)
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    before: int = 0  # bytes that the log had when its moment came
 
     def __post_init__(self) -> None:
         self.moment = self.draw.uniform(EARLY, LATE)
@@ -129,6 +132,7 @@ class Trial:
             if process.poll() is not None or time.monotonic() > until:
                 raise Unavailable(f"{self.name}: rar {self.verb} did not come to its moment: {self.log.read_text()[-800:]}")
             time.sleep(0.05)
+        self.before = self.log.stat().st_size
         return process
 
     def there(self) -> float:
@@ -292,7 +296,7 @@ FAULTS: dict[str, Fault] = {  # name -> where, which verb, with which settings, 
 
 def run(only: Sequence[str] = (), runs: int | None = None, seed: int = 0) -> Row:
     """faults: NAME -> exits, moment (share of the rows), identical and of (rows), failed rows, counts, twice, left (processes
-    of models that outlived the command), seconds_lost, and what was said.
+    of models that outlived the command), seconds_lost, noise (lines of Ray's own), and what was said first.
 
     only: names of faults; runs: how many strikes in all, the faults in turns, each time at another moment.
 
@@ -359,9 +363,8 @@ def timed(trial: Trial, fault: Callable[[Trial], list[int]]) -> tuple[list[int],
 def outcome(trial: Trial, codes: list[int], whole: Rows, alone_s: float, seconds: float) -> Row:
     rows, twice, adds_up = trial.rows()
     failed = [row for row in rows.values() if isinstance(row, dict) and "error" in row]
-    said = [
-        line.strip() for line in trial.log.read_text().splitlines() if re.search(r"^rar: |waiting for|nothing for|had no", line)
-    ]
+    lines = trial.log.read_bytes()[trial.before :].decode(errors="replace").splitlines()
+    said = [line.strip() for line in lines if re.search(SAID, line)]
     until = time.monotonic() + GONE_S
     while (left := len(processes(r"ray::(ServeReplica|ModelActor)"))) and time.monotonic() < until:
         time.sleep(0.5)
@@ -375,7 +378,7 @@ def outcome(trial: Trial, codes: list[int], whole: Rows, alone_s: float, seconds
         "twice": twice,
         "left": left,
         "seconds_lost": round(seconds - alone_s, 1),
-        "traceback": "Traceback" in trial.log.read_text(),
+        "noise": sum(bool(re.search(NOISE, line)) for line in lines),
         "said": said[0] if said else "",
     }
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray._private import worker
 from tenacity import retry, stop_after_attempt
 
 from rar import config
@@ -179,6 +180,7 @@ def _in_ray(patience_s: float) -> Iterator[int | None]:
 def _start(local: bool) -> None:
     """ray.init, tried again: a new local node has 30 s to come up, which a busy laptop may miss."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    worker.listen_error_messages = _unheard  # type: ignore[assignment]  # it prints to stdout, whatever log_to_driver says
     if not local:
         ray.init(**quiet)
         return
@@ -186,6 +188,10 @@ def _start(local: bool) -> None:
     slots = max(LOCAL_SLOTS, os.cpu_count() or 1)
     with _silent_stderr():
         ray.init(address="local", num_cpus=slots, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+
+
+def _unheard(*_: Any) -> None:
+    """Raylets tell every driver of each process that dies, in paragraphs. What a run cannot mend by itself is raised, too."""
 
 
 @contextmanager
