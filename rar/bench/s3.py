@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import threading
@@ -47,6 +48,7 @@ def s3_server() -> Iterator[S3]:
         from werkzeug.serving import make_server
     except ImportError:
         raise UserError("this needs an S3 server and its client: `pip install 'moto[server]' s3fs`") from None
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells of each request
     door = S3(DomainDispatcherApplication(create_backend_app))
     running = make_server("127.0.0.1", 0, door, threaded=True)
     door.environment = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{running.server_port}"}
