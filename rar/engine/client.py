@@ -25,7 +25,7 @@ from ray.serve.schema import ApplicationStatus
 from tenacity import AsyncRetrying, RetryCallState, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from rar import config, identity
-from rar.engine import direct, hosted, waiting
+from rar.engine import direct, ending, hosted, waiting
 from rar.engine.actors import free_resources
 from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.exemplars import Exemplars
@@ -81,6 +81,7 @@ def deploy(session: Session, settings: config.Ranker) -> None:
         scale |= {"min_replicas": 0, "initial_replicas": settings.min_replicas}
     elif session.joined:
         session.endings.callback(serve.delete, name)
+        ending.with_this_job(name)
     _deploy(session, name, [settings, None], {**limits, "autoscaling_config": scale})
 
 
