@@ -1,4 +1,4 @@
-"""An application of Serve ends with its job also where the driver was killed: Serve outlives drivers, and its replicas keep GPUs.
+"""An application of Serve ends with its job also where the driver was killed: Serve outlives drivers, and replicas keep GPUs.
 
 Beside the driver's own farewell (`client.deploy`) stands an actor that outlives the job by a moment. One small process a job.
 """
