@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 VERBS = ("memory", "classify", "detect", "embed", "tune", "sweep")
 NAMING = {"uri", "images", "ids", "root", "classes", "class_embeddings", "descriptions", "model", "prompts", "adapter"}
 NAMING |= {"tokenizer", "cache", "proposals"}  # settings that name files
-STARTING_S = 60.0  # that a new head is given
+STARTING_S = 300.0  # that a new head is given, as much as anything that stays away
 SENT_BYTES = 10 << 20  # of a file that goes along; larger ones belong where every node reaches them
 PACKAGES = Path(__file__).parents[2]
 CONFIG = "config.yaml"
@@ -43,10 +43,10 @@ def connect(address: str) -> JobSubmissionClient:
     """Raises UserError for what is no address of a dashboard, Unavailable where nobody answers."""
     if not address.startswith(("http://", "https://")):
         raise UserError(f"{SHORT_OF_HTTP}, not {address!r}")
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of each package and socket
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of each package and socket; importing it sets the level
     try:
         return JobSubmissionClient(address)
     except AuthenticationError:

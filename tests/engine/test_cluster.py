@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import ray
+import yaml
 from ray.cluster_utils import Cluster
 
+from jobs.demo import settings_of
 from rar import config
 from rar.engine import placement
 from rar.engine.session import Session
+from rar.miniature.data import write_scene_support, write_world
 from rar.runfolder import RunFolder
 from rar.schema import UserError
 from tests.jobs.test_jobs import environment, one_line, write_config
@@ -94,3 +97,68 @@ def test_the_rankers_node_dies_and_the_run_ends_whole(cluster: Cluster, world: P
     left = [actor["Name"] for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
     assert not [name for name in left if "ranker" in name], "the application outlived its job"
     assert os.getpid() != running.pid
+
+
+class Seen:
+    """What a cluster's actors did while a command ran: nodes by kind of actor, and how many there were at once."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, set[str]] = {"ModelActor": set(), "ServeReplica": set()}
+        self.counts: dict[str, list[int]] = {"ModelActor": [], "ServeReplica": []}
+
+    def look(self) -> None:
+        alive = [one for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
+        for kind, counts in self.counts.items():
+            found = [one["Address"]["NodeID"] for one in alive if kind in one["ActorClassName"] or kind in one["Name"]]
+            self.nodes[kind] |= set(found)
+            if not counts or counts[-1] != len(found):
+                counts.append(len(found))
+
+
+def on_nodes(cpus: list[int], commands: list[list[str]]) -> Seen:
+    """Run commands one after another on a head without CPUs and so many nodes."""
+    made, seen = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}), Seen()
+    try:
+        for count in cpus:
+            made.add_node(num_cpus=count)
+        ray.init(address=made.address, log_to_driver=False)
+        for command in commands:
+            joined = {**environment(), "RAY_ADDRESS": made.address}
+            with subprocess.Popen([sys.executable, "-m", "jobs.cli", *command], env=joined) as running:
+                while running.poll() is None:
+                    seen.look()
+                    time.sleep(0.5)
+            assert running.returncode == 0, command
+    finally:
+        ray.shutdown()
+        made.shutdown()
+    return seen
+
+
+@pytest.mark.slow
+def test_three_nodes_give_what_one_gives(tmp_path: Path) -> None:
+    """The demo's novel photos and scenes, with encoders and replicas on several nodes: the same predictions, every byte."""
+    write_world(tmp_path / "world", 0, shots=4, tests=9, scenes=100)
+    write_scene_support(tmp_path / "world", 0)
+    seen: dict[str, Seen] = {}
+    for where, cpus in (("one", [6]), ("three", [2, 2, 2])):
+        commands = []
+        for verb, task in (("classify", "novel"), ("detect", "scenes")):
+            settings = settings_of(tmp_path, 0, task, "rar").model_dump(mode="json", exclude_defaults=True)
+            settings["encoder"] = {"workers": 2}
+            settings["ranker"] = {**settings["ranker"], "max_replicas": 2}
+            settings["run"] = {"shard_size": 32}
+            settings["memory"]["uri"] = str(tmp_path / where)
+            file = tmp_path / f"{task}-{where}.yaml"
+            file.write_text(yaml.safe_dump(settings))
+            for step in ("memory", verb):
+                commands.append([step, str(file), "--out", str(tmp_path / f"{step}-{task}-{where}")])
+        seen[where] = on_nodes(cpus, commands)
+    for name, rows in (("classify-novel", 1080), ("detect-scenes", 478)):
+        one, three = (RunFolder(tmp_path / f"{name}-{where}").predictions() for where in ("one", "three"))
+        same = sum(left == right for left, right in zip(one.to_pylist(), three.to_pylist(), strict=True))
+        print(f"{name}: {same} of {rows} rows identical")
+        assert one.num_rows == rows and one.equals(three)
+    for kind, nodes in seen["three"].nodes.items():
+        print(f"{kind}: on {len(nodes)} nodes, {seen['three'].counts[kind]} at once")
+    assert len(set.union(*seen["three"].nodes.values())) > 1 and len(seen["three"].nodes["ServeReplica"]) > 0
