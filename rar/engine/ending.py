@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import ray
 from ray import serve
-from ray._private.state import state
+from ray._private import state
 from ray.exceptions import RayActorError
 
 LOOK_EVERY_S = 2.0
@@ -21,7 +21,7 @@ class Ending:
     """Deletes an application when a job is over, and goes."""
 
     def __init__(self, app: str, job: str) -> None:
-        while any(one["JobID"] == job and not one["IsDead"] for one in state.job_table()):
+        while any(one["JobID"] == job and not one["IsDead"] for one in state.state.job_table()):
             time.sleep(LOOK_EVERY_S)
         with suppress(Exception):  # Serve itself has ended
             if app in serve.status().applications:

@@ -146,7 +146,7 @@ def test_three_nodes_give_what_one_gives(tmp_path: Path) -> None:
         for verb, task in (("classify", "novel"), ("detect", "scenes")):
             settings = settings_of(tmp_path, 0, task, "rar").model_dump(mode="json", exclude_defaults=True)
             settings["encoder"] = {"workers": 2}
-            settings["ranker"] = {**settings["ranker"], "max_replicas": 2}
+            settings["ranker"] = {**settings.get("ranker", {}), "max_replicas": 2}
             settings["run"] = {"shard_size": 32}
             settings["memory"]["uri"] = str(tmp_path / where)
             file = tmp_path / f"{task}-{where}.yaml"
