@@ -34,6 +34,11 @@ def guarded(work: Callable[[], int | None]) -> None:
     except Unavailable as error:
         print(f"rar: {error}", file=sys.stderr)
         code = Exit.CRASH
+    except OSError as error:
+        if error.errno not in storage.FULL:
+            raise
+        print(f"rar: {storage.NO_SPACE}", file=sys.stderr)
+        code = Exit.CRASH
     except KeyboardInterrupt:
         print("rar: interrupted; the same command with --resume goes on from here", file=sys.stderr)
         code = Exit.CRASH

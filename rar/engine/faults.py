@@ -7,7 +7,6 @@ replica that is gone is Unavailable in one line; anything else is a crash and ke
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +24,7 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from rar import storage
 from rar.engine.isolate import reason
 from rar.schema import Unavailable, UserError
 
@@ -52,8 +52,8 @@ def told(error: BaseException) -> UserError | Unavailable | None:
             words, *advice = str(one).splitlines() or [""]  # Ray Data writes advice on retries below
             return type(one)(words) if advice else one
     last = chain[-1]
-    if isinstance(last, OSError) and last.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Unavailable("no space is left where the run writes; make room, and the same command goes on")
+    if isinstance(last, OSError) and last.errno in storage.FULL:
+        return Unavailable(storage.NO_SPACE)
     said = next((words for kind, words in GONE.items() if isinstance(last, kind)), None)
     return Unavailable(f"{said} ({reason(last)})") if said else None
 

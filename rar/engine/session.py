@@ -182,7 +182,8 @@ def _start(local: bool) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     worker.listen_error_messages = _unheard  # type: ignore[assignment]  # it prints to stdout, whatever log_to_driver says
     if not local:
-        ray.init(**quiet)
+        with _silent_stderr():
+            ray.init(**quiet)
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # models take turns on the cores: none may spin while it waits
     slots = max(LOCAL_SLOTS, os.cpu_count() or 1)
