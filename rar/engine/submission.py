@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 VERBS = ("memory", "classify", "detect", "embed", "tune", "sweep")
 NAMING = {"uri", "images", "ids", "root", "classes", "class_embeddings", "descriptions", "model", "prompts", "adapter"}
 NAMING |= {"tokenizer", "cache", "proposals"}  # settings that name files
-STARTING_S = 300.0  # that a new head is given, as much as anything that stays away
+STARTING_S = 60.0  # that a new head is given
 SENT_BYTES = 10 << 20  # of a file that goes along; larger ones belong where every node reaches them
 PACKAGES = Path(__file__).parents[2]
 CONFIG = "config.yaml"
+TELLING = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # of each package and socket
 SHORT_OF_HTTP = "--address is where the cluster's dashboard listens, http://HEAD:8265"
 
 
@@ -46,7 +47,8 @@ def connect(address: str) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of each package and socket; importing it sets the level
+    for name in TELLING:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except AuthenticationError:

@@ -149,7 +149,8 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
         monkeypatch.setenv(name, secret)
     gcs, port, folder = free_port(), free_port(), tempfile.mkdtemp(prefix="rar")
     start = [str(Path(sys.executable).parent / "ray"), "start", "--block"]
-    ports = [f"--port={gcs}", f"--dashboard-port={port}", f"--temp-dir={folder}", "--num-cpus=0"]
+    ports = [f"--port={gcs}", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}"]  # another Ray may run
+    ports += [f"--temp-dir={folder}", "--num-cpus=0"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([*start, "--head", *ports], **quiet) as running:  # type: ignore[call-overload]
         until = time.monotonic() + 240
