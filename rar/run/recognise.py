@@ -19,7 +19,7 @@ from ray.data import Dataset
 from rar.columns import fitted, positions
 from rar.config import LETTERS, Config
 from rar.corpus import coco, looks
-from rar.engine import client, pipeline, placement, reading
+from rar.engine import client, pipeline, placement, reach, reading
 from rar.engine.session import Session
 from rar.engine.sinks import ShardSink
 from rar.memory.collection import Collection
@@ -68,6 +68,7 @@ def run(
     several runs share the steps so far.
     """
     started = time.monotonic()
+    reach.check(session, folder.path)
     folder.pin_memory(vocabulary.digest)
     folder.write("classes.json", list(vocabulary.names.values()))
     if work.boxed and settings.detect.detector is not None:

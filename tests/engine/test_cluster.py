@@ -18,8 +18,8 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from jobs.demo import settings_of
-from rar import config
-from rar.engine import placement
+from rar import config, storage
+from rar.engine import placement, reach
 from rar.engine.session import Session
 from rar.miniature.data import write_scene_support, write_world
 from rar.runfolder import RunFolder
@@ -45,6 +45,16 @@ def test_what_the_cluster_lacks_is_said_before_anything_starts(
         placement.check(joined, config.validated(config.Config, sections, []), ranks=True, detects=False)
     assert wanted in str(caught.value) and "\n" not in str(caught.value)
     placement.check(joined, config.validated(config.Config, {"ranker": {"method": "none"}}, []), ranks=True, detects=False)
+
+
+def test_a_folder_that_nodes_do_not_share_is_told_before_anything_starts(ray_session: Session, tmp_path: Path) -> None:
+    joined = Session(None, threads=None)
+    reach.check(joined, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    alone = storage.place("memory://run")  # each process has its own
+    with pytest.raises(UserError, match=r"is not the same place on node .*: what the driver writes is not seen; name one"):
+        reach.check(joined, alone)
+    assert list(alone.iterdir()) == []
 
 
 @pytest.fixture
