@@ -16,7 +16,9 @@ import json
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -32,6 +34,7 @@ CAPTION_FIELDS = ("caption", "text", "TEXT", "prompt")
 CLASS_FILES = ("classnames.txt", "classes.txt")
 PLAIN_WORDS, LONGEST = 3, 80  # of a .txt that may be a class: words without being repeated, characters in any case
 LARGEST_LABEL = 1 << 20  # bytes of a member that is read for a label
+AT_ONCE = 16  # tars whose headers are read: what an object store takes to answer is waited for once
 SIDECARS = (".cls", ".txt", ".json")
 
 
@@ -51,8 +54,7 @@ def list_members(corpus: Corpus, files: Sequence[str], told: list[str]) -> Itera
     sources: Counter[str] = Counter()
     others: Counter[str] = Counter()
     names = _class_file(files[0])
-    for file in files:
-        members = read_members(file, (*SIDECARS, f".{asked}") if asked else SIDECARS)
+    for file, members in _read_ahead(files, (*SIDECARS, f".{asked}") if asked else SIDECARS):
         if texts_are_classes is None and not asked:
             texts_are_classes = _look_like_classes(members)
         labels = []
@@ -67,6 +69,14 @@ def list_members(corpus: Corpus, files: Sequence[str], told: list[str]) -> Itera
         column = tables.labels(pa.chunked_array([pa.array(labels, pa.string())]))
         yield pa.table([uris, *places, names.of(column) if names else column], schema=ROWS)
     _tell(told, asked, sources, texts_are_classes, others, names)
+
+
+def _read_ahead(files: Sequence[str], sidecars: Sequence[str]) -> Iterator[tuple[str, Members]]:
+    """Tars and their members, in their order."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for start in range(0, len(files), AT_ONCE):
+            some = files[start : start + AT_ONCE]
+            yield from zip(some, pool.map(partial(read_members, sidecars=sidecars), some), strict=True)
 
 
 def read_members(file: str, sidecars: Sequence[str] = SIDECARS) -> Members:
