@@ -142,8 +142,8 @@ class Head:
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     """A head whose dashboard takes jobs from who has its token, with secrets to keep.
 
-    Its folder must have a short name; a job finds its cluster by that folder. A second node would share it here, and Ray unpacks
-    what a job sends once a node, over what is there: files were gone while the job read them.
+    Its folder must have a short name; a job finds its cluster by that folder. A second node would share it here, and Ray
+    unpacks what a job sends once a node, over what is there: files were gone while the job read them.
     """
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     for name, secret in PLANTED.items():
