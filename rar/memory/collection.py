@@ -205,8 +205,8 @@ class Collection:
     def _expect(self, found: int, expected: int) -> None:
         if found != expected:
             raise UserError(
-                f"memory {self.name!r} holds {found} entries, not the {expected} written: wait for another `rar memory` that is at "
-                "work on it, or else drop it and build it again"
+                f"memory {self.name!r} holds {found} entries, not the {expected} written: wait for another `rar memory` that "
+                "is at work on it, or else drop it and build it again"
             )
 
     def _take_stock(self, kept: list[dict[str, Any]] | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rar.run import alone
 from rar.runfolder import RunFolder
 from rar.schema import UserError
 from tests.conftest import ROOT
+from tests.jobs.test_jobs import one_line, typed, write_config
 
 HOLD = """
 import sys, time
@@ -43,6 +44,17 @@ def test_a_second_driver_is_refused_while_the_first_lives_and_takes_over_at_once
     with alone.driving(folder):
         assert time.monotonic() - began < 2 and json.loads((folder / "driver.json").read_text())["process"] != first.pid
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("verb", ["memory", "classify", "embed", "sweep"])
+def test_every_verb_that_leaves_a_folder_looks_for_another_driver(verb: str, world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    file = "miniature" if verb == "sweep" else write_config(tmp_path, world)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, cwd=ROOT) as first:
+        assert first.stdout is not None and first.stdout.readline() == b"driving\n"
+        result = typed(verb, file, "--out", folder)
+        first.kill()
+    assert result.exit_code == 2 and f"process {first.pid} on {socket.gethostname()} is at work" in one_line(result)
 
 
 def test_a_driver_of_another_machine_is_known_by_its_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
