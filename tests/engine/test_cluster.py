@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from ray import serve
 from ray.cluster_utils import Cluster
 
 from jobs.demo import settings_of
@@ -107,6 +108,34 @@ def test_the_rankers_node_dies_and_the_run_ends_whole(cluster: Cluster, world: P
     left = [actor["Name"] for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
     assert not [name for name in left if "ranker" in name], "the application outlived its job"
     assert os.getpid() != running.pid
+
+
+DRIVER = """
+import time
+import ray
+from ray import serve
+from rar.engine import ending
+from tests.engine.fussy import Answers
+ray.init(log_to_driver=False)
+serve.start(proxy_location="Disabled")
+serve.run(serve.deployment(name="ranker")(Answers).bind(), name="answers", route_prefix=None)
+ending.with_this_job("answers")
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_an_application_ends_with_a_driver_that_is_killed(cluster: Cluster) -> None:
+    joined = {**environment(), "RAY_ADDRESS": cluster.address}
+    with subprocess.Popen([sys.executable, "-c", DRIVER], env=joined, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None and "up\n" in iter(driver.stdout.readline, "")
+        driver.kill()
+    ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
+    until = time.monotonic() + 60
+    while "answers" in serve.status().applications:
+        assert time.monotonic() < until, "the application outlived its job"
+        time.sleep(0.5)
 
 
 class Seen:
