@@ -60,6 +60,8 @@ mount -o remount,size=1g "$place"
 "$@"; second=$?
 cp -a "$place/." "$kept/run"; exit $second
 """  # the disk of a run folder is full, then room is made: a disk of its own needs a mount namespace
+WORKER, ENCODER, DESK = r"ray::(MapBatches|Write)", r"ray::ModelActor", r"ray::Desk"  # as Ray calls processes
+REPLICA, CONTROLLER = r"ray::ServeReplica:.*ranker", r"ray::ServeController"
 SAID = r"^rar: |waiting for|nothing for|cannot be told"
 NOISE = r"Traceback|\(raylet\)|^\[\d{4}-\d\d-\d\d"  # of Ray, which a user should not see
 Row = dict[str, Any]
@@ -144,16 +146,6 @@ class Trial:
             return len(list((storage.place(self.out) / "done").glob("part-*"))) * SHARD / (120 * TESTS)
         return 0.0
 
-    def kill(self, named: str) -> None:
-        """Kill one of the processes below this one with such a name; waits for one."""
-        until = time.monotonic() + 60
-        while not (found := processes(named)):
-            if time.monotonic() > until:
-                raise Unavailable(f"{self.name}: no process is called {named}")
-            time.sleep(0.01)
-        with suppress(ProcessLookupError):
-            os.kill(self.draw.choice(found), signal.SIGKILL)
-
     def end(self, process: subprocess.Popen[bytes]) -> int:
         return process.wait(LATEST_S)
 
@@ -190,9 +182,20 @@ def processes(named: str) -> list[int]:
     return sorted(found)
 
 
+def kill_one(named: str, draw: random.Random) -> None:
+    """Kill one of the processes of such a name below this one; waits for one. Raises Unavailable."""
+    until = time.monotonic() + 60
+    while not (found := processes(named)):
+        if time.monotonic() > until:
+            raise Unavailable(f"no process is called {named}")
+        time.sleep(0.01)
+    with suppress(ProcessLookupError):
+        os.kill(draw.choice(found), signal.SIGKILL)
+
+
 def killed(named: str, trial: Trial) -> list[int]:
     process = trial.begun()
-    trial.kill(named)
+    kill_one(named, trial.draw)
     return [trial.end(process)]
 
 
@@ -274,11 +277,11 @@ Fault = tuple[str, str, tuple[str, ...], Callable[[Trial], list[int]]]
 FAULTS: dict[str, Fault] = {  # name -> where, which verb, with which settings, what
     "node": ("cluster", "classify", (), node),
     "cluster_driver": ("cluster", "classify", (), partial(driver, signal.SIGKILL)),
-    "worker": ("laptop", "classify", (), partial(killed, r"ray::(MapBatches|Map\(|ReadX|Write)")),
-    "encoder": ("laptop", "classify", (), partial(killed, r"ray::ModelActor")),
-    "desk": ("laptop", "classify", (), partial(killed, r"ray::Desk")),
-    "replica": ("laptop", "classify", (), partial(killed, r"ray::ServeReplica:.*ranker")),
-    "controller": ("laptop", "classify", (), partial(killed, r"ray::ServeController")),
+    "worker": ("laptop", "classify", (), partial(killed, WORKER)),
+    "encoder": ("laptop", "classify", (), partial(killed, ENCODER)),
+    "desk": ("laptop", "classify", (), partial(killed, DESK)),
+    "replica": ("laptop", "classify", (), partial(killed, REPLICA)),
+    "controller": ("laptop", "classify", (), partial(killed, CONTROLLER)),
     "driver": ("laptop", "classify", (), partial(driver, signal.SIGKILL)),
     "preempted": ("laptop", "classify", (), partial(driver, signal.SIGTERM)),
     "disk": ("laptop", "classify", (), full_disk),
@@ -288,7 +291,7 @@ FAULTS: dict[str, Fault] = {  # name -> where, which verb, with which settings, 
     "store_away": ("s3", "classify", (), store_away),
     "milvus_searched": ("server", "classify", KNN, milvus),
     "milvus_written": ("server", "memory", (), milvus),
-    "memory_worker": ("server", "memory", (), partial(killed, r"ray::(MapBatches|Map\(|ReadX|Write)")),
+    "memory_worker": ("server", "memory", (), partial(killed, WORKER)),
     "memory_driver": ("server", "memory", (), partial(driver, signal.SIGKILL)),
     "memory_preempted": ("server", "memory", (), partial(driver, signal.SIGTERM)),
 }

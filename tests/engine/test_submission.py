@@ -69,6 +69,15 @@ def test_what_a_job_needs_goes_along_and_nothing_else(tmp_path: Path, monkeypatc
     assert "rar/engine/submission.py" in sent and not any("safetensors" in one or "__pycache__" in one for one in sent)
 
 
+def test_ray_takes_the_lock_as_it_is() -> None:
+    """Pins, hashes and their continued lines, each in its place; only comments may go."""
+    from ray.runtime_env import RuntimeEnv
+
+    told = RuntimeEnv(pip=str(ROOT / "requirements.lock")).to_dict()["pip"]["packages"]
+    there = (ROOT / "requirements.lock").read_text().splitlines()
+    assert [line for line in told if "#" not in line] == [line for line in there if "#" not in line]
+
+
 def test_the_code_that_is_sent_runs_by_itself(tmp_path: Path) -> None:
     file = written(tmp_path.parent)
     submission.pack(tmp_path, file, config.load(file), SERVER["uri"], code=True, weights=True)
