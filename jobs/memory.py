@@ -79,7 +79,7 @@ def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: b
     with alone.driving(path), session.opened(settings.memory, create=True, patience_s=settings.run.patience_s) as opened:
         facts_of(opened, settings, None)
         started = time.monotonic()  # as in a run, the models are there
-        built = build.build_memory(opened, settings, fresh=fresh)
+        built = build.build_memory(opened, settings, fresh=fresh, planned=planned)
         seconds = time.monotonic() - started
     folder = RunFolder.open(path, "memory", settings, fresh=True, name=config_file.stem, group="memory")
     folder.write_faults(built.failed)

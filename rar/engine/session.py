@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Lock, RLock
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 from ray._private import worker
@@ -126,6 +127,7 @@ def opened(memory: config.Memory | None = None, *, create: bool = False, patienc
         raise UserError(f"there is no memory at {memory.uri}; build it with `rar memory CONFIG`")
     try:
         with ExitStack() as stack:
+            pa.default_memory_pool().release_unused()  # what listing a corpus took, before the workers come
             stack.enter_context(faults.crossing())
             address = stack.enter_context(open_store(memory.uri, memory.token)) if memory is not None else None
             session = Session(address, stack.enter_context(_in_ray(patience_s)), patience_s)

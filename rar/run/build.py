@@ -82,14 +82,17 @@ class Known:
     texts: Stage
 
 
-def build_memory(session: Session, settings: Config, *, fresh: bool, known: Known | None = None) -> Built:
+def build_memory(
+    session: Session, settings: Config, *, fresh: bool, planned: Plan | None = None, known: Known | None = None
+) -> Built:
     """Embed and write what the memory lacks, fit the head, and make the result the live generation, all at once.
 
-    known: in place of the encoder, where several memories share embeddings (see run.shared).
+    planned: of `plan`, where the caller has it. known: in place of the encoder, where several memories share embeddings (see
+    run.shared).
     """
     if settings.memory.version is not None:
         raise UserError("memory.version names a snapshot, which is never changed; leave it out to build the live memory")
-    planned, address = plan(settings), session.memory_address
+    planned, address = planned or plan(settings), session.memory_address
     facts = facts_of(session, settings, None)
     if settings.memory.classes is not None and not facts.embeds_texts and settings.memory.support is None:
         raise UserError(f"encoder.model {settings.encoder.model} embeds images alone: set memory.support, or use a CLIP")
