@@ -116,11 +116,14 @@ def _start_actor(options: dict[str, Any], *arguments: Any) -> Any:
 
 
 @contextmanager
-def opened(memory: config.Memory | None = None, *, create: bool = False, patience_s: float = 300.0) -> Iterator[Session]:
+def opened(
+    memory: config.Memory | None = None, *, create: bool = False, patience_s: float = 300.0, joined: bool = False
+) -> Iterator[Session]:
     """Milvus (with `memory`) and Ray for the length of a command; what fails in it leaves as the contract's errors (faults).
 
-    With `create` an embedded store may be new; one that a user's mistake leaves empty is removed again. Raises UserError where
-    there is no store, and what `memory.store.open_store` raises.
+    With `create` an embedded store may be new; one that a user's mistake leaves empty is removed again. joined: this process
+    is one of a cluster's, though no RAY_ADDRESS says so. Raises UserError where there is no store, and what
+    `memory.store.open_store` raises.
     """
     missing = memory is not None and "://" not in memory.uri and not Path(memory.uri).exists()
     if memory is not None and missing and not create:
@@ -130,7 +133,8 @@ def opened(memory: config.Memory | None = None, *, create: bool = False, patienc
             pa.default_memory_pool().release_unused()  # what listing a corpus took, before the workers come
             stack.enter_context(faults.crossing())
             address = stack.enter_context(open_store(memory.uri, memory.token)) if memory is not None else None
-            session = Session(address, stack.enter_context(_in_ray(patience_s)), patience_s)
+            threads = stack.enter_context(_in_ray(patience_s, joined or "RAY_ADDRESS" in os.environ))
+            session = Session(address, threads, patience_s)
             if memory is not None:
                 check_reached(memory.uri)
             with session.endings:
@@ -149,16 +153,15 @@ def check_reached(uri: str) -> None:
 
 
 @contextmanager
-def _in_ray(patience_s: float) -> Iterator[int | None]:
+def _in_ray(patience_s: float, joined: bool) -> Iterator[int | None]:
     """Join the cluster this process was submitted to, or start Ray here, quietly, and stop it afterwards."""
-    local = "RAY_ADDRESS" not in os.environ
-    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)) if local else None
+    threads = None if joined else int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     if ray.is_initialized():
         yield threads
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU: no warning about it
     try:
-        _start(local)
+        _start(not joined)
     except Exception as error:  # Ray's own class for it is Exception
         if "timed out during startup" not in str(error):
             raise

@@ -6,7 +6,6 @@ memory, learns, starts rankers and gateways, and is asked for its health, which 
 
 from __future__ import annotations
 
-import os
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -28,13 +27,13 @@ class Service:
 
     def __init__(self, config_file: str, out: str, sets: list[str] | None = None) -> None:
         """As for `rar serve`; out must be a place that every node reaches."""
-        os.environ.setdefault("RAY_ADDRESS", "auto")  # this is a cluster: models reserve what they use
         self.kept, self.thread = ExitStack(), ThreadPoolExecutor(1)
         self.url = self.thread.submit(self._start, config_file, out, sets or []).result()  # here runs an event loop
 
     def _start(self, config_file: str, out: str, sets: list[str]) -> str:
         settings = config.load(config_file, sets)
-        opened = self.kept.enter_context(session.opened(settings.memory if settings.serve.recognizes else None))
+        memory = settings.memory if settings.serve.recognizes else None
+        opened = self.kept.enter_context(session.opened(memory, joined=True))
         folder = RunFolder.open(out, "serve", settings, fresh=False, name=Path(config_file).stem, group="serve")
         return self.kept.enter_context(app.serving(opened, settings, folder, proxied=True))
 
