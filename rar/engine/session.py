@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -161,7 +163,8 @@ def _in_ray(patience_s: float, joined: bool) -> Iterator[int | None]:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU: no warning about it
     try:
-        _start(not joined)
+        with _own_sigterm():
+            _start(not joined)
     except Exception as error:  # Ray's own class for it is Exception
         if "timed out during startup" not in str(error):
             raise
@@ -194,6 +197,15 @@ def _start(local: bool) -> None:
     slots = max(LOCAL_SLOTS, os.cpu_count() or 1)
     with _silent_stderr():
         ray.init(address="local", num_cpus=slots, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM over when it starts: a stack dump and exit code 15, where `jobs.common.guarded` ends a run in order."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _unheard(*_: Any) -> None:

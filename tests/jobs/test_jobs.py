@@ -143,12 +143,16 @@ def test_a_killed_run_resumes_to_the_same_predictions(world: Path, ray_session: 
         build.build_memory(opened, settings, fresh=False)
     killed = RunFolder(tmp_path / "killed")
     arguments = [sys.executable, "-m", "jobs.cli", "classify", str(file), "--out", str(killed.path)]
-    with subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not list((killed.path / "predictions").glob("part-*.parquet")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    for before, notice in enumerate((signal.SIGTERM, signal.SIGKILL)):  # a preempted node, and one that is gone
+        with subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+            deadline = time.monotonic() + 120
+            while len(list((killed.path / "predictions").glob("part-*.parquet"))) <= 3 * before:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(notice)
+            told = process.communicate()[1]
+        assert process.returncode == (1 if notice == signal.SIGTERM else -9), told
+        assert ("rar: interrupted; the same command with --resume" in told) == (notice == signal.SIGTERM)
     time.sleep(2)  # its workers notice that they are orphans
     done = {file: file.stat().st_mtime_ns for file in (killed.path / "predictions").glob("part-*.parquet")}
     assert 0 < len(done) < 15, "the kill came too late to show anything"
