@@ -145,7 +145,7 @@ def test_a_killed_run_resumes_to_the_same_predictions(world: Path, ray_session: 
     arguments = [sys.executable, "-m", "jobs.cli", "classify", str(file), "--out", str(killed.path)]
     for before, notice in enumerate((signal.SIGTERM, signal.SIGKILL)):  # a preempted node, and one that is gone
         with subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) as process:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while len(list((killed.path / "predictions").glob("part-*.parquet"))) <= 3 * before:
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.01)
