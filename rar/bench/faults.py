@@ -63,7 +63,7 @@ cp -a "$place/." "$kept/run"; exit $second
 WORKER, ENCODER, DESK = r"ray::(MapBatches|Write)", r"ray::ModelActor", r"ray::Desk"  # as Ray calls processes
 REPLICA, CONTROLLER = r"ray::ServeReplica:.*ranker", r"ray::ServeController"
 SAID = r"^rar: |waiting for|nothing for|cannot be told"
-NOISE = r"Traceback|\(raylet\)|^\[\d{4}-\d\d-\d\d"  # of Ray, which a user should not see
+NOISE = r"Traceback|\(raylet\)|^\[\d{4}-\d\d-\d\d|^\*\*\* SIG"  # of Ray, which a user should not see
 Row = dict[str, Any]
 Rows = dict[Any, Any]  # of a run: place in the index -> prediction; of a memory: entry -> class
 
