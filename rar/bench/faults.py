@@ -367,7 +367,7 @@ def outcome(trial: Trial, codes: list[int], whole: Rows, alone_s: float, seconds
     rows, twice, adds_up = trial.rows()
     failed = [row for row in rows.values() if isinstance(row, dict) and "error" in row]
     lines = trial.log.read_bytes()[trial.before :].decode(errors="replace").splitlines()
-    said = [line.strip() for line in lines if re.search(SAID, line)]
+    said = sorted((line.strip() for line in lines if re.search(SAID, line)), key=lambda line: not line.startswith("rar: "))
     until = time.monotonic() + GONE_S
     while (left := len(processes(r"ray::(ServeReplica|ModelActor)"))) and time.monotonic() < until:
         time.sleep(0.5)
