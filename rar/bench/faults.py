@@ -43,6 +43,7 @@ SHARD = 4
 EARLY, LATE = 0.1, 0.8  # share of the rows that are there when a fault strikes
 LATEST_S = 600.0  # for a moment to come, and for a command to end
 GONE_S = 20.0  # in which what a command started is gone after it
+NEAR = 1e-5  # of scores
 TOUCHED = 3  # pictures that vanish, and as many that change
 POISON = "RAR_BENCH_POISON"  # the shard that kills its process
 POISONED = """
@@ -275,6 +276,13 @@ def store_away(trial: Trial) -> list[int]:
 KNN = ("retriever.mode=knn", "ranker.method=none", "memory.name=whole_memory")
 Fault = tuple[str, str, tuple[str, ...], Callable[[Trial], list[int]]]
 FAULTS: dict[str, Fault] = {  # name -> where, which verb, with which settings, what
+    "milvus_searched": ("server", "classify", KNN, milvus),
+    "milvus_written": ("server", "memory", (), milvus),
+    "memory_worker": ("server", "memory", (), partial(killed, WORKER)),
+    "memory_driver": ("server", "memory", (), partial(driver, signal.SIGKILL)),
+    "memory_preempted": ("server", "memory", (), partial(driver, signal.SIGTERM)),
+    "throttled": ("s3", "classify", (), throttled),
+    "store_away": ("s3", "classify", (), store_away),
     "node": ("cluster", "classify", (), node),
     "cluster_driver": ("cluster", "classify", (), partial(driver, signal.SIGKILL)),
     "worker": ("laptop", "classify", (), partial(killed, WORKER)),
@@ -287,19 +295,12 @@ FAULTS: dict[str, Fault] = {  # name -> where, which verb, with which settings, 
     "disk": ("laptop", "classify", (), full_disk),
     "files": ("laptop", "classify", (), files),
     "poison": ("laptop", "classify", (), poison),
-    "throttled": ("s3", "classify", (), throttled),
-    "store_away": ("s3", "classify", (), store_away),
-    "milvus_searched": ("server", "classify", KNN, milvus),
-    "milvus_written": ("server", "memory", (), milvus),
-    "memory_worker": ("server", "memory", (), partial(killed, WORKER)),
-    "memory_driver": ("server", "memory", (), partial(driver, signal.SIGKILL)),
-    "memory_preempted": ("server", "memory", (), partial(driver, signal.SIGTERM)),
 }
 
 
 def run(only: Sequence[str] = (), runs: int | None = None, seed: int = 0) -> Row:
-    """faults: NAME -> exits, moment (share of the rows), identical and of (rows), failed rows, counts, twice, left (processes
-    of models that outlived the command), seconds_lost, noise (lines of Ray's own), and what was said first.
+    """faults: NAME -> exits, moment (share of the rows), identical, alike and of (rows), failed rows, counts, twice, left
+    (processes of models that outlived the command), seconds_lost, noise (lines of Ray's own), and what was said first.
 
     only: names of faults; runs: how many strikes in all, the faults in turns, each time at another moment.
 
@@ -375,6 +376,7 @@ def outcome(trial: Trial, codes: list[int], whole: Rows, alone_s: float, seconds
         "exits": " then ".join(map(str, codes)),
         "moment": round(trial.moment, 2),
         "identical": sum(rows.get(key) == row for key, row in whole.items()),
+        "alike": sum(key in rows and alike(rows[key], row) for key, row in whole.items()),
         "of": len(whole) - len(failed),
         "failed": len(failed),
         "counts": adds_up and len(rows) == len(whole),
@@ -384,6 +386,14 @@ def outcome(trial: Trial, codes: list[int], whole: Rows, alone_s: float, seconds
         "noise": sum(bool(re.search(NOISE, line)) for line in lines),
         "said": said[0] if said else "",
     }
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Equal classes and rankings, and scores but for rounding: a row that fails leaves its shard's batch to others."""
+    if isinstance(one, str) or "error" in one or "error" in other:
+        return bool(one == other)
+    same = all(one[key] == other[key] for key in ("class_id", "ranking", "rank_status", "routed"))
+    return same and all(abs(a - b) <= NEAR for a, b in zip(one["scores"], other["scores"], strict=True))
 
 
 @contextmanager
