@@ -85,6 +85,8 @@ def _restart(server: Any, away_s: float) -> None:
     server.server_proc.wait()
     server.stop()
     time.sleep(away_s)
+    server.config.resolve = lambda: None  # it tries whether its port is free, which connections that broke keep it from
+    server.webservice_port = free_port()
     server.start()
 
 
