@@ -51,8 +51,9 @@ def driving(folder: Path, beat_s: float = BEAT_S, still_s: float = STILL_S) -> I
         beating.join()
         if _is_ours(file, own):
             file.unlink(missing_ok=True)
-        with suppress(OSError):
-            folder.rmdir()
+        if isinstance(folder, os.PathLike):  # elsewhere an empty folder is nothing, and a UPath's rmdir takes all that is in it
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _beat(file: Path, own: dict[str, Any], over: threading.Event, beat_s: float) -> None:

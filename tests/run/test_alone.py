@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 
+from rar import storage
 from rar.config import Config
 from rar.run import alone
 from rar.runfolder import RunFolder
@@ -84,6 +86,14 @@ def test_a_machine_that_died_is_taken_over_from_and_what_it_left_is_no_run(tmp_p
     began = time.monotonic()
     with alone.driving(folder, still_s=0.5):
         assert time.monotonic() - began >= 0.5
+
+
+def test_what_a_run_leaves_on_an_object_store_stays() -> None:
+    folder = storage.place(f"memory://{uuid.uuid4().hex}")
+    with alone.driving(folder):
+        assert (folder / storage.DRIVER).exists()
+        storage.write(folder / "run.json", b"{}")
+    assert [file.name for file in folder.iterdir()] == ["run.json"]
 
 
 def test_a_torn_file_is_no_driver(tmp_path: Path) -> None:
