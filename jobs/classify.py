@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from jobs.common import ConfigFile, DryRun, Fresh, Out, Sets, guarded, quiet, run_folder_path, say, verdict
@@ -24,8 +25,7 @@ def run(verb: str, config_file: Path, out: str | None, sets: list[str], dry_run:
     quiet()
     settings = config.load(config_file, sets)
     path = run_folder_path(out, verb, config_file)
-    if not dry_run:
-        RunFolder.check(path, verb, settings, fresh=fresh)
+    RunFolder.check(path, verb, settings, fresh=fresh)
     if RunFolder(path).finished and not (dry_run or fresh):
         return finished(verb, settings, path, config_file.stem)
     from rar.corpus.listing import remarks
@@ -78,8 +78,9 @@ def finished(verb: str, settings: config.Config, path: Path, title: str) -> int:
 def told(metrics: dict[str, float], folder: RunFolder, settings: config.Config) -> int:
     """Say what a run came to; its exit code."""
     for key in ("top1", "top5", "candidate_recall", "ranked_fraction", "ap", "ap_rare"):
-        if metrics.get(key) is not None:
-            say(f"  {key} {metrics[key]:.4f}")
+        value = metrics.get(key)
+        if value is not None and not math.isnan(value):
+            say(f"  {key} {value:.4f}")
     if leaked := metrics.get("leaked"):
         say(f"  {leaked:,.0f} of the pictures are in the memory as well, and known by heart; leave them out of memory.support")
     near = (metrics.get("near_leaked") or 0) - (leaked or 0)

@@ -50,11 +50,11 @@ def memory(
     others["--tune-index"] = tune_index
     chosen = [name for name, wanted in others.items() if wanted]
     if not chosen:
-        guarded(lambda: build_memory(config_file, out, sets or [], dry_run, fresh))
+        guarded(lambda: run(config_file, out, sets or [], dry_run, fresh))
     guarded(lambda: other(config_file, sets or [], chosen, remove or [], recall))
 
 
-def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
+def run(config_file: Path, out: str | None, sets: list[str], dry_run: bool, fresh: bool) -> int:
     quiet()
     settings = config.load(config_file, sets)
     from rar.engine import session
@@ -70,12 +70,12 @@ def build_memory(config_file: Path, out: str | None, sets: list[str], dry_run: b
     say("\n  ".join([f"memory {settings.memory.name!r}: {counted}", *planned.remarks]))
     if planned.undescribed:
         say(f"  {planned.undescribed:,} names of encoder.descriptions are no class and are ignored")
+    RunFolder.check(path, "memory", settings, fresh=True)
     if dry_run:
         check_index(settings, len(planned.classes))  # those that only the memory knows could but add to them
         rows = planned.support.num_rows + len(planned.classes)
         say(f"would write at most {rows:,} entries to {settings.memory.uri} and a report to {path}")
         return 0
-    RunFolder.check(path, "memory", settings, fresh=True)
     with alone.driving(path), session.opened(settings.memory, create=True, patience_s=settings.run.patience_s) as opened:
         facts_of(opened, settings, None)
         started = time.monotonic()  # as in a run, the models are there

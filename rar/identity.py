@@ -65,7 +65,10 @@ SPEED = (
 )
 TUNE_SPEED = ("tune.workers", "tune.num_gpus", "tune.accumulate", "tune.gradient_checkpointing", "tune.merged", "tune.others")
 METRICS = ("detect.score", "detect.style", "detect.classes_per_box", "run.max_failed_fraction", "run.sentence_encoder")
-ANSWERING = ("ranker", "corpus/decode.py", "engine/direct.py", "engine/exemplars.py", "engine/replica.py")
+ANSWERING = (
+    *("ranker", "checkpoint.py", "device.py", "corpus/decode.py"),
+    *("engine/client.py", "engine/direct.py", "engine/exemplars.py", "engine/isolate.py", "engine/replica.py"),
+)
 CODE = (
     *ANSWERING,
     *("boxes.py", "columns.py", "fusion.py", "crops", "encoder", "memory", "retriever"),

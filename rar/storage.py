@@ -35,6 +35,7 @@ PATIENCE_S = 300.0  # with storage that does not answer, beyond the few seconds 
 OF_A_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 REFUSED = (errno.EINVAL, errno.EPERM, errno.ENOSYS)  # what a store says of a request that it will never like
 FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 NO_SPACE = "no space is left where the run writes; make room, and the same command goes on"
 CLIENTS = ("aiohttp", "botocore", "urllib3", "gcsfs", "google", "azure")  # whose errors are no OSError
 T = TypeVar("T")

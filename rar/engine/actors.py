@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -26,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rar import columns
 from rar.engine import waiting
-from rar.engine.isolate import reason
+from rar.engine.isolate import Broken, reason
 from rar.schema import Unavailable, UserError
 
 DEATHS = 3  # of a model's process on one shard; then the shard is at fault
@@ -58,8 +60,15 @@ class ModelActor:
         return self.mistake if self.mistake is not None else self.stage.facts()
 
     def run(self, table: pa.Table) -> tuple[pa.Table, None]:
-        """The stage's rows; and nothing, by which the desk learns that they are there."""
-        return self.stage(table), None
+        """The stage's rows; and nothing, by which the desk learns that they are there.
+
+        A process whose device answers nothing more ends: the desk gives the shard to another.
+        """
+        try:
+            return self.stage(table), None
+        except Broken as error:
+            print(reason(error), file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 @dataclass
@@ -221,14 +230,14 @@ class Pool:
         """A shard through the stage. Where its process dies DEATHS times, the shard's rows fail, and the run goes on."""
         if table.num_rows == 0:  # a shard of pictures without boxes
             return columns.with_vectors(table, np.zeros((0, 1), np.float32))
-        for _ in range(DEATHS - 1):
-            with suppress(ObjectLostError):  # the actor's node was lost after the work was done
-                return self._once(table)
-        return self._once(table)
-
-    def _once(self, table: pa.Table) -> pa.Table:
-        found = ray.get(self.desk.run.remote([ray.put(table)]))
-        return self._died(table, found) if isinstance(found, str) else ray.get(found[0])
+        for lost in range(DEATHS):
+            try:
+                found = ray.get(self.desk.run.remote([ray.put(table)]))
+                return self._died(table, found) if isinstance(found, str) else ray.get(found[0])
+            except ObjectLostError:  # the actor's node was lost after the work was done
+                if lost == DEATHS - 1:
+                    raise
+        raise AssertionError
 
     async def answer(self, table: pa.Table) -> pa.Table:
         """The same from an event loop, for tables that are no shards."""

@@ -29,8 +29,8 @@ from rar.engine import direct, ending, hosted, waiting
 from rar.engine.actors import free_resources
 from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.exemplars import Exemplars
-from rar.engine.isolate import reason
-from rar.engine.replica import One, RankerReplica
+from rar.engine.isolate import Broken, reason
+from rar.engine.replica import One, RankerReplica, fallback
 from rar.engine.session import Session
 from rar.ranker.cache import AnswerCache, Asks
 from rar.ranker.debias import Prior
@@ -189,8 +189,9 @@ def _forget(state: RetryCallState) -> None:
 class Ask:
     """Sends a batch to a ranker application, again where the application is busy or a replica died with it. Picklable.
 
-    prior: of the labels. exemplars: class name -> where its pictures lie. patience_s: for a replica to come back, and for one
-    answer. Raises Unavailable where that was not enough.
+    A batch that a device is gone with is halved, for other replicas, until the picture is found that alone does that: its row
+    is a FALLBACK with the reason. prior: of the labels. exemplars: class name -> where its pictures lie. patience_s: for a
+    replica to come back, and for one answer. Raises Unavailable where that was not enough.
     """
 
     app: str
@@ -214,6 +215,11 @@ class Ask:
             return asked.result(timeout_s=self.patience_s)
         except TimeoutError:
             raise Unavailable(f"the ranker gave no answer within run.patience_s {self.patience_s:g}") from None
+        except Broken as error:
+            if len(images) == 1:
+                return [fallback(len(names[0]), reason(getattr(error, "cause", error)))]  # Ray's own words are a traceback
+            middle = (len(images) + 1) // 2
+            return self(images[:middle], names[:middle]) + self(images[middle:], names[middle:])
 
 
 def undeploy(settings: config.Ranker) -> None:

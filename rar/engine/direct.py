@@ -50,7 +50,10 @@ class Budget:
 
 @dataclass
 class AskServers:
-    """Ranks a whole shard by servers of the worker's own. Picklable. budget: a Budget; raises choosing.Spent where it is."""
+    """Ranks a whole shard by the process's own session with the servers; one call at a time, as it has one event loop.
+
+    Picklable. budget: a Budget; where it does not reach, choosing.Spent is raised.
+    """
 
     settings: config.Ranker
     offers: Offers
@@ -95,6 +98,6 @@ class Worker:
         return self.ranker.servers.session()
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # of this process; settings as JSON, as their mappings have no hash
 def _worker(settings: str, offered: Offers) -> Worker:
     return Worker(settings, offered)

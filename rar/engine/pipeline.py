@@ -92,11 +92,6 @@ def by_model(dataset: Dataset, pool: Pool) -> Dataset:
     return plainly(dataset, pool.run)
 
 
-def together(datasets: Sequence[Dataset]) -> Dataset:
-    """Datasets of equal columns as one, so that they share a pool of actors."""
-    return datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
-
-
 def collect(dataset: Dataset) -> pa.Table:
     """Run a pipeline and bring its rows here: for what is small, such as a memory's entries.
 

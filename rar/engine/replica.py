@@ -32,17 +32,17 @@ from rar import config, miniature
 from rar.corpus.decode import decode
 from rar.engine.batching import WAIT_S, Batcher
 from rar.engine.exemplars import Exemplars, Pictures, Place
-from rar.engine.isolate import Isolate, reason
+from rar.engine.isolate import Broken, Isolate, reason
 from rar.engine.models import free_gpu_memory
 from rar.ranker.debias import Prior
 from rar.schema import Ranking, RankStatus, RowError, Unavailable, UserError
 
-Batch = tuple[list[bytes], list[list[str]]]  # encoded images, candidates' names of each
 One = tuple[bytes, list[str]]  # an encoded image, its candidates' names
 CHARS_PER_TOKEN = 3.0  # of candidates' names; what a picture and the prompt cost is learned from the answers
 FIRST_GUESS = 512.0  # tokens of a picture and its prompt before the first answer
 BATCH_TOKENS = 16384  # of one forward pass of single requests, padding included
 LOADED_ADAPTERS = 2  # that a replica keeps, each with its model
+TELL_S = 1.0  # from a device that is gone to the end of its process, in which the request that met it is answered
 SICK = 3  # batches in a row without any answer after which a replica asks to be replaced
 FAULTS = (RowError, UserError, Unavailable)  # of one request
 
@@ -73,7 +73,7 @@ class RankerReplica:
         self.worker, self.decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         self.threads = threads
         self.mistake: str | None = None  # kept and asked for: a constructor that raises would be tried again and again
-        self.failures = 0
+        self.failures, self.ending = 0, False
         self.meters = Meters()
         try:
             self.ranker: Any = load_ranker(self.settings, threads)
@@ -104,7 +104,7 @@ class RankerReplica:
         return self.mistake
 
     def check_health(self) -> None:
-        """Serve asks every few seconds and replaces a replica that raises: a broken CUDA context does not mend itself."""
+        """Serve asks every few seconds and replaces a replica that raises."""
         if self.failures >= SICK:
             raise RuntimeError(f"the model failed {self.failures} times in a row")
 
@@ -116,7 +116,7 @@ class RankerReplica:
         exemplars: list[list[list[Place]]] | None = None,
     ) -> list[Ranking]:
         """One Ranking an image. A picture that cannot be decoded, or that the model fails on, is a FALLBACK with its reason as
-        the response.
+        the response. Raises Broken where the device is gone with these pictures.
 
         exemplars: for each image and candidate, where pictures of the class lie; one that cannot be read is left out.
         """
@@ -127,7 +127,11 @@ class RankerReplica:
             columns.append(await self._shown([exemplars[row] for row in good]))
         rank = partial(self.whole, *columns, **_given(prior))
         answers: list[Any] = list(pictures)
-        for row, answer in zip(good, await asyncio.get_running_loop().run_in_executor(self.worker, rank), strict=True):
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self.worker, rank)
+        except Broken as error:
+            raise await self._ended(error) from None
+        for row, answer in zip(good, found, strict=True):
             answers[row] = answer
         return [
             fallback(len(listed), reason(answer)) if isinstance(answer, Exception) else answer
@@ -216,9 +220,22 @@ class RankerReplica:
             found = await asyncio.get_running_loop().run_in_executor(self.worker, rank)
         except Unavailable as error:  # an endpoint that stayed away does so for all of them
             found = [error] * len(good)
+        except Broken as error:
+            raise await self._ended(error) from None
         for row, answer in zip(good, found, strict=True):
             answers[row] = answer
         return answers
+
+    async def _ended(self, error: Broken) -> Broken:
+        """The device answers nothing more: this process ends, and Serve starts another.
+
+        Who broke it is told. All others that find it so die with the process, and are sent again: it was not by their fault.
+        """
+        if self.ending:
+            await asyncio.Event().wait()
+        self.ending = True
+        asyncio.get_running_loop().call_later(TELL_S, os._exit, 1)
+        return error
 
     async def _decoded(self, images: Sequence[bytes]) -> list[np.ndarray | RowError]:
         loop = asyncio.get_running_loop()

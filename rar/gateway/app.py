@@ -58,7 +58,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Known:
+class Learned:
     """What a memory gives, found out once at the start. support: where pictures of each class lie, for people to see; prior and
     exemplars: for the ranker."""
 
@@ -73,7 +73,7 @@ class Known:
 class Cluster:
     """api.Backend over the applications of a cluster."""
 
-    def __init__(self, settings: Config, known: Known | None, ranker: str | None) -> None:
+    def __init__(self, settings: Config, known: Learned | None, ranker: str | None) -> None:
         """ranker: its application; None where there is none."""
         self.settings, self.known, self.app = settings, known, ranker
         self.ask = client.AskOne(ranker, settings.ranker, settings.serve) if ranker else None
@@ -185,7 +185,7 @@ class Cluster:
 class Gateway:
     """The Serve class: an app in every replica. What it holds is kept apart, as Serve adds attributes of its own."""
 
-    def __init__(self, settings: dict[str, Any], known: Known | None, ranker: str | None, token_digest: bytes | None) -> None:
+    def __init__(self, settings: dict[str, Any], known: Learned | None, ranker: str | None, token_digest: bytes | None) -> None:
         parsed = Config(**settings)
         self.arguments = (Cluster(parsed, known, ranker), parsed.serve, token_digest)
 
@@ -283,7 +283,7 @@ def start_proxy(settings: Config) -> None:
         )
 
 
-def learn(session: Session, settings: Config, folder: RunFolder) -> Known:
+def learn(session: Session, settings: Config, folder: RunFolder) -> Learned:
     """Open the memory and calibrate on it, with a batch ranker that goes again; not where the folder has it already."""
     fitting = settings.route.mode == "calibrated" and not (folder.path / "calibration.json").exists()
     fitting = fitting and settings.ranker.method != "none" and settings.memory.support is not None
@@ -297,7 +297,7 @@ def learn(session: Session, settings: Config, folder: RunFolder) -> Known:
     if settings.serve.support_pictures and settings.memory.support is not None:
         with suppress(UserError, Unavailable):  # it served to build the memory, and may be gone since
             seen = support_places(settings, settings.serve.support_pictures)
-    return Known(vocabulary, calibration, session.encoder(settings.encoder), seen, prior, exemplars(settings))
+    return Learned(vocabulary, calibration, session.encoder(settings.encoder), seen, prior, exemplars(settings))
 
 
 def drawn(settings: Config) -> Work:
@@ -307,7 +307,7 @@ def drawn(settings: Config) -> Work:
     return Work(support.take(np.sort(rows)), False, ERRORS.empty_table())
 
 
-def run_gateway(session: Session, settings: Config, known: Known | None, app: str | None, digest: bytes | None) -> None:
+def run_gateway(session: Session, settings: Config, known: Learned | None, app: str | None, digest: bytes | None) -> None:
     """Deploy the gateways and wait until one answers over HTTP."""
     online, ranker = settings.serve, settings.ranker
     room = 2 * ranker.batch_size * ranker.max_replicas + online.max_queued

@@ -40,7 +40,6 @@ RGB = {
     "brown": (0.46, 0.28, 0.14),
     "grey": (0.55, 0.56, 0.58),
 }
-SPLITS = ("train", "validation", "novel")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ KEPT = ("order", "status", "scores", "response", "label_mass", "label_first")
 
 
 class AnswerCache:
-    """Answers under one fingerprint, in a folder that many runs and processes share. hits and misses count this object's.
+    """Answers under one fingerprint, in a folder that many runs and processes share.
 
     fingerprint: of what decides an answer besides the picture and the names (identity.of_answers).
     """
@@ -33,7 +33,6 @@ class AnswerCache:
     def __init__(self, folder: str | Path, fingerprint: str) -> None:
         """Raises UserError for a folder that cannot be made or written."""
         self.folder, self.fingerprint = Path(folder), fingerprint
-        self.hits = self.misses = 0
         if "://" in str(folder):
             raise UserError(f"ranker.cache must be a local or mounted folder, not {folder}")
         try:
@@ -48,11 +47,7 @@ class AnswerCache:
 
         A Ranking comes back as it was but for calls and tokens, which are 0: this time nothing was asked.
         """
-        found = [self._read(image, listed) for image, listed in zip(images, names, strict=True)]
-        hits = sum(ranking is not None for ranking in found)
-        self.hits += hits
-        self.misses += len(found) - hits
-        return found
+        return [self._read(image, listed) for image, listed in zip(images, names, strict=True)]
 
     def put(self, images: Sequence[bytes], names: Sequence[Sequence[str]], rankings: Sequence[Ranking]) -> None:
         """Keep the answers that cost a call. Raises Unavailable where the folder takes no more."""

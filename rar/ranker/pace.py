@@ -66,10 +66,6 @@ class Pace:
             if len(self.latencies) >= max(LEAST_SAMPLES, 2 * self.limit):
                 self._judge()
 
-    def forget(self) -> None:
-        """A request that says nothing of the server's pace has ended."""
-        self.busy -= 1
-
     def _cut(self) -> None:
         self.ceiling, self.doubling, self.kept, self.rest = self.limit, False, None, 0
         self.patience = min(2 * self.patience, LONGEST_REST)

@@ -23,7 +23,7 @@ from rar.ranker.answer import ANY_TAG, answering, stated
 from rar.ranker.spelling import (
     MAX_ITEM_CHARS,
     Mention,
-    Vocabulary,
+    Spellings,
     english_word,
     loose_mentions,
     mentions,
@@ -116,7 +116,7 @@ def parse(response: str, names: Sequence[str]) -> tuple[tuple[int, ...], RankSta
     something was completed, de-duplicated, loosely matched or read out of prose; names that the reply lacks follow in the given
     (retrieval) order, names that it rules out ("not a ...") come last. FALLBACK: nothing recognised, the given order.
     """
-    vocabulary = Vocabulary(names)
+    vocabulary = Spellings(names)
     said, thought = answering(response)
     whole = _plain(said, vocabulary)
     for part, as_json in islice(stated(said), MAX_PARTS):
@@ -153,7 +153,7 @@ def _complete(found: list[Mention], count: int, clean: bool) -> tuple[tuple[int,
     return completed, RankStatus.RANKED if clean and not unnamed and not ruled_out else RankStatus.REPAIRED
 
 
-def _plain(text: str, vocabulary: Vocabulary) -> Reading | None:
+def _plain(text: str, vocabulary: Spellings) -> Reading | None:
     """What words say, the first way that finds something: names with numbers, in order, labels, parts of names, positions."""
     marks = {found.end(): int(found.group(1)) for found in LIST_MARK.finditer(text) if found.group(1)}
     plain = LIST_MARK.sub(lambda mark: " " * len(mark.group()), text)
@@ -174,7 +174,7 @@ def _plain(text: str, vocabulary: Vocabulary) -> Reading | None:
     return Reading(found, False) if found else None
 
 
-def _but_without(text: str, mention: Mention, vocabulary: Vocabulary) -> Mention:
+def _but_without(text: str, mention: Mention, vocabulary: Spellings) -> Mention:
     """Where a class says the negation itself ("no helmet", for "there is no visible helmet"), the mention is of that class."""
     own = vocabulary.names[mention.candidates[0]].stems
     for negator in ("no", "not", "without", "non"):
@@ -186,7 +186,7 @@ def _but_without(text: str, mention: Mention, vocabulary: Vocabulary) -> Mention
 # JSON and Python literals
 
 
-def _structured(text: str, vocabulary: Vocabulary) -> Reading | None:
+def _structured(text: str, vocabulary: Spellings) -> Reading | None:
     """The order that JSON (or a Python literal) in a text gives; None where it holds none that can be read."""
     if "{" not in text and "[" not in text:
         return None
@@ -230,7 +230,7 @@ def _literal(text: str, start: int) -> tuple[Any, int]:
     return (value, end) if isinstance(value, dict | list) else (None, 0)
 
 
-def _of_value(value: Any, key: str, vocabulary: Vocabulary, depth: int) -> Reading | None:
+def _of_value(value: Any, key: str, vocabulary: Spellings, depth: int) -> Reading | None:
     """A string inside JSON is read like a reply of its own, but never as JSON again."""
     if depth > MAX_DEPTH or value is None or isinstance(value, bool | int | float):
         return _plain(str(value), vocabulary) if depth and type(value) in (int, float) else None
@@ -241,7 +241,7 @@ def _of_value(value: Any, key: str, vocabulary: Vocabulary, depth: int) -> Readi
     return _of_list(list(value), vocabulary, depth) if isinstance(value, list | tuple) else None
 
 
-def _of_dict(value: dict[Any, Any], key: str, vocabulary: Vocabulary, depth: int) -> Reading | None:
+def _of_dict(value: dict[Any, Any], key: str, vocabulary: Spellings, depth: int) -> Reading | None:
     keys = [_one(str(name), vocabulary) for name in value]
     if (all(keys) and len(keys) > 1) or (keys and keys[0] and _value(next(iter(value.values()))) is not None):
         pairs = [(one, _value(other)) for one, other in zip(keys, value.values(), strict=True) if one]
@@ -274,7 +274,7 @@ def _key_place(key: Any) -> tuple[int, float]:
     return kind, _number(found)[0] if found else 0
 
 
-def _of_list(items: list[Any], vocabulary: Vocabulary, depth: int) -> Reading | None:
+def _of_list(items: list[Any], vocabulary: Spellings, depth: int) -> Reading | None:
     """A list of names, of (name, number) pairs, or of records with a name and perhaps a number."""
     if items and _numbers(items):
         return _plain(", ".join(map(str, items)), vocabulary) or _by_scores(items, vocabulary)
@@ -308,13 +308,13 @@ def _of_list(items: list[Any], vocabulary: Vocabulary, depth: int) -> Reading | 
     )
 
 
-def _one(text: str, vocabulary: Vocabulary) -> Mention | None:
+def _one(text: str, vocabulary: Spellings) -> Mention | None:
     """The one class (or label) that a short text names as a whole."""
     found = mentions(text, vocabulary) or loose_mentions(text, [], vocabulary) or _labels(text, len(vocabulary.names))
     return found[0] if len(found) == 1 and len(text) <= MAX_ITEM_CHARS else None
 
 
-def _by_scores(items: list[Any], vocabulary: Vocabulary) -> Reading | None:
+def _by_scores(items: list[Any], vocabulary: Spellings) -> Reading | None:
     """[0.05, 0.9, 0.05]: one number a candidate, in the given order."""
     if len(items) != len(vocabulary.names):
         return None
@@ -451,7 +451,7 @@ def _weakness(text: str, mention: Mention) -> float:
 # Labels and positions
 
 
-def _leading_label(text: str, found: list[Mention], vocabulary: Vocabulary) -> Mention | None:
+def _leading_label(text: str, found: list[Mention], vocabulary: Spellings) -> Mention | None:
     """The label of "B. Unlike the cat ...": a reply that begins with a label which no name follows at once."""
     label = LEADING_LABEL.match(text)
     if not label or not found or any(len(name.compact) == 1 for name in vocabulary.names):
@@ -477,7 +477,7 @@ def _labels(text: str, count: int) -> list[Mention]:
     return [Mention(start, start + 1, (label,), True) for label, start in labels]
 
 
-def _positions(text: str, vocabulary: Vocabulary) -> list[Mention]:
+def _positions(text: str, vocabulary: Spellings) -> list[Mention]:
     """A reply of bare numbers ("[2] > [1] > [3]", "2"): places in the given order, from 1 (from 0 where there is a 0)."""
     if len(text) > MAX_ITEM_CHARS or not POSITIONS.fullmatch(text) or any(name.numbers for name in vocabulary.names):
         return []

@@ -118,7 +118,7 @@ class Mention(NamedTuple):
     negated: bool = False
 
 
-class Vocabulary:
+class Spellings:
     """Class names indexed by spelling; built once for a large list, per reply for a handful of candidates."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -163,12 +163,12 @@ class Vocabulary:
         return self.numbered[written.numbers][found[2]] if found else None
 
 
-def match_name(written: str, names: Sequence[str] | Vocabulary) -> int | None:
-    """The position of the name that `written` spells, or None. Pass a `Vocabulary` to look up many in a large one.
+def match_name(written: str, names: Sequence[str] | Spellings) -> int | None:
+    """The position of the name that `written` spells, or None. Pass a `Spellings` to look up many in a large one.
 
     Equal spelling (up to case, accents, punctuation, a plural) comes first, then the closest spelling above LOOSE_RATIO.
     """
-    vocabulary = names if isinstance(names, Vocabulary) else Vocabulary(names)
+    vocabulary = names if isinstance(names, Spellings) else Spellings(names)
     name = spelled(written)
     same = vocabulary.compact.get(name.compact) or vocabulary.stems.get(name.stems)
     if same and name.words:
@@ -243,7 +243,7 @@ def is_year(word: str) -> bool:
     return len(word) == 4 and word[:2] in ("19", "20")
 
 
-def mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
+def mentions(text: str, vocabulary: Spellings) -> list[Mention]:
     """All places that spell a class, left to right, the longest name first at each place."""
     found = []
     words = tokens(text)
@@ -261,7 +261,7 @@ def mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
 
 
 def _spellings_at(
-    words: list[Token], stems: tuple[str, ...], place: int, vocabulary: Vocabulary
+    words: list[Token], stems: tuple[str, ...], place: int, vocabulary: Spellings
 ) -> Iterator[tuple[int, list[Spelling]]]:
     """(number of words, spellings that may stand there), the most words first."""
     lengths = vocabulary.lengths.get(stems[place], [])
@@ -279,7 +279,7 @@ def _spellings_at(
 
 
 def _mention(
-    text: str, words: list[Token], place: int, length: int, spellings: list[Spelling], vocabulary: Vocabulary
+    text: str, words: list[Token], place: int, length: int, spellings: list[Spelling], vocabulary: Spellings
 ) -> Mention | None:
     """The best spelt of `spellings` at a place; None where the text's gaps forbid them all."""
     inside = words[place : place + length]
@@ -348,7 +348,7 @@ def _negated(text: str, words: list[Token], place: int, end: int) -> bool:
     return False
 
 
-def _merged(text: str, found: list[Mention], vocabulary: Vocabulary) -> list[Mention]:
+def _merged(text: str, found: list[Mention], vocabulary: Spellings) -> list[Mention]:
     """With the names that stand verbatim; of two that overlap the longer one stays."""
     verbatim = list(_verbatim(text, vocabulary))
     if not verbatim:
@@ -362,7 +362,7 @@ def _merged(text: str, found: list[Mention], vocabulary: Vocabulary) -> list[Men
     return sorted(kept)
 
 
-def _verbatim(text: str, vocabulary: Vocabulary) -> Iterator[Mention]:
+def _verbatim(text: str, vocabulary: Spellings) -> Iterator[Mention]:
     for name, position, alias in vocabulary.verbatim:
         start = text.find(name.raw)
         while start >= 0:
@@ -400,7 +400,7 @@ def _carried(text: str, found: list[Mention]) -> list[Mention]:
     return found
 
 
-def loose_mentions(text: str, found: list[Mention], vocabulary: Vocabulary) -> list[Mention]:
+def loose_mentions(text: str, found: list[Mention], vocabulary: Spellings) -> list[Mention]:
     """List items (or a whole short reply) that name nobody exactly, compared by closest spelling."""
     starts = [mention.start for mention in found]
     ends = [0, *(mention.end for mention in found)]
@@ -427,7 +427,7 @@ def _items(text: str) -> Iterator[tuple[int, int]]:
         start = found.end()
 
 
-def partial_mentions(text: str, vocabulary: Vocabulary) -> list[Mention]:
+def partial_mentions(text: str, vocabulary: Spellings) -> list[Mention]:
     """For a text that names nobody in full ("a Bentley Continental"): names of which more than half stands in it, most first.
 
     Years may differ, other numbers may not; names that share the same words of the text keep their order.

@@ -31,14 +31,19 @@ BEAT_S, STILL_S = 5.0, 30.0
 def driving(folder: Path, beat_s: float = BEAT_S, still_s: float = STILL_S) -> Iterator[None]:
     """Raises UserError where another driver is at work in a run folder. A folder that holds nothing afterwards is removed."""
     file = folder / storage.DRIVER
-    known = _read(file)
-    if known is not None and _lives(file, known, still_s):
-        raise UserError(
-            f"{folder}: process {known['process']} on {known['machine']} is at work on this run; wait for it, or stop it first"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
     own = {"machine": socket.gethostname(), "process": os.getpid(), "driver": uuid.uuid4().hex}
-    _write(file, own, 0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (known := _read(file)) is not None and _lives(file, known, still_s):
+            raise UserError(
+                f"{folder}: process {known['process']} on {known['machine']} is at work on this run; wait for it, or stop it "
+                "first"
+            )
+        _write(file, own, 0)
+    except OSError as error:
+        if error.errno in storage.FULL:
+            raise
+        raise UserError(f"--out {folder} cannot be made or written: {error.strerror}; choose another") from None
     if (now := _read(file)) is not None and now["driver"] != own["driver"]:
         raise UserError(f"{folder}: process {now['process']} on {now['machine']} began this run at the same time")
     over = threading.Event()

@@ -75,7 +75,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Known:
+class Lookup:
     """Stages that look up what was embedded before: index rows -> image_id, vector and faults; texts by their names."""
 
     images: Stage
@@ -83,7 +83,7 @@ class Known:
 
 
 def build_memory(
-    session: Session, settings: Config, *, fresh: bool, planned: Plan | None = None, known: Known | None = None
+    session: Session, settings: Config, *, fresh: bool, planned: Plan | None = None, known: Lookup | None = None
 ) -> Built:
     """Embed and write what the memory lacks, fit the head, and make the result the live generation, all at once.
 
@@ -149,7 +149,7 @@ def _write_texts(
     facts: models.EncoderFacts,
     draft: Draft,
     class_of: dict[str, int],
-    known: Known | None,
+    known: Lookup | None,
 ) -> tuple[int, int]:
     """Embed and write the names that neither the memory nor a killed build has.
 
@@ -188,7 +188,7 @@ def _write_images(
     facts: models.EncoderFacts,
     draft: Draft,
     class_of: dict[str, int],
-    known: Known | None,
+    known: Lookup | None,
 ) -> tuple[pa.Table, dict[str, float], Keeper | None]:
     """Embed and write the support images that are nowhere yet; returns the columns TOLD of all of them, stage seconds, and
     what keeps the vectors that were written.
@@ -220,7 +220,7 @@ def _vectors(
     facts: models.EncoderFacts,
     places: dict[str, Collection],
     class_of: dict[str, int],
-    known: Known | None,
+    known: Lookup | None,
 ) -> Dataset:
     """Rows of an index as entries with vectors; those that a place holds, and faulty ones, have an `error`."""
     precomputed, maker = settings.encoder.model == "precomputed", _maker(settings, index, facts)

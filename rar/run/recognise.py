@@ -22,6 +22,7 @@ from rar.corpus import coco, looks
 from rar.engine import client, pipeline, placement, reach, reading
 from rar.engine.session import Session
 from rar.engine.sinks import ShardSink
+from rar.memory import catalog
 from rar.memory.collection import Collection
 from rar.run import build, measure, steps
 from rar.run.calibrate import calibrate, exemplars, label_prior
@@ -34,6 +35,8 @@ from rar.schema import ERRORS, Unavailable, UserError
 def prepare(session: Session, settings: Config) -> Vocabulary:
     """Load the models and open the memory, before anything is written. Raises UserError for what the user must mend."""
     placement.check(session, settings, ranks=True, detects=settings.detect.detector is not None)
+    memory = settings.memory
+    catalog.digest(session.memory_address, memory.name, memory.version, memory.token)  # one that is absent is told at once
     vocabulary = open_memory(session, settings) if settings.retriever.mode == "all" else None  # it loads no encoder
     if vocabulary is not None:
         check_labels(settings, len(vocabulary.names))

@@ -1,9 +1,9 @@
 """Work that several runs share, done once: embeddings and candidates by row, kept as parquet beside the runs.
 
-A `Kept` is a folder of part-N.parquet, each a shard's rows with all columns but pictures. What is kept is told by the number of
-the row (INDEX's `row`), so a folder that was begun, or is asked for more rows than before, is given only what it lacks. What it
-is of is in its name, by `key`: other settings, weights, code or listings are another folder. Parts keep the columns `seconds_*`
-of the stages that made them, so a folder tells how many rows each stage has seen.
+A `Computed` is a folder of part-N.parquet, each a shard's rows with all columns but pictures. What is kept is told by the
+number of the row (INDEX's `row`), so a folder that was begun, or is asked for more rows than before, is given only what it
+lacks. What it is of is in its name, by `key`: other settings, weights, code or listings are another folder. Parts keep the
+columns `seconds_*` of the stages that made them, so a folder tells how many rows each stage has seen.
 
 Pictures are not kept: a run that asks the ranker reads them again. A worker that looks rows up holds all of a folder, 2 kB a
 picture at 512 dimensions; above some hundred thousand pictures, plain `rar classify` is the better way.
@@ -47,7 +47,7 @@ def listed(index: pa.Table) -> str:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Computed:
     """A folder of rows that are computed once."""
 
     folder: Path
@@ -90,7 +90,7 @@ def _rows(folder: str, names: Sequence[str]) -> pa.Table:
 class Recalled:
     """Index rows -> what is kept of them, in their order, with their shard's number; a picture with boxes has several rows."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: Computed) -> None:
         self.kept = kept
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -108,7 +108,7 @@ class Recalled:
 class Pictured:
     """Rows with their pictures -> what is kept of them, and the picture; a picture that is gone meanwhile is a fault."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: Computed) -> None:
         self.kept = kept
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -123,7 +123,7 @@ class Pictured:
 class Named:
     """Texts -> the vectors that are kept of them."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: Computed) -> None:
         self.kept = kept
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -133,14 +133,14 @@ class Named:
         return with_errors(found, "embed", known["error"].take(places).to_pylist())
 
 
-def embed_images(session: Session, settings: Config, work: Work, kept: Kept) -> tuple[int, int]:
+def embed_images(session: Session, settings: Config, work: Work, kept: Computed) -> tuple[int, int]:
     """Keep the vectors of pictures, or of boxes; returns how many pictures were embedded (now, before)."""
     plain = settings.model_copy(update={"retriever": Retriever()})  # whatever is looked up later
     facts = session.encoder(settings.encoder).facts
     return kept.extend(work, settings.run.shard_size, lambda new, bounds: steps.vectors(session, plain, new, facts))
 
 
-def embed_names(session: Session, settings: Config, names: Sequence[str], kept: Kept) -> tuple[int, int]:
+def embed_names(session: Session, settings: Config, names: Sequence[str], kept: Computed) -> tuple[int, int]:
     """Keep the vectors of class names; returns how many were embedded (now, before)."""
     index = pa.table({"row": pa.array(range(len(names)), pa.int64()), "label": pa.array(names, pa.string())})
 
@@ -158,11 +158,13 @@ def as_texts(table: pa.Table) -> pa.Table:
     return rows.append_column("row", table["row"])
 
 
-def known(images: Kept, names: Kept) -> build.Known:
-    return build.Known(Recalled(images), Named(names))
+def known(images: Computed, names: Computed) -> build.Lookup:
+    return build.Lookup(Recalled(images), Named(names))
 
 
-def retrieve(settings: Config, work: Work, vocabulary: Vocabulary, embedded: Kept | None, kept: Kept) -> tuple[int, int]:
+def retrieve(
+    settings: Config, work: Work, vocabulary: Vocabulary, embedded: Computed | None, kept: Computed
+) -> tuple[int, int]:
     """Keep the candidates of pictures, or of boxes; returns of how many (now, before). embedded: None for a user's vectors."""
 
     def rows(new: Work, bounds: np.ndarray) -> Dataset:
@@ -177,7 +179,7 @@ def retrieve(settings: Config, work: Work, vocabulary: Vocabulary, embedded: Kep
     return kept.extend(work, settings.run.shard_size, rows)
 
 
-def retrieved(settings: Config, work: Work, kept: Kept) -> Callable[[list[int]], Dataset]:
+def retrieved(settings: Config, work: Work, kept: Computed) -> Callable[[list[int]], Dataset]:
     """Shards of `work` by number with their kept candidates, and with pictures where the ranker wants some."""
 
     def rows(numbers: list[int]) -> Dataset:

@@ -186,14 +186,14 @@ def _drawn(memory: Piece, shots: int) -> Piece:
         return {"shots": shots}
     if "classes" in memory or not memory.get("support"):
         return {"support": None}
-    return {"support": None, "classes": list(_class_names(config.Corpus(**memory["support"]).model_dump_json()))}
+    return {"support": None, "classes": list(_class_names(config.Corpus(**memory["support"])))}
 
 
 @lru_cache(maxsize=64)  # a sweep asks for each cell, and ImageNet's folders take a minute to list
-def _class_names(corpus: str) -> tuple[str, ...]:
+def _class_names(corpus: config.Corpus) -> tuple[str, ...]:
     from rar.corpus.datasets import named
 
-    return tuple(named.read(config.Corpus.model_validate_json(corpus)).classes)
+    return tuple(named.read(corpus).classes)
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Piece:

@@ -25,7 +25,7 @@ from rar import fusion
 from rar.columns import fitted, with_candidates
 from rar.config import Config
 from rar.engine.choosing import Fuse
-from rar.ranker.spelling import Vocabulary, match_name
+from rar.ranker.spelling import Spellings, match_name
 from rar.run import measure
 from rar.run.calibrate import PAPER
 from rar.runfolder import RunFolder
@@ -140,7 +140,7 @@ def known(data: Path, name: str) -> Recorded:
     retrieved = data / "clip_top10" / f"{name}.npz"
     if not retrieved.exists():
         names = list(answers["class_names"])
-        files, vocabulary = list(answers["truth"]), Vocabulary(names)
+        files, vocabulary = list(answers["truth"]), Spellings(names)
         found = {true_name: match_name(true_name, vocabulary) for true_name in set(answers["truth"].values())}
         index = {true_name: position for true_name, position in found.items() if position is not None}
         if strange := sorted(found.keys() - index.keys()):
@@ -157,7 +157,7 @@ def known(data: Path, name: str) -> Recorded:
 
 def _named(answers: dict[str, Any], files: list[str], names: list[str]) -> list[list[int] | None]:
     """The distinct classes that each response names, in its order; names outside the vocabulary are dropped one by one."""
-    vocabulary = Vocabulary(names)
+    vocabulary = Spellings(names)
     responses = [answers["responses"].get(file) for file in files]
     meant = {name: match_name(name, vocabulary) for name in {name for response in responses for name in response or []}}
     return [None if response is None else _distinct([meant[name] for name in response]) for response in responses]

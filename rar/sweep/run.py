@@ -33,11 +33,11 @@ from rar.sweep.state import Sweep, write_page
 
 if TYPE_CHECKING:
     from rar.engine.session import Session
-    from rar.run.shared import Kept
+    from rar.run.shared import Computed
     from rar.run.vocabulary import Vocabulary
 
 
-class Spent(Exception):
+class OverBudget(Exception):
     """The budget of MLLM calls does not allow a cell; it is left."""
 
 
@@ -74,7 +74,7 @@ def run(
         from rar.engine import session
 
         with session.opened() as opened, ThreadPoolExecutor(sweep.grid.parallel) as pool:
-            worker = Worker(sweep, opened, every, budget, told)
+            worker = Runner(sweep, opened, every, budget, told)
             futures = [pool.submit(worker.group, members) for members in groups(rest)]
             try:
                 for future in futures:
@@ -94,7 +94,7 @@ def _guarded(sweep: Sweep, cell: Cell, told: Callable[[Cell, str], None], work: 
         with faults.crossing():
             values = work()
             write_page(sweep, cell)
-    except Spent as error:
+    except OverBudget as error:
         with sweep.lock:
             sweep.left[cell.name] = f"budget: {error}"
         told(cell, f"left: {error}")
@@ -115,7 +115,7 @@ def _guarded(sweep: Sweep, cell: Cell, told: Callable[[Cell, str], None], work: 
 
 
 @dataclass
-class Worker:
+class Runner:
     """Builds memories and runs their cells, in a session; several threads share it."""
 
     sweep: Sweep
@@ -165,7 +165,7 @@ class Worker:
             build.build_memory(opened, settings, fresh=False, known=known)
         self._count("memories", (1 - built, int(built)))
 
-    def _support(self, cell: Cell, settings: Config) -> Kept:
+    def _support(self, cell: Cell, settings: Config) -> Computed:
         """The vectors of every support picture that any seed and shot count of the grid draws."""
         from rar.run import build, shared
         from rar.schema import ERRORS
@@ -208,7 +208,7 @@ class Worker:
         nearest.keep(opened, settings, vocabulary, folder)
         return values
 
-    def _candidates(self, opened: Session, cell: Cell, settings: Config, work: Work, vocabulary: Vocabulary) -> Kept:
+    def _candidates(self, opened: Session, cell: Cell, settings: Config, work: Work, vocabulary: Vocabulary) -> Computed:
         from rar.run import shared
 
         listed, embedded = shared.listed(work.index), None
@@ -232,28 +232,28 @@ class Worker:
     def _reserve(self, settings: Config, rows: int) -> int:
         """Calls for the rows of a cell, which are given back as far as they are not made; those before them are not.
 
-        Raises Spent where the budget does not have so many left.
+        Raises OverBudget where the budget does not have so many left.
         """
         most = calls(settings, rows)
         with self.sweep.lock:
             if self.budget is not None and self.sweep.calls + most > self.budget:
-                raise Spent(f"it may make {most:,} calls, and {max(0, self.budget - self.sweep.calls):,} are left")
+                raise OverBudget(f"it may make {most:,} calls, and {max(0, self.budget - self.sweep.calls):,} are left")
             self.sweep.calls += most
         return rows * calls_a_row(settings)
 
-    def _kept(self, part: str, cell: Cell, settings: Config, *decides: Any) -> Kept:
+    def _kept(self, part: str, cell: Cell, settings: Config, *decides: Any) -> Computed:
         from rar.run import shared
 
         kind = "candidates" if part == "candidates" else "embeddings"
         name = f"{cell.dataset}-{part}-{shared.key(settings, *decides)}"
-        return shared.Kept(self.sweep.out / "shared" / kind / name)
+        return shared.Computed(self.sweep.out / "shared" / kind / name)
 
     def _turn(self, name: str) -> threading.Lock:
         """One thread at a time embeds into a folder."""
         with self.sweep.lock:
             return self.embedding.setdefault(name, threading.Lock())
 
-    def _count(self, step: str, counts: tuple[int, int], kept: Kept | None = None) -> None:
+    def _count(self, step: str, counts: tuple[int, int], kept: Computed | None = None) -> None:
         with self.sweep.lock:
             known = self.sweep.shared.setdefault(step, {"computed": 0, "reused": 0})
             known["computed"] += counts[0]

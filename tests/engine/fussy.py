@@ -12,10 +12,12 @@ import pyarrow as pa
 import ray
 
 from rar.engine import client, models
+from rar.engine.isolate import Isolate
 from rar.engine.replica import RankerReplica
 from rar.schema import Ranking, RankStatus
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+GONE = "CUDA error: device-side assert triggered"
 
 
 def shows(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
@@ -67,6 +69,22 @@ class FussyReplica(RankerReplica):
         self.whole.work = fussy
 
 
+class BreakingReplica(RankerReplica):
+    """A ranker whose device is gone with a blue picture, and answers nothing from then on."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        rank, seen = self.whole.work, list[bool]()
+
+        def fussy(images: Sequence[np.ndarray], names: Sequence[Sequence[str]], **more: Any) -> Sequence[Ranking]:
+            seen.append(any(shows(image, BLUE) for image in images))
+            if any(seen):
+                raise RuntimeError(GONE)
+            return rank(images, names, **more)
+
+        self.whole.work = fussy
+
+
 class Answers:
     """A ranker's application in so far as it answers."""
 
@@ -84,6 +102,8 @@ class Deadly(models.Embed):
     """A model whose process ends with any picture it is given."""
 
     def __init__(self, settings: object) -> None: ...
+
+    def facts(self) -> Any: ...
 
     def __call__(self, table: pa.Table) -> pa.Table:
         os._exit(1)
@@ -105,6 +125,23 @@ class Slow(models.Embed):
     def __call__(self, table: pa.Table) -> pa.Table:
         time.sleep(0.5)
         return table.append_column("process", pa.array([os.getpid()] * table.num_rows))
+
+
+class Breaking(Slow):
+    """A model whose device is gone after two shards."""
+
+    def __init__(self, settings: object) -> None:
+        self.shards, self.works = 0, Isolate(self._work)
+
+    def _work(self, tables: list[pa.Table]) -> list[pa.Table]:
+        self.shards += 1
+        if self.shards > 2:
+            raise RuntimeError(GONE)
+        return tables
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        self.works([table])
+        return super().__call__(table)
 
 
 class Mortal(Slow):

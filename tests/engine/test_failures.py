@@ -159,6 +159,29 @@ def test_a_shard_that_kills_takes_no_other_with_it(ray_session: Session) -> None
     assert [table["error"].to_pylist() for table in others] == [[None]] * 5
 
 
+@pytest.mark.long
+def test_shards_go_on_in_another_process_where_a_device_is_gone(ray_session: Session) -> None:
+    found = told(pool_of(fussy.Breaking, 1), 6)
+    assert [table["error"].to_pylist() for table in found] == [[None]] * 6
+    assert len({table["process"][0].as_py() for table in found}) >= 3
+
+
+@pytest.mark.long
+def test_a_picture_that_a_device_is_gone_with_is_found_by_other_replicas(
+    ray_session: Session, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "RankerReplica", fussy.BreakingReplica)
+    settings = config.Ranker(max_new_tokens=11)
+    client.deploy(ray_session, settings)
+    ask = client.ask(ray_session, settings)
+    assert ask is not None
+    images = [(photos / f"{name}.png").read_bytes() for name in ("good1", "good2", "blue", "good3")]
+    found = ask(images, [["a", "b", "c"]] * 4)
+    assert [one.status for one in found] == ["ranked", "ranked", "fallback", "ranked"]
+    assert found[2].response == f"[Broken: RuntimeError: {fussy.GONE}]"
+    client.undeploy(settings)
+
+
 @pytest.mark.slow
 def test_a_shard_that_kills_its_process_again_and_again_becomes_errors(ray_session: Session) -> None:
     pool = ray_session._pool("encoder", fussy.Deadly, config.Encoder(source="deadly"), config.Encoder())

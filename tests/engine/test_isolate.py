@@ -90,6 +90,21 @@ def test_a_device_that_is_gone_blames_no_row() -> None:
         Isolate(work)(range(8))
 
 
+def test_columns_are_cut_together_and_what_is_shared_is_given_each_time() -> None:
+    """And the answers are told once, with the seconds that they took."""
+    noted = []
+
+    def work(rows: list[int], names: list[str], *, sign: int) -> list[tuple[int, str]]:
+        if 2 in rows:
+            raise ValueError("two")
+        return [(sign * row, name) for row, name in zip(rows, names, strict=True)]
+
+    answers = Isolate(work, noted=lambda *told: noted.append(told))(range(4), "abcd", sign=-1)
+    assert [one for one in answers if not isinstance(one, Exception)] == [(0, "a"), (-1, "b"), (-3, "d")]
+    ((told, seconds),) = noted
+    assert told is answers and seconds > 0
+
+
 def test_no_rows_are_no_call() -> None:
     assert Isolate(Fake({0}))([]) == []
 

@@ -23,7 +23,6 @@ from rar.miniature.world import (
     MARKINGS,
     PATTERNS,
     SHAPES,
-    SPLITS,
     Spec,
     all_classes,
     families,
@@ -35,7 +34,7 @@ from rar.miniature.world import (
 from rar.ranker.prompt import generate_answer, generate_prompt, letters_prompt
 from rar.ranker.wording import LABELS
 
-SEEDS = range(9)
+SEEDS, SPLITS = range(9), ("train", "validation", "novel")
 
 specs = st.builds(Spec, st.sampled_from(SHAPES), st.sampled_from(COLOURS), st.sampled_from(PATTERNS), st.sampled_from(MARKINGS))
 

@@ -30,8 +30,6 @@ def test_an_answer_comes_back_and_costs_nothing_the_second_time(tmp_path: Path) 
     cache.put([b"picture"], [NAMES], [ANSWER])
     again = AnswerCache(tmp_path / "new" / "folder", "f")
     assert again.get([b"picture", b"other"], [NAMES, NAMES]) == [KEPT, None]
-    assert (cache.hits, cache.misses) == (0, 1)
-    assert (again.hits, again.misses) == (1, 1)
 
 
 @pytest.mark.parametrize(

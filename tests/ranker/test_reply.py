@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rar.ranker.prompt import generate_answer
 from rar.ranker.reply import parse
-from rar.ranker.spelling import Vocabulary, match_name
+from rar.ranker.spelling import Spellings, match_name
 from rar.schema import RankStatus
 from tests.conftest import SHARED_DATA
 
@@ -156,7 +156,7 @@ def test_endless_replies_take_no_time(unit: str):
 
 def test_match_name():
     names = ["2010 Chevrolet Malibu Hybrid Sedan", "2007 Chevrolet Malibu Sedan", "lacelike", "SAAB 340", "water_lilly"]
-    vocabulary = Vocabulary(names)
+    vocabulary = Spellings(names)
     assert match_name("Saab-340", names) == 3
     assert match_name("lace-like", vocabulary) == 2
     assert match_name("Water Lilly", vocabulary) == 4
@@ -239,7 +239,7 @@ def test_published_accuracies_of_gpt4v(dataset: str, every: int, at_least: float
     All of them: the published 56.6, 62.7, 57.7, 46.8 and 93.7, less half a percent.
     """
     data = json.loads((SHARED_DATA / "gpt4v_rankings" / f"{dataset}.json").read_text())
-    vocabulary = Vocabulary(data["class_names"])
+    vocabulary = Spellings(data["class_names"])
     answers = list(data["responses"].items())[::every]
     found = {text: match_name(text, vocabulary) for _, texts in answers for text in texts}
     truth = {name: match_name(name, vocabulary) for name in set(data["truth"].values())}

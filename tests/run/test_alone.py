@@ -48,6 +48,14 @@ def test_a_second_driver_is_refused_while_the_first_lives_and_takes_over_at_once
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("place", ["file/run", "file"])
+def test_a_folder_that_cannot_be_made_is_one_line(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    why = r"--out .* cannot be made or written: (Not a directory|File exists); choose"
+    with pytest.raises(UserError, match=why), alone.driving(tmp_path / place):
+        pass
+
+
 @pytest.mark.parametrize("verb", ["memory", "classify", "embed", "sweep"])
 def test_every_verb_that_leaves_a_folder_looks_for_another_driver(verb: str, world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"

@@ -16,7 +16,7 @@ import yaml
 
 from rar import config
 from rar.engine.session import Session
-from rar.run.shared import Kept
+from rar.run.shared import Computed
 from rar.runfolder import RunFolder
 from rar.sweep import grid, state, tables
 from rar.sweep import run as sweeping
@@ -82,7 +82,7 @@ def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(ray_session: Session,
     again = swept(tmp_path / "parts", None, said.append, shots=[1, 2, 4], seeds=[0, 1])
     assert len(again.done) == 1 + 3 * 2 * 2
     support = next((tmp_path / "parts" / "shared" / "embeddings").glob("drawn-support-*"))
-    assert Kept(support).stages()["embed.rows"] == len(set(Kept(support).rows()["row"].to_pylist())) == 24
+    assert Computed(support).stages()["embed.rows"] == len(set(Computed(support).rows()["row"].to_pylist())) == 24
 
 
 @pytest.mark.slow
@@ -164,5 +164,5 @@ def test_a_sweep_that_was_killed_twice_ends_with_the_same_tables(ray_session: Se
     assert done.returncode == 0, done.stderr
     assert written(tmp_path / "whole") == written(out), f"seed {seed}"
     for kept in (out / "shared" / "embeddings").glob("*"):
-        rows = Kept(kept).rows()["row"].to_pylist()
-        assert len(rows) == len(set(rows)) == Kept(kept).stages()["embed.rows"], kept
+        rows = Computed(kept).rows()["row"].to_pylist()
+        assert len(rows) == len(set(rows)) == Computed(kept).stages()["embed.rows"], kept
