@@ -32,7 +32,7 @@ import numpy as np
 import ray
 import torch
 from PIL import Image
-from ray import serve as ray_serve
+from ray import serve
 
 from rar import config, miniature
 from rar.corpus.decode import decode
@@ -195,7 +195,7 @@ async def _watch(app: str, until: float, seconds: float, tally: Tally) -> None:
 
 
 def running(app: str) -> int:
-    states = ray_serve.status().applications[app].deployments["ranker"].replica_states
+    states = serve.status().applications[app].deployments["ranker"].replica_states
     return sum(count for state, count in states.items() if state == "RUNNING")
 
 

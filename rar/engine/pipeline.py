@@ -25,7 +25,7 @@ import ray.data
 from ray.data import Dataset
 from ray.data.datasource import Datasink
 
-from rar.engine import models, reading, stages
+from rar.engine import stages
 from rar.engine.actors import Pool
 from rar.engine.isolate import reason
 from rar.schema import Unavailable, UserError
@@ -80,11 +80,6 @@ def through(dataset: Dataset, name: str, work: stages.Stage, waiters: int | None
 def plainly(dataset: Dataset, work: stages.Stage) -> Dataset:
     """The same for a step that only renames and selects: it is not timed."""
     return dataset.map_batches(work, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
-
-
-def with_pixels(dataset: Dataset, encoder: models.EncoderFacts) -> Dataset:
-    """bytes, or the views of boxes, -> pixels."""
-    return through(dataset, "decode", reading.Decode(encoder.fit, encoder.min_side))
 
 
 def by_model(dataset: Dataset, pool: Pool) -> Dataset:

@@ -29,7 +29,7 @@ import pyarrow as pa
 import ray
 from fastapi import FastAPI
 from PIL import Image
-from ray import serve as ray_serve
+from ray import serve
 from ray.exceptions import RayActorError
 
 from rar import fusion
@@ -111,7 +111,7 @@ class Cluster:
         """The ranker's name, classes and pictures of each. Raises Unavailable where the ranker's application is not running."""
         facts: dict[str, Any] = {"ranker": self.settings.ranker.model, "method": self.settings.ranker.method}
         if self.app is not None:
-            status = await asyncio.get_running_loop().run_in_executor(None, ray_serve.status)
+            status = await asyncio.get_running_loop().run_in_executor(None, serve.status)
             found = status.applications.get(self.app)
             if found is None or found.status != "RUNNING":
                 raise Unavailable(f"the ranker is {found.status.lower() if found else 'not deployed'}")
@@ -231,7 +231,7 @@ def serving(session: Session, settings: Config, folder: RunFolder, proxied: bool
     finally:
         for name in (APP, ranker):
             if name is not None:
-                ray_serve.delete(name)
+                serve.delete(name)
 
 
 def check(settings: Config, proxied: bool = False) -> bytes | None:
@@ -276,7 +276,7 @@ def start_proxy(settings: Config) -> None:
     Serve replaces a proxy that is slow to start, and tells of the first one's end; `run_gateway` waits for one that answers.
     """
     with suppress(RayActorError):
-        ray_serve.start(
+        serve.start(
             proxy_location="EveryNode",
             http_options={"host": settings.serve.host, "port": settings.serve.port},
             logging_config=client.QUIET,
@@ -311,7 +311,7 @@ def run_gateway(session: Session, settings: Config, known: Learned | None, app: 
     """Deploy the gateways and wait until one answers over HTTP."""
     online, ranker = settings.serve, settings.ranker
     room = 2 * ranker.batch_size * ranker.max_replicas + online.max_queued
-    deployment = ray_serve.deployment(
+    deployment = serve.deployment(
         name=APP,
         ray_actor_options={"num_cpus": session.reserves(Placed(device="cpu"))[1]},
         autoscaling_config={
@@ -326,8 +326,8 @@ def run_gateway(session: Session, settings: Config, known: Learned | None, app: 
         backpressure_config={"status_code": 429, "retry_after_s": api.RETRY_AFTER_S},
         graceful_shutdown_timeout_s=client.DRAIN_S,
         logging_config=client.QUIET,
-    )(ray_serve.ingress()(Gateway))
-    ray_serve.run(deployment.bind(settings.model_dump(mode="json"), known, app, digest), name=APP, route_prefix="/")
+    )(serve.ingress()(Gateway))
+    serve.run(deployment.bind(settings.model_dump(mode="json"), known, app, digest), name=APP, route_prefix="/")
     url = f"http://{online.host}:{online.port}/health"
     for _ in range(int(READY_S / 0.2)):
         try:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from ray import serve as ray_serve
+from ray import serve
 from ray.serve import Application
 
 from rar import config
@@ -47,7 +47,7 @@ class Service:
 
 def application(arguments: dict[str, str]) -> Application:
     """What Serve calls with `args` of its config: config, out."""
-    deployment = ray_serve.deployment(
+    deployment = serve.deployment(
         name="service",
         ray_actor_options={"num_cpus": 0.1},
         health_check_period_s=10.0,

@@ -152,11 +152,9 @@ class Collection:
         """Delete entries; ids that are not there are passed over. Returns the number deleted. `seal` afterwards."""
         before = self.count()
         for start in range(0, len(entry_ids), IDS):
-            self._delete(list(entry_ids[start : start + IDS]))
+            ids = list(entry_ids[start : start + IDS])
+            self._call(lambda client, ids=ids: client.delete(self.name, ids=ids))  # type: ignore[misc]
         return before - self.count()
-
-    def _delete(self, entry_ids: list[str]) -> None:
-        self._call(lambda client: client.delete(self.name, ids=entry_ids))
 
     def seal(self, expected: int, *, keep: bool = False) -> Entries | None:
         """Finish writing: flush once, wait until the index is built and in use, check that exactly `expected` entries are

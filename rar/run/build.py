@@ -235,7 +235,8 @@ def _vectors(
     if places:
         rows = pipeline.through(rows, "ask", entering.Lacking(places, maker))
     if not precomputed and known is None:
-        rows = pipeline.plainly(pipeline.with_pixels(rows, facts), _without_bytes)
+        rows = pipeline.through(rows, "decode", reading.Decode(facts.fit, facts.min_side))
+        rows = pipeline.plainly(rows, lambda table: table.drop_columns(["bytes"]))
         rows = pipeline.by_model(rows, session.encoder(settings.encoder))
     return pipeline.plainly(rows, entering.AsEntries(class_of, maker))
 
@@ -245,10 +246,6 @@ def _maker(settings: Config, index: pa.Table, facts: models.EncoderFacts) -> str
     if "box_xyxy" not in index.column_names:
         return facts.fingerprint
     return f"{facts.fingerprint}.{identity.fingerprint(treatment(settings, facts))}"
-
-
-def _without_bytes(table: pa.Table) -> pa.Table:
-    return table.drop_columns(["bytes"])
 
 
 def _is_fault(told: pa.Table) -> pa.ChunkedArray:
@@ -384,7 +381,7 @@ def _brought_texts(settings: Config, planned: Plan, names: Sequence[str], dim: i
     """Text rows of the classes `names` from memory.class_embeddings; none where the user brings none."""
     file = settings.memory.class_embeddings
     if file is None:
-        return _empty_rows(dim)
+        return with_vectors(COLUMNS.empty_table(), np.zeros((0, dim), np.float32))
     if settings.memory.classes is None:
         raise UserError("memory.class_embeddings needs memory.classes: the names, in the order of its rows")
     brought = vectors.class_embeddings(file, len(planned.classes))
@@ -402,10 +399,6 @@ COLUMNS = pa.schema(
         ("pixels", pa.large_binary()),
     ]
 )
-
-
-def _empty_rows(dim: int) -> pa.Table:
-    return with_vectors(COLUMNS.empty_table(), np.zeros((0, dim), np.float32))
 
 
 def as_image_rows(names: pa.Table) -> pa.Table:

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from ray import serve as ray_serve
+from ray import serve
 
 from rar import config
 from rar.bench import load
@@ -272,13 +272,13 @@ def service(lab: Lab, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -
         serve={"port": load.free_port(), "max_body_bytes": 100_000, "adapters": {"odd": str(adapter)}},
         detect={"crop": {"size": 96}, "shown": {"size": 96, "outside": "grey"}},  # one view for both
     )
-    ray_serve.shutdown()  # another module's has no HTTP proxy
+    serve.shutdown()  # another module's has no HTTP proxy
     os.environ[app.TOKEN] = TOKEN
     opened = RunFolder.open(folder / "run", "serve", settings, fresh=False, name="test", group="serve")
     with app.serving(lab.session, settings, opened) as url:
         yield Service(url, lab.world, settings)
     del os.environ[app.TOKEN]
-    ray_serve.shutdown()
+    serve.shutdown()
 
 
 def test_ranking_over_http_is_the_bare_rankers(service: Service) -> None:
@@ -388,7 +388,7 @@ def test_batch_jobs_are_served_beside_it(service: Service, ray_session: Session)
     assert isinstance(ask, client.Ask)
     (ranking,) = ask([png()], [["a", "b", "c"]])
     assert sorted(ranking.order) == [0, 1, 2]
-    ray_serve.delete(client.app_name(service.settings.ranker))
+    serve.delete(client.app_name(service.settings.ranker))
 
 
 @pytest.mark.slow

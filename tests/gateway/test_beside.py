@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ray import serve as ray_serve
+from ray import serve
 
 from rar import miniature
 from rar.bench import load
@@ -31,7 +31,7 @@ def test_exemplars_and_the_prior_rank_single_requests_as_they_do_batches(
     settings = lab.settings(
         ranker={"exemplars": 1, "debias": "prior"}, route={"mode": "always"}, serve={"port": load.free_port()}
     )
-    ray_serve.shutdown()
+    serve.shutdown()
     folder = RunFolder.open(tmp_path / "run", "serve", settings, fresh=False, name="test", group="serve")
     photos = sorted((lab.world / "novel" / "test").glob("*/*.png"))[::30]
     places = exemplars(settings)
@@ -44,7 +44,7 @@ def test_exemplars_and_the_prior_rank_single_requests_as_they_do_batches(
             request = urllib.request.Request(f"{url}/rank", body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=120) as reply:
                 answers.append(json.load(reply))
-    ray_serve.shutdown()
+    serve.shutdown()
     prior = folder.read("prior.json")
     assert {"2", "3", "4", "5"} <= set(prior)
     shown = [Pictures().at(places.get(name, [])) for name in names]
