@@ -32,7 +32,7 @@ class S3:
             self.told += 1
             request["wsgi.input"].read(int(request.get("CONTENT_LENGTH") or 0))  # else the connection breaks
             answer("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(SLOW_DOWN)))])
-            return [SLOW_DOWN]
+            return [] if request["REQUEST_METHOD"] == "HEAD" else [SLOW_DOWN]
         return self.app(request, answer)
 
     def put(self, folder: Path, name: str) -> None:
