@@ -42,6 +42,8 @@ def prepare(session: Session, settings: Config) -> Vocabulary:
         check_labels(settings, len(vocabulary.names))
     with ThreadPoolExecutor(1) as pool:  # the replica loads while the encoder does
         deployed = pool.submit(client.deploy, session, settings.ranker) if settings.ranker.method != "none" else None
+        if deployed is not None and settings.ranker.base_url is not None:
+            deployed.result()  # a server that is not there is told before the encoder loads
         vocabulary = vocabulary or open_memory(session, settings)
         if deployed is not None:
             deployed.result()
