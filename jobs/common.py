@@ -35,9 +35,9 @@ def guarded(work: Callable[[], int | None]) -> None:
         print(f"rar: {error}", file=sys.stderr)
         code = Exit.CRASH
     except OSError as error:
-        if error.errno not in storage.FULL:
+        if error.errno not in (*storage.FULL, *storage.AWAY):
             raise
-        print(f"rar: {storage.NO_SPACE}", file=sys.stderr)
+        print(f"rar: {storage.NO_SPACE if error.errno in storage.FULL else storage.NO_ANSWER}", file=sys.stderr)
         code = Exit.CRASH
     except KeyboardInterrupt:
         print("rar: interrupted; the same command with --resume goes on from here", file=sys.stderr)

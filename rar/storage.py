@@ -18,7 +18,8 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -34,8 +35,12 @@ DRIVER = "driver.json"  # in a run folder: who is at work there
 PATIENCE_S = 300.0  # with storage that does not answer, beyond the few seconds that its client has by itself
 OF_A_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 REFUSED = (errno.EINVAL, errno.EPERM, errno.ENOSYS)  # what a store says of a request that it will never like
+BUSY = ("429", "500", "502", "503", "504", "InternalError", "ServiceUnavailable")  # codes of an S3 server
+S3_TRIES = 8  # ten seconds in all, each try with those of botocore
+AWAY = (errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET)  # what clients make of these
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_ANSWER = "storage does not answer; once it does, the same command goes on"
 NO_SPACE = "no space is left where the run writes; make room, and the same command goes on"
 CLIENTS = ("aiohttp", "botocore", "urllib3", "gcsfs", "google", "azure")  # whose errors are no OSError
 T = TypeVar("T")
@@ -115,9 +120,23 @@ def locate(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if not uri:
         raise ValueError("the name is empty")
     if "://" in uri:
+        _steady(uri.partition("://")[0])
         return fsspec.core.url_to_fs(uri)
     local = os.path.expanduser(uri)
     return LocalFileSystem(), LocalFileSystem._strip_protocol(f"./{local}" if local.startswith("~") else local)
+
+
+@cache
+def _steady(protocol: str) -> None:
+    """Have a store's client ask again where it would not by itself: s3fs knows a busy store by its words alone, and the answer
+    to a HEAD request has none."""
+    if protocol in ("s3", "s3a"):
+        with suppress(ImportError):  # who needs it says so
+            from s3fs import S3FileSystem
+            from s3fs.core import set_custom_error_handler
+
+            set_custom_error_handler(lambda error: any(f"({code})" in str(error) for code in BUSY))
+            S3FileSystem.retries = S3_TRIES
 
 
 def kind_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -191,6 +210,7 @@ def place(name: str | Path) -> Path:
         return name
     from upath import UPath
 
+    _steady(name.partition("://")[0])
     return cast(Path, UPath(name, use_listings_cache=False))
 
 

@@ -54,6 +54,8 @@ def told(error: BaseException) -> UserError | Unavailable | None:
     last = chain[-1]
     if isinstance(last, OSError) and last.errno in storage.FULL:
         return Unavailable(storage.NO_SPACE)
+    if isinstance(last, OSError) and last.errno in storage.AWAY:
+        return Unavailable(f"{storage.NO_ANSWER} ({reason(last)})")
     if isinstance(last, OSError) and last.errno in storage.FORBIDDEN:
         return UserError(f"{last.filename}: {last.strerror}; see to it that this user may, or choose another place")
     said = next((words for kind, words in GONE.items() if isinstance(last, kind)), None)
