@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import pyarrow as pa
 import typer
 
 from rar import storage
@@ -26,6 +27,7 @@ Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or (d
 def guarded(work: Callable[[], int | None]) -> None:
     """Run a verb and exit with the contract's codes. SIGTERM (`ray job stop`, a preempted node) ends it as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what listing a corpus took
     try:
         code = work()
     except UserError as error:
