@@ -39,7 +39,8 @@ def guarded(work: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno not in (*storage.FULL, *storage.AWAY):
             raise
-        print(f"rar: {storage.NO_SPACE if error.errno in storage.FULL else storage.NO_ANSWER}", file=sys.stderr)
+        told = storage.NO_SPACE if error.errno in storage.FULL else f"{storage.NO_ANSWER} ({error})"
+        print(f"rar: {told}", file=sys.stderr)
         code = Exit.CRASH
     except KeyboardInterrupt:
         print("rar: interrupted; the same command with --resume goes on from here", file=sys.stderr)

@@ -55,9 +55,10 @@ def told(error: BaseException) -> UserError | Unavailable | None:
     if isinstance(last, OSError) and last.errno in storage.FULL:
         return Unavailable(storage.NO_SPACE)
     if isinstance(last, OSError) and last.errno in storage.AWAY:
-        return Unavailable(f"{storage.NO_ANSWER} ({reason(last)})")
+        return Unavailable(f"{storage.NO_ANSWER} ({last.strerror})")
     if isinstance(last, OSError) and last.errno in storage.FORBIDDEN:
-        return UserError(f"{last.filename}: {last.strerror}; see to it that this user may, or choose another place")
+        where = "a file of the run" if "\n" in str(last.filename) else last.filename  # Ray Data puts its advice in its place
+        return UserError(f"{where}: {last.strerror}; see to it that this user may, or choose another place")
     said = next((words for kind, words in GONE.items() if isinstance(last, kind)), None)
     return Unavailable(f"{said} ({reason(last)})") if said else None
 

@@ -83,6 +83,12 @@ def test_mistakes_found_in_a_task_cross_as_themselves(ray_session: Session) -> N
     with pytest.raises(Unavailable, match="no space is left where the run writes; make room") as full:
         _in_a_task(OSError(errno.ENOSPC, "No space left on device", "/runs/a"))
     assert "\n" not in str(full.value)
+    with pytest.raises(Unavailable, match=r"storage does not answer; .* goes on \(Service Unavailable\)$"):
+        _in_a_task(OSError(errno.EBUSY, "Service Unavailable"))
+    with pytest.raises(UserError, match=r"^a file of the run: Permission denied; see to it that this user may"):
+        _in_a_task(PermissionError(errno.EACCES, "Permission denied", "/runs/a"))
+    with pytest.raises(UserError, match=r"^/runs/a: Permission denied; see to it"), faults.crossing():
+        raise PermissionError(errno.EACCES, "Permission denied", "/runs/a")
 
 
 def test_a_crash_in_a_task_stays_a_crash(ray_session: Session) -> None:
