@@ -24,7 +24,7 @@ from rar import storage
 from rar.columns import fitted, vectors_of
 from rar.engine.keeping import Keeper
 from rar.engine.stages import with_seconds
-from rar.memory.collection import FIELDS, Collection
+from rar.memory.collection import FIELDS, Collection, Entries
 from rar.runfolder import RunFolder
 from rar.schema import ERRORS, PREDICTIONS, UserError
 
@@ -66,9 +66,10 @@ class MilvusSink(Datasink[tuple[int, pa.Table, dict[str, float]]]):
             return 0
         ids, names = table["entry_id"].to_pylist(), table["class_name"].to_pylist()
         vectors = np.stack(list(BlockAccessor.for_block(table).to_numpy("vector")))  # from lists as well as from tensors
-        written = self.collection.upsert(ids, table["class_id"].to_numpy(), names, vectors)
+        part = Entries(ids, table["class_id"].to_numpy(), names, vectors)
+        written = self.collection.upsert(part.entry_ids, part.class_ids, part.class_names, part.vectors)
         if self.keeper is not None:
-            self.keeper.add(ids, vectors)
+            self.keeper.add(part)
         return written
 
     def on_write_complete(self, write_result: WriteResult[tuple[int, pa.Table, dict[str, float]]]) -> None:

@@ -16,6 +16,7 @@ before the first is written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +33,7 @@ from rar.corpus.support import Plan
 from rar.encoder import templates
 from rar.engine import entering, models, pipeline, reading
 from rar.engine.entering import HELD, RESUMED
-from rar.engine.keeping import Keeper, Kept
+from rar.engine.keeping import Keeper, Kept, as_stored
 from rar.engine.session import Session
 from rar.engine.sinks import MilvusSink
 from rar.engine.stages import Stage
@@ -324,13 +325,28 @@ def _finish(
     meta: dict[str, Any],
     kept: Kept | None,
 ) -> None:
-    """Seal the parts, each with its count, and write a head that was fitted on them. kept: vectors of images."""
+    """Seal the parts, each with its count, and write a head that was fitted on them.
+
+    kept: images, as they were written: the head is fitted on them while the store seals, and is right where it holds the same.
+    """
     entries: dict[str, Entries | None] = {}
-    for kind, (one, count) in parts.items():
-        bare = one.seal(count, keep=kept is not None and kind == "images")
-        entries[kind] = kept.entries(one, bare) if kept is not None and bare is not None else fitting.entries_of(one)
+    known = kept.entries() if kept is not None else None
+    fitted = None
+    if "texts" in parts:
+        one, count = parts["texts"]
+        one.seal(count)
+        entries["texts"] = fitting.entries_of(one)
+    if "images" in parts:
+        one, count = parts["images"]
+        with ThreadPoolExecutor(1) as aside:
+            sealing = aside.submit(one.seal, count, keep=known is not None)
+            if known is not None and len(known) == count:
+                fitted = fitting.head_of(settings, mode, {**entries, "images": known})
+            bare = sealing.result()
+        stored = as_stored(known, one, bare) if known is not None and bare is not None else fitting.entries_of(one)
+        entries["images"], fitted = stored, fitted if stored is known else None
     meta |= {"entries": catalog.entries_digest({kind: one for kind, (one, _) in parts.items()})}
-    fitting.write_head(settings, mode, entries, head, meta)
+    fitting.write_head(settings, fitted or fitting.head_of(settings, mode, entries), head, meta)
 
 
 def _ensure_head(settings: Config, address: str, number: int, meta: dict) -> None:

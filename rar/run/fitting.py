@@ -42,15 +42,16 @@ def held_out(settings: Config, entries: Parts, image_ids: Sequence[str]) -> tupl
 
 
 def _fit(settings: Config, mode: modes.Mode, entries: Parts, head: Collection, meta: Mapping[str, Any]) -> None:
-    write_head(settings, mode, {kind: entries_of(one) for kind, one in entries.items()}, head, meta)
+    write_head(settings, head_of(settings, mode, {kind: entries_of(one) for kind, one in entries.items()}), head, meta)
 
 
-def write_head(
-    settings: Config, mode: modes.Mode, entries: Mapping[str, Entries | None], head: Collection, meta: Mapping[str, Any]
-) -> None:
+def head_of(settings: Config, mode: modes.Mode, entries: Mapping[str, Entries | None]) -> modes.Head:
     """The same in this process, on entries that were read."""
     images, texts = (entries.get(kind) for kind in ("images", "texts"))
-    fitted = modes.fit_head(mode, images, texts, settings.run.seed, settings.retriever.n_neighbors)
+    return modes.fit_head(mode, images, texts, settings.run.seed, settings.retriever.n_neighbors)
+
+
+def write_head(settings: Config, fitted: modes.Head, head: Collection, meta: Mapping[str, Any]) -> None:
     classes = fitted.to_entries()
     head.drop()
     index = index_of(settings, "head", len(classes))
