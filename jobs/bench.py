@@ -114,15 +114,22 @@ def ablation(out: Out = None, seed: Seed = 0, scenes: int = 450) -> None:
 
 @bench.command()
 def retrieve(
-    data: Data = None, rows: int = 20_000, repeats: Repeats = 5, server: bool = False, crossover: bool = False
+    data: Data = None,
+    rows: int = 20_000,
+    repeats: Repeats = 5,
+    server: bool = False,
+    crossover: bool = False,
+    kinds: Annotated[list[str] | None, typer.Option("--kind", help="FLAT, HNSW, ... Repeatable. Default: all.")] = None,
 ) -> None:
     """Recall, queries/s, build rows/s, bytes and memory of every index, against raw pymilvus and raw faiss."""
 
     def work() -> dict[str, Any]:
         from rar.bench import retrieve as module
 
+        if strange := set(kinds or ()) - set(module.KINDS):
+            raise UserError(f"--kind {sorted(strange)[0]}: one of {', '.join(module.KINDS)}")
         recorded = data or (SHARED if SHARED.is_dir() else None)
-        found = module.run(rows, repeats=repeats, data=recorded, server=server)
+        found = module.run(rows, repeats=repeats, data=recorded, server=server, kinds=kinds or module.KINDS)
         return {**found, "crossover": module.crossover(repeats=repeats)} if crossover else found
 
     _run(work)
