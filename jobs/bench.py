@@ -25,7 +25,7 @@ Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs of ea
 Seed = Annotated[int, typer.Option("--seed", min=0, max=8, help="World seed.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder that keeps what was drawn and run; default: a temporary one.")]
 
-bench = typer.Typer(help=__doc__, no_args_is_help=True)
+bench = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @bench.command()

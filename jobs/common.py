@@ -75,11 +75,12 @@ def shared_place(out: str | None) -> str:
 
 def verdict(folder: RunFolder, settings: Config) -> int:
     """Exit code of a finished run: 3 where more rows failed than `run.max_failed_fraction`."""
-    counts = folder.read("run.json")["counts"]
+    ended = folder.read("run.json")
+    counts, slowest = ended["counts"], ended.get("slowest")
     share = counts["failed"] / max(counts["input"], 1)
-    say(
-        f"{folder.path}: {counts['ok']:,} ok, {counts['failed']:,} failed, {counts['skipped']:,} skipped of {counts['input']:,}"
-    )
+    told = f"{counts['ok']:,} ok, {counts['failed']:,} failed, {counts['skipped']:,} skipped of {counts['input']:,}"
+    busy = f"; the slowest stage was {slowest}, {ended['stages'][slowest]['busy']:.0%} busy" if slowest else ""
+    say(f"{folder.path}: {told}{busy}")
     if share > settings.run.max_failed_fraction:
         say(f"rar: {share:.1%} of the rows failed, more than run.max_failed_fraction {settings.run.max_failed_fraction:.1%}")
         return Exit.TOO_MANY_FAILED

@@ -11,7 +11,7 @@ from rar.corpus.datasets import named
 from rar.corpus.datasets.known import known
 from rar.schema import UserError
 
-data = typer.Typer(help=__doc__, invoke_without_command=True)
+data = typer.Typer(help=__doc__, invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False)
 
 Name = Annotated[str, typer.Argument(help="A name that `rar data` prints.", show_default=False)]
 Root = Annotated[str, typer.Option("--root", help="The folder that holds the data set's folder, or that folder itself.")]

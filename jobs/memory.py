@@ -85,7 +85,7 @@ def run(config_file: Path, out: str | None, sets: list[str], dry_run: bool, fres
     folder.write_faults(built.failed)
     failed = built.failed.num_rows
     counts = {"input": built.rows + planned.ignored, "ok": built.rows - failed, "failed": failed, "skipped": planned.ignored}
-    folder.finish(counts, built.metrics, seconds, settings, built.seconds)
+    folder.finish(counts, built.metrics, seconds, settings, built.stats)
     for line in built.remarks:
         say(f"  {line}")
     for key, value in built.metrics.items():

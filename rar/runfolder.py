@@ -5,8 +5,8 @@ and of resuming: its rows go through every stage together, in batches that depen
 computes the same numbers as an uninterrupted one. A shard is done when its mark lies in `done/`: an empty-handed shard has
 one, too. The mark is taken away before a shard's files are written and comes back after them, so that a killed run leaves
 whole shards and nothing that counts. Its name tells the rows that were predicted and that failed (how far a run is takes one
-listing, however many shards there are), its content the seconds and tokens. Cost: a kill loses the shards in flight, at most
-`shard_size` images a worker; an inode a shard.
+listing, however many shards there are), its content the seconds and tokens, and when the shard ended. Cost: a kill loses the
+shards in flight, at most `shard_size` images a worker; an inode a shard.
 
 A folder is refused to a run of another identity (see identity), in words that say what differs.
 
@@ -122,13 +122,15 @@ class RunFolder:
 
     def write_shard(self, shard: int, predictions: pa.Table, errors: pa.Table, stats: Mapping[str, float]) -> None:
         """Write a shard's two files, each whole or not at all, and then its mark."""
+        started, rows = time.perf_counter(), predictions.num_rows + errors.num_rows
         self._unmark(f"{shard:06d}")
         if errors.num_rows:
             _write_table(errors.cast(ERRORS), self.part("errors", shard))
         else:  # a killed attempt may have left some
             self.part("errors", shard).unlink(missing_ok=True)
         _write_table(predictions.cast(PREDICTIONS), self.part("predictions", shard))
-        self._mark(f"{shard:06d}", predictions.num_rows, errors.num_rows, stats)
+        written = {"write.rows": rows, "write.seconds": time.perf_counter() - started, "ended": time.time()}
+        self._mark(f"{shard:06d}", predictions.num_rows, errors.num_rows, {**stats, **written})
 
     def write_empty(self, shards: Iterable[int]) -> None:
         """Shards that hold no row, such as pictures without boxes, are done at once; those that are done already stay."""
@@ -190,13 +192,9 @@ class RunFolder:
         tallies = self._tallies().values()
         return sum(predicted for predicted, _ in tallies), sum(failed for _, failed in tallies)
 
-    def stats(self) -> dict[str, float]:
-        """Stage seconds, stage rows, MLLM calls and tokens, summed over all shards ever written here."""
-        total: defaultdict[str, float] = defaultdict(float)
-        for mark in sorted((self.path / "done").glob("part-*.json")):
-            for key, value in json.loads(mark.read_text()).items():
-                total[key] += value
-        return total
+    def stats(self) -> defaultdict[str, float]:
+        """Stage seconds, stage rows, MLLM calls and tokens, `summed` over all shards ever written here."""
+        return summed(json.loads(mark.read_text()) for mark in sorted((self.path / "done").glob("part-*.json")))
 
     def write_metrics(self, metrics: Mapping[str, float], settings: Config) -> None:
         """Write metrics.json, and in run.json what it was measured by; a folder measured before keeps all else."""
@@ -212,19 +210,28 @@ class RunFolder:
         settings: Config,
         stats: Mapping[str, float] | None = None,
     ) -> None:
-        """Write metrics.json and complete run.json; with that the run has ended. stats: as `stats`, where no shard has them."""
+        """Write metrics.json and complete run.json; with that the run has ended.
+
+        stats: of `stats`, with what the caller knows beside it (see `stages_of`).
+        """
         self.write_metrics(metrics, settings)
-        stats = self.stats() if stats is None else defaultdict(float, stats)
-        stages: dict[str, dict[str, float]] = {
-            stage: {"rows": int(stats[f"{stage}.rows"]), "seconds": round(stats[f"{stage}.seconds"], 3)}
-            for stage in (key.removesuffix(".rows") for key in stats if key.endswith(".rows"))
+        stats = self.stats() if stats is None else stats
+        stages = stages_of(stats)
+        told = {stage: entry["busy"] for stage, entry in stages.items() if "busy" in entry}
+        mllm: dict[str, float] = {
+            key: int(stats.get(f"mllm.{key}", 0)) for key in ("calls", "candidates", "prompt_tokens", "output_tokens")
         }
-        for entry in stages.values():
-            entry["rows_per_second"] = round(entry["rows"] / max(entry["seconds"], 1e-9), 1)
-        mllm = {key: int(stats[f"mllm.{key}"]) for key in ("calls", "candidates", "prompt_tokens", "output_tokens")}
+        mllm["seconds"] = round(stats.get("mllm.seconds", 0.0), 3)
         known = self.read("run.json")
-        seconds += known.get("seconds", 0.0)
-        self.write("run.json", {**known, "counts": dict(counts), "stages": stages, "mllm": mllm, "seconds": round(seconds, 2)})
+        ended = {
+            "counts": dict(counts),
+            "stages": stages,
+            "slowest": max(told, key=lambda stage: told[stage]) if told else None,
+            "pipeline_seconds": round(stats.get("pipeline.seconds", 0.0), 2),
+            "mllm": mllm,
+            "seconds": round(seconds + known.get("seconds", 0.0), 2),
+        }
+        self.write("run.json", {**known, **ended})
 
     def read(self, name: str) -> Any:
         return json.loads((self.path / name).read_text())
@@ -232,6 +239,59 @@ class RunFolder:
     def write(self, name: str, data: Any) -> None:
         """Write JSON, whole or not at all. Raises ValueError for a number that JSON lacks (use None)."""
         storage.write(self.path / name, json.dumps(data, indent=1, allow_nan=False).encode())
+
+
+def summed(marks: Iterable[Mapping[str, float]]) -> defaultdict[str, float]:
+    """What shards have noted, each number summed over them, and how long and how closely they followed each other.
+
+    A mark with the time at which its shard `ended` tells when the shard was under way: from there back by what its stages, and
+    the waits for models, took. pipeline.seconds: for how long any shard was; the time between a run that was killed and the
+    one that took it up is none. pipeline.tasks: how many shards were under way at once, at most.
+    """
+    total: defaultdict[str, float] = defaultdict(float)
+    turns: list[tuple[float, int]] = []
+    for mark in marks:
+        for key, value in mark.items():
+            total[key] += value
+        if "ended" in mark:
+            stages = [value for key, value in mark.items() if key.endswith((".seconds", ".waited")) and key != "mllm.seconds"]
+            turns += [(mark["ended"] - sum(stages), 1), (mark["ended"], -1)]
+    if total.pop("ended", None) is None:
+        return total
+    under_way, since, most, seconds = 0, 0.0, 0, 0.0
+    for moment, turn in sorted(turns):
+        seconds += moment - since if under_way else 0.0
+        under_way, since = under_way + turn, moment
+        most = max(most, under_way)
+    total |= {"pipeline.seconds": seconds, "pipeline.tasks": most}
+    return total
+
+
+def stages_of(stats: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Stage -> rows, seconds (summed over parallel tasks), rows_per_second, and how busy it was.
+
+    busy: the share of the pipeline's time, times those that were at work at once (at_once), in which the stage was at work. Of
+    a stage that a model's processes run, `embed` and `rank`, these are the processes (`stats` has STAGE.at_once, their number
+    at the end), and work is what they themselves took; `waited` is what shards spent on the queue to them and on the way
+    (with several replicas for one shard, that at least). Of all others it is the tasks, at most as many as there were, which
+    also wait. So the stage with the greatest share is the one that the others wait for. What it is not: a share of the
+    processor. Where all share the cores, as on a laptop, a stage is also busy while others have its cores.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for stage in (key.removesuffix(".rows") for key in stats if key.endswith(".rows")):
+        rows, seconds = int(stats[f"{stage}.rows"]), stats.get(f"{stage}.seconds", 0.0)
+        found[stage] = {"rows": rows, "seconds": round(seconds, 3)}
+        found[stage]["rows_per_second"] = round(rows / max(round(seconds, 3), 1e-9), 1)
+        if stage == "rank" and "rank.at_once" in stats:
+            seconds, waited = stats.get("mllm.seconds", 0.0), seconds - stats.get("mllm.seconds", 0.0)
+        else:
+            waited = stats.get(f"{stage}.waited", 0.0)
+        at_once = stats.get(f"{stage}.at_once", stats.get("pipeline.tasks", 0))
+        if f"{stage}.at_once" in stats:
+            found[stage]["waited"] = round(max(0.0, waited), 3)
+        if room := at_once * stats.get("pipeline.seconds", 0.0):
+            found[stage] |= {"at_once": int(at_once), "busy": round(min(1.0, seconds / room), 3)}
+    return found
 
 
 def _beginning(verb: str, settings: Config, name: str, group: str) -> dict[str, Any]:

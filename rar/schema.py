@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 import pyarrow as pa
@@ -62,7 +62,8 @@ class Ranking:
     order: permutation of the candidates' positions, best first. scores: one log-probability a candidate position
     (empty where the method has none). response: the raw text of the model, or "" where it wrote none. label_mass: how much of
     the whole vocabulary's probability the candidates' labels hold; label_first: whether the likeliest token is one of them;
-    averaged, and all, over rotations; None where no labels are read.
+    averaged, and all, over rotations; None where no labels are read. seconds: of who ranks, a share of its batch's; what it
+    took decides nothing, and is not compared.
     """
 
     order: tuple[int, ...]
@@ -74,6 +75,7 @@ class Ranking:
     output_tokens: int = 0
     label_mass: float | None = None
     label_first: bool | None = None
+    seconds: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
         if sorted(self.order) != list(range(len(self.order))):

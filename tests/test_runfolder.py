@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rar import config, identity, storage
-from rar.runfolder import RunFolder
+from rar.runfolder import RunFolder, stages_of, summed
 from rar.schema import ERRORS, INDEX, PREDICTIONS, UserError
 
 
@@ -243,7 +243,7 @@ def test_a_kill_while_a_file_is_written_leaves_nothing_that_counts(tmp_path: Pat
     assert list(tmp_path.rglob("*.tmp"))  # the halves lie there, under names that nothing reads
     assert folder.pending(2) == [1]
     assert folder.predictions().equals(predicted("a"))
-    assert (folder.errors().num_rows, folder.progress(), folder.stats()) == (0, (1, 0), {})
+    assert (folder.errors().num_rows, folder.progress(), folder.stats()["write.rows"]) == (0, (1, 0), 1)
     assert opened(tmp_path).read("run.json") == before
 
 
@@ -265,7 +265,7 @@ def test_a_shard_written_twice_counts_once(tmp_path: Path) -> None:
     for _ in range(2):
         folder.write_shard(0, predicted("a"), failed("b"), {"read.rows": 2, "mllm.calls": 1})
     assert folder.progress() == (1, 1)
-    assert folder.stats() == {"read.rows": 2, "mllm.calls": 1}
+    assert [folder.stats()[key] for key in ("read.rows", "write.rows", "mllm.calls")] == [2, 2, 1]
 
 
 def test_predictions_and_errors_come_back_in_shard_order_with_their_schemas(tmp_path: Path) -> None:
@@ -325,13 +325,48 @@ def test_finish_completes_run_json(tmp_path: Path) -> None:
     assert known["config"]["detect"]["score"] == "class"  # what the metrics were measured by
     assert known["measured"] == identity.of_metrics(configured("detect.score=class")) and folder.finished
     assert known["counts"] == {"input": 3, "ok": 2, "failed": 1, "skipped": 0}
-    assert known["stages"] == {
-        "read": {"rows": 8, "seconds": 4.0, "rows_per_second": 2.0},
-        "embed": {"rows": 8, "seconds": 1.0, "rows_per_second": 8.0},
-    }
-    assert known["mllm"] == {"calls": 6, "candidates": 0, "prompt_tokens": 70, "output_tokens": 0}
+    stages = {stage: [entry[key] for key in ("rows", "seconds", "rows_per_second")] for stage, entry in known["stages"].items()}
+    assert stages.pop("write")[0] == 3
+    assert stages == {"read": [8, 4.0, 2.0], "embed": [8, 1.0, 8.0]} and known["slowest"] == "read"
+    assert known["mllm"] == {"calls": 6, "candidates": 0, "prompt_tokens": 70, "output_tokens": 0, "seconds": 0.0}
     assert known["seconds"] == 2.5
     assert folder.read("metrics.json") == {"top1": 0.5}
+
+
+TWO_TASKS = {"read.rows": 10, "read.seconds": 2.0, "embed.rows": 10, "embed.seconds": 3.0, "embed.waited": 1.0}
+
+
+def test_the_time_between_two_runs_is_nobodys() -> None:
+    """Shards of 6 s each: from 94 to 100 and 97 to 103, and, by the run that took it up, from 994 to 1000."""
+    marks: list[dict[str, float]] = [{**TWO_TASKS, "ended": moment, "mllm.seconds": 5.0} for moment in (100.0, 103.0, 1000.0)]
+    stats = summed(marks)
+    assert stats["pipeline.seconds"] == pytest.approx(15) and stats["pipeline.tasks"] == 2
+    assert stats["read.seconds"] == 6.0 and stats["mllm.seconds"] == 15.0 and "ended" not in stats
+    assert summed([marks[2], {}, marks[0], marks[1]]) == stats, "in whatever order they are listed"
+
+
+def test_a_models_stage_is_busy_by_its_processes_and_any_other_by_the_tasks() -> None:
+    stats = summed([{**TWO_TASKS, "ended": moment} for moment in (100.0, 103.0)])  # 9 s, of which two tasks at once for 3
+    found = stages_of({**stats, "embed.at_once": 1})
+    assert found["read"] == {"rows": 20, "seconds": 4.0, "rows_per_second": 5.0, "at_once": 2, "busy": round(4 / 18, 3)}
+    model = {"rows": 20, "seconds": 6.0, "rows_per_second": 3.3, "waited": 2.0, "at_once": 1, "busy": round(6 / 9, 3)}
+    assert found["embed"] == model
+
+
+def test_waiting_for_the_ranker_is_not_its_work() -> None:
+    """Ten seconds in the stage, of which the one replica worked four; an endpoint's queue is not ours to know."""
+    stats = summed([{"rank.rows": 8, "rank.seconds": 10.0, "mllm.seconds": 4.0, "ended": 100.0}])
+    asked = stages_of({**stats, "rank.at_once": 1})["rank"]
+    assert (asked["seconds"], asked["waited"], asked["busy"]) == (10.0, 6.0, 0.4)
+    assert stages_of({**stats, "rank.at_once": 2})["rank"]["busy"] == 0.2
+    assert stages_of(stats)["rank"]["busy"] == 1.0 and "waited" not in stages_of(stats)["rank"]
+
+
+def test_without_times_there_is_no_busy_share(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    folder.finish({}, {}, 1.0, configured(), {"embed.rows": 4, "embed.seconds": 2.0})
+    known = folder.read("run.json")
+    assert known["stages"] == {"embed": {"rows": 4, "seconds": 2.0, "rows_per_second": 2.0}} and known["slowest"] is None
 
 
 def test_the_seconds_of_a_resumed_run_add_up(tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ import numpy as np
 import ray
 import torch
 from PIL import Image
-from ray import serve
 
 from rar import config, miniature
 from rar.corpus.decode import decode
@@ -185,18 +184,13 @@ async def _watch(app: str, until: float, seconds: float, tally: Tally) -> None:
     """Once a second: running replicas and memory; halfway, a replica is killed."""
     loop = asyncio.get_running_loop()
     while (left := until - time.monotonic()) > 0:
-        tally.replicas.append(await loop.run_in_executor(None, running, app))
+        tally.replicas.append(await loop.run_in_executor(None, client.running, app))
         for process, size in await loop.run_in_executor(None, resident):
             tally.rss[process].append(size)
         if left < seconds / 2 and not tally.killed_at:
             tally.killed_at = time.monotonic()
             await loop.run_in_executor(None, kill_one, app)
         await asyncio.sleep(1)
-
-
-def running(app: str) -> int:
-    states = serve.status().applications[app].deployments["ranker"].replica_states
-    return sum(count for state, count in states.items() if state == "RUNNING")
 
 
 def kill_one(app: str) -> None:
@@ -246,7 +240,7 @@ def _seconds_until_one(app: str, tally: Tally) -> float | None:
         return None
     started = time.monotonic()
     while time.monotonic() - started < DOWN_S:
-        if running(app) == 1:
+        if client.running(app) == 1:
             return time.monotonic() - started
         time.sleep(1)
     return None

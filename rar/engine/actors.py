@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rar import columns
 from rar.engine import waiting
 from rar.engine.isolate import Broken, reason
+from rar.engine.stages import with_waited
 from rar.schema import Unavailable, UserError
 
 DEATHS = 3  # of a model's process on one shard; then the shard is at fault
@@ -230,10 +231,12 @@ class Pool:
         """A shard through the stage. Where its process dies DEATHS times, the shard's rows fail, and the run goes on."""
         if table.num_rows == 0:  # a shard of pictures without boxes
             return columns.with_vectors(table, np.zeros((0, 1), np.float32))
+        started = time.perf_counter()
         for lost in range(DEATHS):
             try:
                 found = ray.get(self.desk.run.remote([ray.put(table)]))
-                return self._died(table, found) if isinstance(found, str) else ray.get(found[0])
+                rows = self._died(table, found) if isinstance(found, str) else ray.get(found[0])
+                return with_waited(rows, table, started)
             except ObjectLostError:  # the actor's node was lost after the work was done
                 if lost == DEATHS - 1:
                     raise

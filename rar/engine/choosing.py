@@ -125,6 +125,7 @@ class Rank:
         }
         for key in ("calls", "prompt_tokens", "output_tokens"):
             columns[f"mllm_{key}"] = pa.array([getattr(ranking, key) for ranking in rankings], pa.int64())
+        columns["mllm_seconds"] = pa.array([ranking.seconds for ranking in rankings], pa.float64())
         return with_columns(table.drop_columns(["bytes"]), columns)
 
 

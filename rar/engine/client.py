@@ -168,6 +168,13 @@ def standing(settings: config.Ranker) -> str:
     return f"{free_resources()}; the ranker's application is {status.value.lower()}" + (f": {said}" if said else "")
 
 
+def running(app: str) -> int:
+    """How many replicas of an application run now; 0 where there is no such application."""
+    found = serve.status().applications.get(app)
+    states = {} if found is None else found.deployments["ranker"].replica_states
+    return sum(count for state, count in states.items() if state == "RUNNING")
+
+
 def _out_of_patience(state: RetryCallState) -> bool:
     """A ranker that is gone is waited for so long; one that is busy works on, and is waited for as long as it takes."""
     gone = state.outcome is not None and isinstance(state.outcome.exception(), GONE)

@@ -15,9 +15,10 @@ import asyncio
 import atexit
 import math
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -62,10 +63,12 @@ class AskServers:
     def __call__(self, images: list[bytes], names: list[list[str]]) -> list[Ranking]:
         if self.budget is not None and not ray.get(self.budget.take.remote(self._calls(names))):
             raise Spent
+        started = time.perf_counter()
         found = _worker(self.settings.model_dump_json(), self.offers).rank(images, names)
+        each = (time.perf_counter() - started) / max(len(found), 1)
         if self.budget is not None:  # waited for, so that this worker's next shard is not granted before
             ray.get(self.budget.spend.remote(sum(one.prompt_tokens + one.output_tokens for one in found)))
-        return found
+        return [replace(one, seconds=each) for one in found]
 
     def _calls(self, names: Sequence[Sequence[str]]) -> int:
         """At most."""

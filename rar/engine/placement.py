@@ -41,6 +41,18 @@ def check(session: Session, settings: Config, *, ranks: bool, detects: bool) -> 
             )
 
 
+def at_once(session: Session, settings: Config, *, ranks: bool) -> dict[str, float]:
+    """Of the stages that processes with a model run, how many of these there are now: {"embed.at_once": 1, ...}."""
+    found = {}
+    if (pool := session.pools.get(("encoder", settings.encoder.model_dump_json()))) is not None:
+        found["embed.at_once"] = ray.get(pool.desk.size.remote())
+    if ranks and settings.ranker.method not in ("none", "endpoint"):
+        from rar.engine import client  # and with it Serve, which the build of a memory does without
+
+        found["rank.at_once"] = client.running(client.app_name(settings.ranker))
+    return found
+
+
 def _of(session: Session, model: Placed, processes: int) -> dict[str, float]:
     gpus, cpus = session.reserves(model)
     return {name: each * processes for name, each in {"GPU": gpus, "CPU": cpus, **model.resources}.items()}

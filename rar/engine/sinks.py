@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,23 +22,26 @@ from ray.data.datasource import Datasink, WriteResult
 from rar import storage
 from rar.columns import fitted, vectors_of
 from rar.engine.keeping import Keeper
-from rar.engine.stages import with_seconds
+from rar.engine.stages import NOTES, with_seconds
 from rar.memory.collection import FIELDS, Collection, Entries
-from rar.runfolder import RunFolder
+from rar.runfolder import RunFolder, summed
 from rar.schema import ERRORS, PREDICTIONS, UserError
 
+Told = tuple[int, pa.Table, list[dict[str, float]]]  # entries written, columns of all rows, a mark a shard
 
-class MilvusSink(Datasink[tuple[int, pa.Table, dict[str, float]]]):
+
+class MilvusSink(Datasink[Told]):
     """Upserts the columns entry_id, class_id, class_name and vector of every block; rows with an `error` are passed over.
 
     The collection must exist (`Collection.create`) and is sealed by the caller, once, after the write. After a write, `written`
-    is the number of entries that were sent, `told` the columns `tell` of all rows, written or not, and `seconds` the sums of
-    `stage_seconds`: what the driver learns of a build, which is never a vector. keeper: what is written is kept there, too.
+    is the number of entries that were sent, `told` the columns `tell` of all rows, written or not, and `stats` the marks of all
+    shards, `summed`: what the driver learns of a build, which is never a vector. keeper: what is written is kept there, too.
     """
 
     def __init__(self, collection: Collection, tell: Sequence[str] = (), keeper: Keeper | None = None) -> None:
         self.collection, self.tell, self.keeper = collection, tuple(tell), keeper
-        self.written, self.told, self.seconds = 0, pa.table({}), Counter[str]()
+        self.written, self.told = 0, pa.table({})
+        self.stats: dict[str, float] = {}
 
     def on_write_start(self, schema: pa.Schema | None = None) -> None:
         """Raises UserError before the first task where there is no such memory, or a column is missing."""
@@ -48,16 +50,16 @@ class MilvusSink(Datasink[tuple[int, pa.Table, dict[str, float]]]):
         if missing:
             raise UserError(f"entries need the columns {', '.join(FIELDS)}; missing: {', '.join(missing)}")
 
-    def write(self, blocks: Iterable[Block], ctx: object) -> tuple[int, pa.Table, dict[str, float]]:
-        """Returns the number of entries written by this task, what is told of its rows, and seconds."""
-        written, told, seconds = 0, [], Counter[str]()
+    def write(self, blocks: Iterable[Block], ctx: object) -> Told:
+        """What this task wrote."""
+        written, told, marks = 0, [], []
         for block in map(BlockAccessor.for_block, blocks):
             if block.num_rows():
                 table, started = block.to_arrow(), time.perf_counter()
                 written += self._upsert(table)
-                seconds.update(stage_seconds(with_seconds(table, "write", started)))
+                marks.append({**stage_seconds(with_seconds(table, "write", started)), "ended": time.time()})
                 told.append(table.select([name for name in self.tell if name in table.column_names]))
-        return written, pa.concat_tables(told) if told else pa.table({}), dict(seconds)
+        return written, pa.concat_tables(told) if told else pa.table({}), marks
 
     def _upsert(self, table: pa.Table) -> int:
         if "error" in table.column_names:
@@ -72,12 +74,11 @@ class MilvusSink(Datasink[tuple[int, pa.Table, dict[str, float]]]):
             self.keeper.add(part)
         return written
 
-    def on_write_complete(self, write_result: WriteResult[tuple[int, pa.Table, dict[str, float]]]) -> None:
+    def on_write_complete(self, write_result: WriteResult[Told]) -> None:
         self.written = sum(count for count, _, _ in write_result.write_returns)
         tables = [table for _, table, _ in write_result.write_returns if table.num_rows]
         self.told = pa.concat_tables(tables) if tables else pa.table({})
-        for _, _, seconds in write_result.write_returns:
-            self.seconds.update(seconds)
+        self.stats = summed(mark for _, _, marks in write_result.write_returns for mark in marks)
 
 
 PICTURES = ("bytes", "pixels", "views")
@@ -141,7 +142,7 @@ class ShardSink(Datasink[int]):
     expected: the number of rows each shard must have; where there is a column `boxes`, a row counts as so many. A shard that
     came apart on its way is refused: a run folder with too few rows would look complete. A shard without rows never comes: Ray
     Data forgets the columns, and so the number, of an empty block, so `write_empty` writes those beforehand. The columns
-    `seconds_*`, `mllm_*` and `near_duplicate` are summed into the shard's mark.
+    `seconds_*`, `waited_*`, `mllm_*` and `near_duplicate` are summed into the shard's mark.
     """
 
     def __init__(self, folder: Path, expected: Mapping[int, int]) -> None:
@@ -166,11 +167,12 @@ class ShardSink(Datasink[int]):
 
 
 def stage_seconds(table: pa.Table) -> dict[str, float]:
+    """`stage.rows` and `stage.seconds` of what has noted them, and `stage.waited` of models."""
     found: dict[str, float] = {}
     for name in table.column_names:
-        if name.startswith("seconds_"):
-            stage = name.removeprefix("seconds_")
-            found |= {f"{stage}.rows": table.num_rows, f"{stage}.seconds": pc.sum(table[name]).as_py()}
+        note, _, stage = name.partition("_")
+        if name.startswith(NOTES):
+            found |= {f"{stage}.rows": table.num_rows, f"{stage}.{note}": pc.sum(table[name]).as_py()}
     return found
 
 

@@ -13,7 +13,9 @@ reply that nobody can read is a FALLBACK with calls = 1.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +89,7 @@ class MllmRanker:
         tells that answer's probability. Rows of one candidate are RANKED without a call.
         Raises UserError where `letters` has more candidates than the model has labels.
         """
+        started = time.perf_counter()
         asked = [row for row, listed in enumerate(names) if len(listed) > 1]
         questions = [self._question(images[row], names[row], exemplars[row] if exemplars else None) for row in asked]
         if self.config.method == "letters":
@@ -97,7 +100,8 @@ class MllmRanker:
             answers = self._likelihood(questions)
         else:
             answers = self._generate(questions)
-        rankings = dict(zip(asked, answers, strict=True))
+        each = (time.perf_counter() - started) / max(len(asked), 1)
+        rankings = {row: replace(answer, seconds=each) for row, answer in zip(asked, answers, strict=True)}
         return [rankings.get(row) or self._trivial(len(listed)) for row, listed in enumerate(names)]
 
     def estimate_prior(

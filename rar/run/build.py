@@ -31,7 +31,7 @@ from rar.config import Config
 from rar.corpus import support, vectors
 from rar.corpus.support import Plan
 from rar.encoder import templates
-from rar.engine import entering, models, pipeline, reading
+from rar.engine import entering, models, pipeline, placement, reading
 from rar.engine.entering import HELD, RESUMED
 from rar.engine.keeping import Keeper, Kept, as_stored
 from rar.engine.session import Session
@@ -65,13 +65,13 @@ def plan(settings: Config) -> Plan:
 class Built:
     """rows: support images and names that the memory was to hold; failed: those that it could not (ERRORS).
 
-    seconds: `stage.rows` and `stage.seconds` of the stages. remarks: lines on what was odd.
+    stats: of the stages (runfolder.stages_of). remarks: lines on what was odd.
     """
 
     rows: int
     failed: pa.Table
     metrics: dict[str, float]
-    seconds: dict[str, float]
+    stats: dict[str, float]
     remarks: list[str]
 
 
@@ -106,7 +106,7 @@ def build_memory(
     check_index(settings, len(class_of))
     check_mode(settings, bool(planned.support.num_rows or "images" in base), named or "texts" in base)
     texts, names = _write_texts(session, settings, planned, facts, draft, class_of, known)
-    images, seconds, keeper = _write_images(session, settings, planned, facts, draft, class_of, known)
+    images, stats, keeper = _write_images(session, settings, planned, facts, draft, class_of, known)
     maker = _maker(settings, planned.support, facts)
     changes = pipeline.in_a_worker(_settle, images, class_of, maker)  # it numbers all ids
     if draft.base is None or texts or changes.new or changes.labels or not generation.same_index(settings, draft.base):
@@ -125,7 +125,7 @@ def build_memory(
         metrics["undescribed"] = planned.undescribed
     metrics |= _held_out(settings, address, found.generation)
     rows = planned.support.num_rows + planned.faults.num_rows + (len(planned.classes) if named else 0)
-    return Built(rows, failed, metrics, seconds, changes.remarks)
+    return Built(rows, failed, metrics, stats, changes.remarks)
 
 
 def _never_retrieved(planned: Plan, base: dict[str, Collection]) -> list[str]:
@@ -191,8 +191,8 @@ def _write_images(
     class_of: dict[str, int],
     known: Lookup | None,
 ) -> tuple[pa.Table, dict[str, float], Keeper | None]:
-    """Embed and write the support images that are nowhere yet; returns the columns TOLD of all of them, stage seconds, and
-    what keeps the vectors that were written.
+    """Embed and write the support images that are nowhere yet; returns the columns TOLD of all of them, what the stages
+    took, and what keeps the vectors that were written.
     """
     if not planned.support.num_rows:
         return pa.table({}), {}, None
@@ -211,7 +211,7 @@ def _write_images(
     rows = _vectors(session, settings, planned.support, facts, places, class_of, known)
     with pipeline.progress(written, planned.support.num_rows, f"memory {settings.memory.name}"):
         rows.write_datasink(sink)
-    return sink.told, dict(sink.seconds), keeper
+    return sink.told, {**sink.stats, **placement.at_once(session, settings, ranks=False)}, keeper
 
 
 def _vectors(

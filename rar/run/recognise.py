@@ -184,9 +184,10 @@ def finish(
     values = measure.measured(settings, folder, work.index, work.boxed)
     if not work.boxed and (images := vocabulary.retrieve.images).exists():
         values["leaked"] = float(pipeline.in_a_worker(leaked, folder, images, vocabulary.facts.fingerprint))
-    if (near := folder.stats().get("near_duplicates")) is not None:
+    stats = {**folder.stats(), **placement.at_once(session, settings, ranks=True)}
+    if (near := stats.get("near_duplicates")) is not None:
         values["near_leaked"] = near
     if not work.boxed and settings.run.vocabulary_free:
         values |= measure.vocabulary_free(session, settings, folder.predictions(), work.index)
-    folder.finish(counts, values, seconds, settings)
+    folder.finish(counts, values, seconds, settings, stats)
     return values

@@ -28,6 +28,7 @@ from rar.config import Config, Detect, Ranker, Retriever
 from rar.engine import pipeline, reading
 from rar.engine.session import Session
 from rar.engine.sinks import PartSink, stage_seconds
+from rar.engine.stages import NOTES
 from rar.run import build, steps
 from rar.run.vocabulary import Vocabulary
 from rar.run.work import Work
@@ -99,7 +100,7 @@ class Recalled:
         first, last = (np.searchsorted(rows, asked, side) for side in ("left", "right"))
         places = np.concatenate([np.arange(*span) for span in zip(first, last, strict=True)] or [np.zeros(0, np.int64)])
         found = known.take(pa.array(places, pa.int64()))
-        found = found.drop_columns([name for name in found.column_names if name == "shard" or name.startswith("seconds_")])
+        found = found.drop_columns([name for name in found.column_names if name == "shard" or name.startswith(NOTES)])
         numbers = np.repeat(table["shard"].to_numpy(), last - first)
         found = found.append_column("shard", pa.array(numbers, pa.int32()))
         return found.append_column("bytes", pa.nulls(found.num_rows, pa.large_binary()))

@@ -98,7 +98,7 @@ def test_faulty_rows_are_told_and_not_written(collection: Collection) -> None:
     sink.on_write_complete(WriteResult(num_rows=5, size_bytes=1, write_returns=returns))
     collection.seal(4)
     assert sink.written == 4 and collection.fetch().entry_ids == sorted(set(ids_of(5)) - {ids_of(2)[1]})
-    assert sink.seconds["write.rows"] == 5 and sink.seconds["write.seconds"] > 0
+    assert sink.stats["write.rows"] == 5 and sink.stats["write.seconds"] > 0
     assert sink.told.to_pydict() == {"entry_id": ids_of(5), "error": [None, "gone", None, None, None]}
 
 
@@ -156,7 +156,10 @@ def test_a_shard_of_the_stages_becomes_predictions_errors_and_a_mark(folder: Run
     assert [(row["row"], row["place"], row["class_name"]) for row in found] == [(10, None, "wren"), (12, None, "wren")]
     assert [(row["row"], row["stage"], row["error"]) for row in lost] == [(11, "read", "file not found")]
     assert folder.pending(2) == [0] and folder.progress() == (2, 1)
-    assert folder.stats()["read.rows"] == 3 and folder.stats()["mllm.calls"] == 0
+    stats = folder.stats()
+    assert stats["read.rows"] == 3 and stats["mllm.calls"] == 0 and stats["mllm.seconds"] == 0.0
+    timed = sum(stats[f"{stage}.seconds"] for stage in ("read", "rank", "write"))
+    assert stats["pipeline.seconds"] == pytest.approx(timed, abs=1e-3) and stats["pipeline.tasks"] == 1
 
 
 def test_a_shard_that_came_apart_is_refused(folder: RunFolder, tmp_path: Path) -> None:

@@ -606,6 +606,14 @@ def test_timed_shares_a_stages_seconds_over_the_rows_it_gives() -> None:
     assert 0.05 <= sum(seconds) <= elapsed
 
 
+def test_waiting_for_a_models_process_is_noted_beside_its_work() -> None:
+    before, started = pa.table({"row": [0, 1], "seconds_read": [9.0, 9.0]}), time.perf_counter() - 5
+    after = before.append_column("seconds_embed", pa.array([1.0, 1.0]))
+    table = stages.with_waited(after, before, started)
+    assert sum(table["waited_embed"].to_pylist()) == pytest.approx(3, abs=1) and "waited_read" not in table.column_names
+    assert stages.with_waited(before, before, started).equals(before)
+
+
 def test_timed_of_no_rows() -> None:
     table = stages.timed("idle", lambda table: table)(pa.table({"row": pa.array([], pa.int64())}))
     assert table["seconds_idle"].to_pylist() == []

@@ -6,6 +6,7 @@ Not covered: whether a ranking is any good (random weights), GPUs, remote code.
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,6 +207,14 @@ def test_rotations_are_evenly_spaced():
     assert rotations(5, 2) == [0, 2]
     assert rotations(4, 2) == [0, 2]
     assert rotations(3, 26) == [0, 1, 2]
+
+
+def test_the_seconds_of_a_batch_are_shared_by_the_rows_that_were_asked(llava: str):
+    ranker, started = loaded(llava), time.perf_counter()
+    found = ranker.rank(images(3), [NAMES[0], ["cat"], NAMES[1]])
+    elapsed = time.perf_counter() - started
+    assert found[1].seconds == 0 < found[0].seconds == found[2].seconds
+    assert sum(one.seconds for one in found) <= elapsed
 
 
 def test_tokens_are_counted_without_padding_and_common_ones_once(llava: str):

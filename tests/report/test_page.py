@@ -240,6 +240,22 @@ def test_errors_are_counted_by_reason_without_their_paths(runs: list[Path]) -> N
     assert got[0]["examples"] == [f"/data/{HOSTILE}.jpg", "/data/b.jpg"]
 
 
+def test_the_busiest_stage_is_marked(runs: list[Path], tmp_path: Path) -> None:
+    write_report([runs[1]], tmp_path / "report.html")
+    info, text = read_run(runs[1]).info, (tmp_path / "report.html").read_text()
+    shown = re.findall(r"busy (\d+)\u202f%(: <strong>the slowest</strong>)?", text.replace("&#8239;", "\u202f"))
+    assert [int(busy) for busy, _ in shown] == [round(100 * stage["busy"]) for stage in info["stages"].values()]
+    assert [bool(slowest) for _, slowest in shown] == [stage == info["slowest"] == "embed" for stage in info["stages"]]
+    del info["slowest"]
+    for stage in info["stages"].values():
+        del stage["busy"]
+    old = shutil.copytree(runs[1], tmp_path / "old")  # of an rar that did not tell
+    (old / "run.json").write_text(json.dumps(info))
+    write_report([old], tmp_path / "old.html")
+    write_report([old], tmp_path / "old.html")
+    assert not re.findall(r"busy \d+", (tmp_path / "old.html").read_text())
+
+
 def test_secrets_stay_out_of_the_page(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "s3cr3t-token" not in text and "memory.milvus" in text

@@ -193,7 +193,7 @@ def test_a_build_that_died_is_not_seen_and_is_taken_up(
     assert class_names(more, session.memory_address) == ["bee", "dog"] and len(entries(more, session)) == 6
     built = build.build_memory(session, more, fresh=False)
     assert built.metrics["entries.images"] == 14 and class_names(more, session.memory_address) == ["bee", "dog", "ant"]
-    assert built.metrics["embedded"] == 0 and built.seconds["ask.rows"] == 8
+    assert built.metrics["embedded"] == 0 and built.stats["ask.rows"] == 8
     whole = settings("alive", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1))
     build.build_memory(session, whole, fresh=False)
     build.build_memory(session, settings("alive", str(tmp_path / "b.npz")), fresh=False)

@@ -63,6 +63,26 @@ def test_every_image_is_predicted_and_rankings_are_permutations(classified: tupl
     assert (metrics["leaked"], metrics["near_leaked"]) == (0, 0)
 
 
+def test_a_run_says_how_busy_each_stage_was(classified: tuple[RunFolder, dict[str, float]]) -> None:
+    """What holds of any run: nobody is busier than there was time and room for, and the busiest is named."""
+    folder = classified[0]
+    known, predictions = folder.read("run.json"), folder.predictions()
+    stages = known["stages"]
+    assert list(stages) == ["read", "decode", "embed", "retrieve", "rank", "fuse", "write"]
+    assert all(stage["rows"] == 120 and 0 <= stage["busy"] <= 1 for stage in stages.values())
+    assert known["slowest"] == max(stages, key=lambda name: stages[name]["busy"])
+    asked = predictions["rank_status"].to_pylist().count("ranked")
+    assert stages["embed"]["at_once"] == stages["rank"]["at_once"] == 1 and known["mllm"]["calls"] == asked
+    room = 0 < known["mllm"]["seconds"] < known["pipeline_seconds"] < known["seconds"]
+    assert room and stages["rank"]["busy"] == pytest.approx(known["mllm"]["seconds"] / known["pipeline_seconds"], abs=0.01)
+    assert stages["rank"]["waited"] == pytest.approx(stages["rank"]["seconds"] - known["mllm"]["seconds"], abs=0.01)
+    assert stages["embed"]["waited"] > 0 and "waited" not in stages["decode"]
+    held = {name: stage["seconds"] for name, stage in stages.items() if name not in ("embed", "rank")}
+    tasks = stages["read"]["at_once"]
+    assert 1 <= tasks <= 5 and {stages[name]["at_once"] for name in held} == {tasks}
+    assert sum(held.values()) <= tasks * known["pipeline_seconds"]
+
+
 def test_the_memory_s_nearest_pictures_are_kept_for_the_page(
     lab: Lab, classified: tuple[RunFolder, dict[str, float]], tmp_path: Path
 ) -> None:
