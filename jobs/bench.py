@@ -6,6 +6,9 @@ Throughputs are ratios of two ways to do the same work, measured in turns in one
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.common import guarded, quiet
+from jobs.common import guarded, quiet, say
 from rar.schema import UserError
 
 SHARED = Path("../shared/data")
@@ -225,6 +228,18 @@ def embed(pictures: int = 256, repeats: Repeats = 5, model: str = "ViT-B-32/rand
     _run(work)
 
 
+@bench.command("end-to-end")
+def end_to_end(rows: Annotated[int, typer.Option("--rows", min=50)] = 20_000, repeats: Repeats = 3) -> None:
+    """Pictures/s of whole `rar classify` commands past their start, against their slowest stage alone; MLLM seconds."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import end_to_end as module
+
+        return module.run(rows, repeats)
+
+    _run(work)
+
+
 @bench.command("start-up")
 def start_up(repeats: Repeats = 3) -> None:
     """Seconds of commands that have next to nothing to do, from a cold process, and where their driver's time goes."""
@@ -274,6 +289,42 @@ def load(seconds: float = 60.0, clients: int = 200) -> None:
     _run(work)
 
 
+@bench.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def keep(context: typer.Context, name: Annotated[str, typer.Argument(show_default=False)]) -> None:
+    """Run a bench with its options and keep its line for the README.
+
+    Example: rar bench keep rank --repeats 3
+    """
+
+    def job() -> int:
+        from rar.bench import figures
+
+        process = subprocess.Popen([sys.executable, "-m", "jobs.bench", name, *context.args], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        last = ""
+        for last in process.stdout:
+            print(last, end="", flush=True)
+        if process.wait() == 0:
+            say(f"kept in {figures.keep(name, shlex.join(['rar', 'bench', name, *context.args]), json.loads(last))}")
+        return process.returncode
+
+    guarded(job)
+
+
+@bench.command()
+def readme() -> None:
+    """Write the README's table of figures from those that are kept."""
+
+    def job() -> None:
+        from rar.bench import figures
+
+        if not figures.README.is_file():
+            raise UserError(f"there is no {figures.README}: this rar is no checkout")
+        figures.README.write_text(figures.written(figures.README.read_text(), figures.kept()))
+
+    guarded(job)
+
+
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the recorded data with --data DIR")
@@ -283,7 +334,11 @@ def _existing(folder: Path) -> Path:
 def _run(work: Callable[[], dict[str, Any]]) -> None:
     def job() -> int:
         quiet()
-        result = work()
+        from rar.bench.figures import measured_on
+
+        where = measured_on()  # before there is any load of ours
+        found = work()
+        result = found | where | found
         print(table(result))
         print(json.dumps(result))
         return 0

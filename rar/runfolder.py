@@ -304,7 +304,7 @@ def _beginning(verb: str, settings: Config, name: str, group: str) -> dict[str, 
         "identity": identity.of_verb(verb, settings),
         "seed": settings.run.seed,
         "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -315,7 +315,8 @@ def _without_secrets(settings: Config) -> dict[str, Any]:
     return data
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of this package's checkout; None where it is none."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -48,7 +48,7 @@ def run(pictures: int = 256, repeats: int = 5, model: str = MODEL) -> Row:
             },
         )
         whole = from_files(settings, repeats)
-        squares = _squares(load_encoder(settings.encoder), sorted(folder.glob("*.jpg")))
+        squares = squares_of(load_encoder(settings.encoder), sorted(folder.glob("*.jpg")))
     order = {name: by_order(load_encoder(config.Encoder(model=name)), squares, repeats) for name in (MODEL, CONVOLUTIONAL)}
     return {"model": model, "pictures": pictures, "threads": torch.get_num_threads(), "whole": whole, "order": order}
 
@@ -68,7 +68,7 @@ def from_files(settings: config.Config, repeats: int) -> Row:
     work = classify_work(settings)
     files = [Path(uri) for uri in work.index["uri"].to_pylist()]
     encoder = load_encoder(settings.encoder)
-    squares = _squares(encoder, files)
+    squares = squares_of(encoder, files)
     best = min(BATCHES, key=lambda batch: _seconds(encoder, squares, batch))
     with session.opened() as opened:
         facts = opened.encoder(settings.encoder).facts
@@ -91,7 +91,7 @@ def forward(encoder: ClipEncoder | ImageEncoder, squares: torch.Tensor, batch: i
 def one_by_one(encoder: ClipEncoder | ImageEncoder, files: list[Path]) -> None:
     """As the reference's notebooks have it: a picture is opened, prepared and embedded before the next one."""
     for file in files:
-        forward(encoder, _squares(encoder, [file]), 1)
+        forward(encoder, squares_of(encoder, [file]), 1)
 
 
 def by_order(encoder: ClipEncoder | ImageEncoder, squares: torch.Tensor, repeats: int) -> Row:
@@ -102,7 +102,7 @@ def by_order(encoder: ClipEncoder | ImageEncoder, squares: torch.Tensor, repeats
     return paired(lambda: forward(encoder, last, 32), lambda: forward(encoder, planes, 32), len(squares), repeats)
 
 
-def _squares(encoder: ClipEncoder | ImageEncoder, files: list[Path]) -> torch.Tensor:
+def squares_of(encoder: ClipEncoder | ImageEncoder, files: list[Path]) -> torch.Tensor:
     """(N, 3, crop, crop) float32, normalised, as the encoder's forward pass gets them."""
     fitting, crop = (encoder.side, encoder.resize_mode, encoder.interpolation), encoder.preprocess.crop
     pixels = torch.from_numpy(np.stack([fit_square(decode(file.read_bytes()), *fitting) for file in files]))

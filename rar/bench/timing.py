@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def paired(ours: Callable[[], object], reference: Callable[[], object], amount: float, repeats: int = 5) -> dict[str, float]:
@@ -17,22 +17,26 @@ def paired(ours: Callable[[], object], reference: Callable[[], object], amount: 
     for repeat in range(-1, repeats):
         order = (0, 1) if repeat % 2 else (1, 0)
         for which in order:
-            taken = _seconds((ours, reference)[which])
+            taken = seconds_of((ours, reference)[which])
             if repeat >= 0:
                 seconds[which].append(taken)
-    ratios = [theirs / mine for mine, theirs in zip(*seconds, strict=True)]
-    mine, theirs = (amount / statistics.median(runs) for runs in seconds)
+    return compared(*([amount / taken for taken in runs] for runs in seconds))
+
+
+def compared(ours: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Throughputs of neighbouring runs: the medians, and the median, least and greatest of their ratios."""
+    ratios = [mine / theirs for mine, theirs in zip(ours, reference, strict=True)]
     return {
-        "ours": mine,
-        "reference": theirs,
+        "ours": statistics.median(ours),
+        "reference": statistics.median(reference),
         "ratio": statistics.median(ratios),
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
-        "repeats": repeats,
+        "repeats": len(ratios),
     }
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
