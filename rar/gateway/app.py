@@ -52,6 +52,7 @@ from rar.schema import ERRORS, Candidate, Ranking, RankStatus, RowError, Unavail
 APP = "gateway"
 TOKEN = "RAR_API_TOKEN"
 READY_S = 60.0
+ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # a gateway never blocks its loop: requests change no thread
 SUPPORT_BYTES = 64 << 20  # of the memory's pictures, that a gateway keeps
 SUPPORT_SIDE = 192  # pixels, of a memory's picture on the page
 Box = tuple[float, float, float, float]
@@ -313,7 +314,7 @@ def run_gateway(session: Session, settings: Config, known: Learned | None, app: 
     room = 2 * ranker.batch_size * ranker.max_replicas + online.max_queued
     deployment = serve.deployment(
         name=APP,
-        ray_actor_options={"num_cpus": session.reserves(Placed(device="cpu"))[1]},
+        ray_actor_options={"num_cpus": session.reserves(Placed(device="cpu"))[1], "runtime_env": {"env_vars": ONE_LOOP}},
         autoscaling_config={
             "min_replicas": online.min_gateways,
             "max_replicas": online.max_gateways,

@@ -181,7 +181,7 @@ def finish(
     counts = {"input": total, "ok": predicted, "failed": failed, "skipped": work.empty_images}
     if predicted + failed + work.empty_images != total:
         raise RuntimeError(f"{folder.path}: {total} rows went in, {predicted} + {failed} + {work.empty_images} came out")
-    values = measure.measured(settings, folder, work.index, work.boxed)
+    values = pipeline.in_a_worker(measure.measured, settings, folder, work.index, work.boxed)  # it reads all rows
     if not work.boxed and (images := vocabulary.retrieve.images).exists():
         values["leaked"] = float(pipeline.in_a_worker(leaked, folder, images, vocabulary.facts.fingerprint))
     stats = {**folder.stats(), **placement.at_once(session, settings, ranks=True)}

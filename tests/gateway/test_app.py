@@ -20,6 +20,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import pytest
 from PIL import Image
 from ray import serve
 
-from rar import config
+from rar import config, miniature
 from rar.bench import load
 from rar.boxes import xywh_to_xyxy
 from rar.columns import with_candidates
@@ -42,6 +43,8 @@ from rar.engine.session import Session
 from rar.fusion import Calibration
 from rar.gateway import app
 from rar.gateway.client import Client
+from rar.ranker.rank import MllmRanker
+from rar.ranker.wire import data_url
 from rar.runfolder import RunFolder
 from rar.schema import Candidate, Ranking, RankStatus, RowError, UserError
 from tests.conftest import ROOT
@@ -253,8 +256,6 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from rar import miniature
-
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -391,23 +392,49 @@ def test_batch_jobs_are_served_beside_it(service: Service, ray_session: Session)
     serve.delete(client.app_name(service.settings.ranker))
 
 
-@pytest.mark.slow
-def test_a_terminated_server_finishes_what_it_has(tmp_path: Path) -> None:
+@contextmanager
+def served(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[Service, subprocess.Popen[str]]]:
+    """`rar serve` in a process of its own, until, told to end, it ends by itself with 0."""
     port = load.free_port()
-    (tmp_path / "rank.yaml").write_text(f"serve: {{endpoints: [rank], port: {port}}}\n")
-    command = [sys.executable, "-m", "jobs.serve", str(tmp_path / "rank.yaml"), "--out", str(tmp_path / "run")]
+    online = {"endpoints": ["rank"], "port": port}
+    (folder / "rank.yaml").write_text(json.dumps({**settings, "serve": online}))  # JSON is YAML
+    command = [sys.executable, "-m", "jobs.serve", str(folder / "rank.yaml"), "--out", str(folder / "run")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stderr is not None
+        said = []
         for line in server.stderr:
+            said.append(line)
             if "the page is" in line:
                 break
-        service = Service(f"http://127.0.0.1:{port}", tmp_path, config.validated(config.Config, {}))
-        with ThreadPoolExecutor(16) as pool:
-            asked = [pool.submit(service.post, "/rank", json.loads(one.body)) for one in load.draw()[:16]]
-            asked[0].result()
-            server.send_signal(signal.SIGTERM)
-            assert [future.result()[0] for future in asked] == [200] * 16
+        assert server.poll() is None, said
+        yield Service(f"http://127.0.0.1:{port}", folder, config.validated(config.Config, settings)), server
         assert server.wait(60) == 0
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+
+
+@pytest.mark.slow
+def test_a_terminated_server_finishes_what_it_has(tmp_path: Path) -> None:
+    with served(tmp_path, {}) as (service, server), ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(service.post, "/rank", json.loads(one.body)) for one in load.draw()[:16]]
+        asked[0].result()
+        server.send_signal(signal.SIGTERM)
+        assert [future.result()[0] for future in asked] == [200] * 16
+
+
+@pytest.mark.server
+def test_an_engine_that_the_server_starts_answers_as_the_local_model(tmp_path: Path, world: Path) -> None:
+    """transformers' own server, which gives text: the replies are held against `generate`, on pictures that nobody resizes."""
+    from tests.ranker.test_endpoint import photos
+
+    engine = {"method": "endpoint", "engine": "transformers", "model": "miniature", "engine_args": {"device": "cpu"}}
+    images, names = photos(world)
+    queries = [{"image": data_url(image), "candidates": listed} for image, listed in zip(images, names, strict=True)]
+    with served(tmp_path, {"ranker": engine}) as (service, server), ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda query: service.post("/rank", query), queries))
+        server.send_signal(signal.SIGTERM)
+    assert [status for status, _ in found] == [200] * len(queries), found
+    truth = MllmRanker(config.Ranker(method="generate", device="cpu"), str(miniature.MLLM)).rank(images, names)
+    for (_, answer), right in zip(found, truth, strict=True):
+        assert (answer["response"], answer["ranking"], answer["status"]) == (right.response, list(right.order), right.status)
