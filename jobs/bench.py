@@ -6,6 +6,7 @@ Throughputs are ratios of two ways to do the same work, measured in turns in one
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -233,6 +234,7 @@ def end_to_end(rows: Annotated[int, typer.Option("--rows", min=50)] = 20_000, re
     """Pictures/s of whole `rar classify` commands past their start, against their slowest stage alone; MLLM seconds."""
 
     def work() -> dict[str, Any]:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the commands' models; before torch comes
         from rar.bench import end_to_end as module
 
         return module.run(rows, repeats)

@@ -1,11 +1,13 @@
 """Whole `rar classify` commands on drawn pictures, against what their slowest stage does alone on the same pictures.
 
-Each command runs at two sizes, so that a picture's cost is told apart from the start's: `ours` is 1 / slope. `plain` has no
-ranker, `ranked` asks the miniature MLLM about every picture. What the stages do alone is measured in this process after each
-command, with nothing else at work: `decode` from encoded bytes to the encoder's squares, a thread a core; `embed` and `rank`
-the bare forward passes of the commands' models, from inputs that are prepared already, at the commands' batch sizes and with
-all threads. `reference` is the least of them. On a machine where all stages share the cores they cannot run beside each other
-for nothing: `one_after_another` is what the cores would reach if the three did all the work, one after another.
+Each command runs at two sizes, so that a picture's cost is told apart from the start's: of `by_size`, `ours` is 1 / slope.
+Where a start varies by seconds, that takes many pictures; of `by_pipeline` it is the larger run's pictures over its
+pipeline_seconds (runfolder.stages_of), with the first and the last shards that have fewer beside them. `plain` has no ranker,
+`ranked` asks the miniature MLLM about every picture. What the stages do alone is measured in this process after each command,
+with nothing else at work: `decode` from encoded bytes to the encoder's squares, a thread a core; `embed` and `rank` the bare
+forward passes of the commands' models, from inputs that are prepared already, at the commands' batch sizes and with all
+threads. `reference` is the least of them. On a machine where all stages share the cores they cannot run beside each other for
+nothing: `one_after_another` is what the cores would reach if the three did all the work, one after another.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ Row = dict[str, Any]
 
 
 def run(rows: int = 20_000, repeats: int = 3) -> Row:
-    """plain, ranked: pictures/s as of `timing.compared`, with `stages` (alone), `one_after_another`, the start's seconds
-    (`start`), and of the last large run `busy` shares and `slowest`.
+    """plain, ranked: pictures/s, `by_size` and `by_pipeline`, as of `timing.compared`; `stages` (alone), `one_after_another`,
+    the start's seconds (`start`), and of the last large run `busy` shares and `slowest`.
 
     mllm: pictures that the MLLM answers a second of its own time, in `ranked` against the paper's loop (rank.paper_loop), and
     seconds_per_1000 of both.
@@ -72,8 +74,11 @@ def told(rounds: list[Row]) -> Row:
     """A command's rounds (slope, intercept, run, alone) as one row."""
     stages = {name: statistics.median(one["alone"][name] for one in rounds) for name in rounds[0]["alone"]}
     ended = rounds[-1]["run"]
+    reference = [min(one["alone"].values()) for one in rounds]
+    flowing = [one["run"]["counts"]["ok"] / one["run"]["pipeline_seconds"] for one in rounds]
     return {
-        **compared([1 / one["slope"] for one in rounds], [min(one["alone"].values()) for one in rounds]),
+        "by_size": compared([1 / one["slope"] for one in rounds], reference),
+        "by_pipeline": compared(flowing, reference),
         "start": statistics.median(one["intercept"] for one in rounds),
         "stages": stages,
         "one_after_another": 1 / sum(1 / rate for rate in stages.values()),

@@ -24,15 +24,17 @@ def test_throughputs_are_compared_run_by_run() -> None:
 
 
 def test_a_command_is_held_against_the_least_of_its_stages_alone() -> None:
-    ended = {"slowest": "embed", "stages": {"decode": {"busy": 0.25}, "embed": {"busy": 0.9}}}
+    counts = {"counts": {"ok": 600}, "pipeline_seconds": 10.0}
+    ended = {"slowest": "embed", **counts, "stages": {"decode": {"busy": 0.25}, "embed": {"busy": 0.9}}}
     rounds: list[dict[str, Any]] = [
         {"slope": 1 / rate, "intercept": 10.0 + rate, "alone": {"decode": 400.0, "embed": 100.0}, "run": ended}
         for rate in (80.0, 90.0, 50.0)
     ]
     found = end_to_end.told(rounds)
-    assert [found[key] for key in ("ours", "reference", "ratio", "ratio_low", "ratio_high")] == pytest.approx(
-        [80, 100, 0.8, 0.5, 0.9]
-    )
+    by_size, by_pipeline = found["by_size"], found["by_pipeline"]
+    told = [by_size[key] for key in ("ours", "reference", "ratio", "ratio_low", "ratio_high")]
+    assert told == pytest.approx([80, 100, 0.8, 0.5, 0.9])
+    assert [by_pipeline[key] for key in ("ours", "reference", "ratio")] == pytest.approx([60, 100, 0.6])
     assert found["start"] == 90 and found["stages"] == {"decode": 400, "embed": 100} and found["slowest"] == "embed"
     assert found["one_after_another"] == pytest.approx(80) and found["busy"] == {"decode": 0.25, "embed": 0.9}
 
