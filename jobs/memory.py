@@ -89,7 +89,7 @@ def run(config_file: Path, out: str | None, sets: list[str], dry_run: bool, fres
     for line in built.remarks:
         say(f"  {line}")
     for key, value in built.metrics.items():
-        say(f"  {key} {value:.4g}")
+        say(f"  {key} {value:,.0f}" if float(value).is_integer() else f"  {key} {value:.4g}")
     return verdict(folder, settings)
 
 
