@@ -175,6 +175,7 @@ def finish(
     session: Session, settings: Config, work: Work, folder: RunFolder, vocabulary: Vocabulary, seconds: float
 ) -> dict[str, float]:
     """Write run.json's counts and metrics.json; returns the metrics. Raises RuntimeError where rows are missing."""
+    stats = {**folder.stats(), **placement.at_once(session, settings, ranks=True)}  # before any model is let go
     folder.write_faults(work.faults)
     predicted, failed = folder.progress()
     total = int(work.rows_of_images.sum()) + work.faults.num_rows + work.empty_images - _boxes_of_no_picture(work, folder)
@@ -184,7 +185,6 @@ def finish(
     values = pipeline.in_a_worker(measure.measured, settings, folder, work.index, work.boxed)  # it reads all rows
     if not work.boxed and (images := vocabulary.retrieve.images).exists():
         values["leaked"] = float(pipeline.in_a_worker(leaked, folder, images, vocabulary.facts.fingerprint))
-    stats = {**folder.stats(), **placement.at_once(session, settings, ranks=True)}
     if (near := stats.get("near_duplicates")) is not None:
         values["near_leaked"] = near
     if not work.boxed and settings.run.vocabulary_free:
