@@ -52,7 +52,7 @@ from rar.schema import ERRORS, Candidate, Ranking, RankStatus, RowError, Unavail
 APP = "gateway"
 TOKEN = "RAR_API_TOKEN"
 READY_S = 60.0
-ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # a gateway never blocks its loop: requests change no thread
+ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # requests change no thread; models and pixels have their own
 SUPPORT_BYTES = 64 << 20  # of the memory's pictures, that a gateway keeps
 SUPPORT_SIDE = 192  # pixels, of a memory's picture on the page
 Box = tuple[float, float, float, float]

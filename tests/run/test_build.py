@@ -20,11 +20,12 @@ import pytest
 import yaml
 
 from rar import config
+from rar.engine.keeping import Kept
 from rar.engine.session import Session
 from rar.memory import catalog
-from rar.memory.collection import open_store
+from rar.memory.collection import Collection, open_store
 from rar.run import build, calibrate, recognise
-from rar.run.fitting import entries_of
+from rar.run.fitting import entries_of, head_of
 from rar.run.vocabulary import class_names, collection, open_memory
 from rar.run.work import classify_work
 from rar.runfolder import RunFolder
@@ -214,6 +215,24 @@ def test_one_picture_under_two_labels_is_settled_and_told(session: Session, tmp_
     before = catalog.find(session.memory_address, "twice")
     assert build.build_memory(session, given, fresh=False).metrics["embedded"] == 0
     assert catalog.find(session.memory_address, "twice") == before  # not even another generation
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_head_is_of_what_the_store_holds_whatever_was_kept(stale: bool, session: Session, tmp_path: Path) -> None:
+    given = settings("kept", write(tmp_path / "a.npz", ["bee", "dog"], 3, 1))
+    build.build_memory(session, given, fresh=True)
+    images = collection(given, session.memory_address, "images")
+    stored, kept = images.fetch(), Kept()
+    kept.add(replace(stored, class_ids=stored.class_ids[::-1], class_names=stored.class_names[::-1]) if stale else stored)
+    head = Collection(session.memory_address, "kept_again_head")
+    build._finish(given, "fused", {"images": (images, 6)}, head, {"fingerprint": "f"}, kept)
+    wanted = head_of(given, "fused", {"images": stored}).to_entries()
+    found = head.fetch()
+    head.drop()
+    assert found.entry_ids == wanted.entry_ids
+    np.testing.assert_allclose(found.vectors, wanted.vectors, atol=1e-6)
+    other = head_of(given, "fused", {"images": replace(stored, class_ids=stored.class_ids[::-1])}).to_entries()
+    assert np.abs(other.vectors - wanted.vectors).max() > 0.01  # the stale labels would show
 
 
 def test_a_head_of_other_entries_is_refused(session: Session, tmp_path: Path) -> None:
