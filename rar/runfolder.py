@@ -281,7 +281,7 @@ def stages_of(stats: Mapping[str, float]) -> dict[str, dict[str, float]]:
     for stage in (key.removesuffix(".rows") for key in stats if key.endswith(".rows")):
         rows, seconds = int(stats[f"{stage}.rows"]), stats.get(f"{stage}.seconds", 0.0)
         found[stage] = {"rows": rows, "seconds": round(seconds, 3)}
-        found[stage]["rows_per_second"] = round(rows / max(round(seconds, 3), 1e-9), 1)
+        found[stage]["rows_per_second"] = round(rows / max(seconds, 1e-6), 1)  # before rounding, which leaves 0 of a few rows
         if stage == "rank" and "rank.at_once" in stats:
             seconds, waited = stats.get("mllm.seconds", 0.0), seconds - stats.get("mllm.seconds", 0.0)
         else:
