@@ -243,6 +243,13 @@ class RankTrainer(Trainer):
                 mass += ranking.label_mass or 0.0
         return right, mass
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A whole model keeps the names that its weights have here: the trainer finds no others when it resumes from them."""
+        if self.tune.weights == "full" and self.args.should_save:
+            self.teacher.mllm.model.save_pretrained(str(output_dir), state_dict=state_dict, save_original_format=False)
+        elif self.tune.weights == "lora":
+            super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         left = kept(self.args)
         try:

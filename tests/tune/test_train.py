@@ -104,8 +104,9 @@ def test_the_last_step_is_judged_too(job: Callable[..., Job]) -> None:
 
 
 @pytest.mark.long
-def test_a_training_that_was_stopped_ends_as_one_that_was_not(job: Callable[..., Job]) -> None:
-    whole, parts = job("whole"), job("parts")
+@pytest.mark.parametrize(("weights", "written"), [("lora", "adapter_model.safetensors"), ("full", "model.safetensors")])
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(job: Callable[..., Job], weights: str, written: str) -> None:
+    whole, parts = (job(name, weights=weights, learning_rate=1e-3) for name in ("whole", "parts"))
     for one in (whole, parts):
         train.work(one)
     expected = losses_of(whole)
@@ -118,7 +119,7 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(job: Callable[...,
     shutil.rmtree(parts.adapter)
     train.work(parts)
     assert losses_of(parts) == pytest.approx(expected, abs=1e-5)
-    first, second = (load_file(Path(given.adapter) / "adapter_model.safetensors") for given in (whole, parts))
+    first, second = (load_file(Path(given.adapter) / written) for given in (whole, parts))
     assert all(np.allclose(first[name], second[name], atol=1e-5) for name in first)
 
 
