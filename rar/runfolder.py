@@ -274,14 +274,17 @@ def stages_of(stats: Mapping[str, float]) -> dict[str, dict[str, float]]:
     a stage that a model's processes run, `embed` and `rank`, these are the processes (`stats` has STAGE.at_once, their number
     at the end), and work is what they themselves took; `waited` is what shards spent on the queue to them and on the way
     (with several replicas for one shard, that at least). Of all others it is the tasks, at most as many as there were, which
-    also wait. So the stage with the greatest share is the one that the others wait for. What it is not: a share of the
+    also wait. So the stage with the greatest share is the one that the others wait for. A stage whose rows another run has left
+    (`before`) has no share. What it is not: a share of the
     processor. Where all share the cores, as on a laptop, a stage is also busy while others have its cores.
     """
     found: dict[str, dict[str, float]] = {}
     for stage in (key.removesuffix(".rows") for key in stats if key.endswith(".rows")):
-        rows, seconds = int(stats[f"{stage}.rows"]), stats.get(f"{stage}.seconds", 0.0)
+        rows, seconds = int(stats[f"{stage}.rows"]), stats.get(f"{stage}.seconds", stats.get(f"{stage}.before", 0.0))
         found[stage] = {"rows": rows, "seconds": round(seconds, 3)}
         found[stage]["rows_per_second"] = round(rows / max(seconds, 1e-6), 1)  # before rounding, which leaves 0 of a few rows
+        if f"{stage}.before" in stats:
+            continue
         if stage == "rank" and "rank.at_once" in stats:
             seconds, waited = stats.get("mllm.seconds", 0.0), seconds - stats.get("mllm.seconds", 0.0)
         else:

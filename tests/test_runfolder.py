@@ -362,6 +362,13 @@ def test_waiting_for_the_ranker_is_not_its_work() -> None:
     assert stages_of(stats)["rank"]["busy"] == 1.0 and "waited" not in stages_of(stats)["rank"]
 
 
+def test_what_another_run_did_is_told_and_has_no_share_of_this_ones_time() -> None:
+    stats = summed([{"embed.rows": 10, "embed.before": 50.0, "retrieve.rows": 10, "retrieve.seconds": 2.0, "ended": 100.0}])
+    found = stages_of({**stats, "embed.at_once": 1})
+    assert found["embed"] == {"rows": 10, "seconds": 50.0, "rows_per_second": 0.2}
+    assert stats["pipeline.seconds"] == pytest.approx(2.0) and found["retrieve"]["busy"] == 1.0
+
+
 def test_without_times_there_is_no_busy_share(tmp_path: Path) -> None:
     folder = opened(tmp_path)
     folder.finish({}, {}, 1.0, configured(), {"embed.rows": 4, "embed.seconds": 2.0})

@@ -167,7 +167,7 @@ class ShardSink(Datasink[int]):
 
 
 def stage_seconds(table: pa.Table) -> dict[str, float]:
-    """`stage.rows` and `stage.seconds` of what has noted them, and `stage.waited` of models."""
+    """`stage.rows` and `stage.seconds` (`stage.before`: see as_before) of what has noted them, and `stage.waited` of models."""
     found: dict[str, float] = {}
     for name in table.column_names:
         note, _, stage = name.partition("_")

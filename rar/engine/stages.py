@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
-NOTES = ("seconds_", "waited_")  # how the names of such columns begin
+NOTES = ("seconds_", "waited_", "before_")  # how the names of such columns begin
 
 Stage = Callable[[pa.Table], pa.Table]
 
@@ -46,6 +46,12 @@ def with_waited(table: pa.Table, before: pa.Table, started: float) -> pa.Table:
             noted = pa.array([waited] * table.num_rows, pa.float64())
             table = table.append_column(name.replace("seconds_", "waited_"), noted)
     return table
+
+
+def as_before(table: pa.Table) -> pa.Table:
+    """Rows that another pipeline made: their stages' seconds are told, and are none of this one's time."""
+    kept = table.drop_columns([name for name in table.column_names if name.startswith("waited_")])
+    return kept.rename_columns([name.replace("seconds_", "before_") for name in kept.column_names])
 
 
 def with_columns(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:

@@ -13,6 +13,7 @@ from ray.data import Dataset
 from rar import config, fusion
 from rar.engine import choosing, client, models, pipeline, reading
 from rar.engine.session import Session
+from rar.engine.stages import as_before
 from rar.ranker.cache import Asks
 from rar.run.vocabulary import Vocabulary
 from rar.run.work import Work
@@ -81,4 +82,4 @@ def vectors(
 
 def shared(vocabulary: Vocabulary, found: Dataset) -> Callable[[Sequence[int]], Dataset]:
     """`recognise.run`'s `retrieved` over the vectors of all shards, for arms that share them and run their course whole."""
-    return lambda _: retrieve(vocabulary, found)
+    return lambda _: retrieve(vocabulary, pipeline.plainly(found, as_before))

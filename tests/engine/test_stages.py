@@ -23,7 +23,7 @@ from rar.columns import candidates_of, vectors_column, vectors_of, with_candidat
 from rar.corpus import coco, looks
 from rar.corpus.decode import decode, fit_square
 from rar.crops import windows
-from rar.engine import choosing, models, reading, stages
+from rar.engine import choosing, models, reading, sinks, stages
 from rar.fusion import Calibration
 from rar.memory.collection import Collection, Entries, ExactIndex
 from rar.miniature.world import render, rng_of, vocabulary
@@ -612,6 +612,11 @@ def test_waiting_for_a_models_process_is_noted_beside_its_work() -> None:
     table = stages.with_waited(after, before, started)
     assert sum(table["waited_embed"].to_pylist()) == pytest.approx(3, abs=1) and "waited_read" not in table.column_names
     assert stages.with_waited(before, before, started).equals(before)
+
+
+def test_notes_of_another_pipeline_are_kept_apart() -> None:
+    table = pa.table({"row": [1, 2], "seconds_embed": [0.5, 0.25], "waited_embed": [3.0, 3.0]})
+    assert sinks.stage_seconds(stages.as_before(table)) == {"embed.rows": 2, "embed.before": 0.75}
 
 
 def test_timed_of_no_rows() -> None:
