@@ -263,14 +263,6 @@ def ask(
     return partial(AnswerCache(os.path.abspath(settings.cache), identity.fingerprint(decisive)).filled, send)
 
 
-def waiters(session: Session, settings: config.Ranker) -> int | None:
-    """Tasks that keep all replicas at work while they hold no CPU (see pipeline.through); None: tasks as they are.
-
-    On a laptop models reserve no CPU, so nothing that waits can keep one from starting.
-    """
-    return 2 * settings.max_replicas if session.joined and settings.method not in ("none", "endpoint") else None
-
-
 def estimate_prior(session: Session, settings: config.Ranker, images: list[bytes], names: list[list[str]]) -> Prior:
     """The label prior by a ranker application that runs, for lists of every length up to the longest."""
     counts = list(range(2, max(map(len, names), default=1) + 1))

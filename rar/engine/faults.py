@@ -22,7 +22,6 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
-from ray.serve.exceptions import DeploymentUnavailableError
 
 from rar import storage
 from rar.engine.isolate import reason
@@ -35,7 +34,6 @@ GONE = {
     WorkerCrashedError: "a worker process died again and again",
     NodeDiedError: "a node of the cluster died",
     ObjectLostError: "a node of the cluster died with data that nobody else has; start the command again, it resumes",
-    DeploymentUnavailableError: "the ranker's application is not there any more",
     ExecutionTimeoutError: "no shard of the run was done within six times run.patience_s",
     GetTimeoutError: "a process of the run does not answer",
     RaySystemError: "Ray itself failed",
@@ -59,7 +57,10 @@ def told(error: BaseException) -> UserError | Unavailable | None:
     if isinstance(last, OSError) and last.errno in storage.FORBIDDEN:
         where = "a file of the run" if "\n" in str(last.filename) else last.filename  # Ray Data puts its advice in its place
         return UserError(f"{where}: {last.strerror}; see to it that this user may, or choose another place")
-    said = next((words for kind, words in GONE.items() if isinstance(last, kind)), None)
+    from ray.serve.exceptions import DeploymentUnavailableError  # and with it Serve, which not every command has
+
+    gone = GONE | {DeploymentUnavailableError: "the ranker's application is not there any more"}
+    said = next((words for kind, words in gone.items() if isinstance(last, kind)), None)
     return Unavailable(f"{said} ({reason(last)})") if said else None
 
 

@@ -35,6 +35,7 @@ from rar.schema import Unavailable, UserError
 
 OBJECT_STORE_BYTES = 1 << 30
 STALLED = 6  # patiences without any shard done, by whatever stage, end a run: a model may hang, but large shards take long
+WARM = 2  # processes of tasks that begin while models load; one more would take a core from them
 LOCAL_SLOTS = 3  # logical CPUs of a laptop's Ray, for tasks: models hardly reserve any there
 
 
@@ -147,6 +148,11 @@ def opened(
         raise
 
 
+def _imported() -> None:
+    """What the tasks of a pipeline import: a process that has done it, while the models load, works at once."""
+    from rar.engine import choosing, sinks  # noqa: F401
+
+
 def check_reached(uri: str) -> None:
     """Raises UserError for an embedded store where Ray has workers on other machines."""
     hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
@@ -177,6 +183,9 @@ def _in_ray(patience_s: float, joined: bool) -> Iterator[int | None]:
     context.raise_original_map_exception = True  # else Ray Data hides a UserError in an error of its own
     for name in ("ray.data", "ray.serve"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log as errors is raised as well
+    if not joined:
+        for _ in range(WARM):
+            ray.remote(num_cpus=1, max_retries=0)(_imported).remote()
     try:
         yield threads
     finally:

@@ -15,8 +15,6 @@ well-known classes of single photos that lie between those are judged too low.
 from __future__ import annotations
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 PERCENTILE = 90.0  # of images' cosines with the nearest image of another class
 SAMPLE, BLOCK = 1024, 1024  # images that the threshold is taken from, and images compared with others at once
@@ -82,6 +80,9 @@ def _linked(unit: np.ndarray, starts: np.ndarray, least: float) -> np.ndarray:
 def _joined(found: np.ndarray, edges: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Components, as their first rows (N,), and more edges -> those of both."""
     ends = [np.concatenate(part) for part in zip(*edges, (np.arange(len(found)), found), strict=True)]
+    from scipy.sparse import coo_array  # late: every process of a run imports this module, and few fit a head
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(ends[0]), np.int8), (ends[0], ends[1])), shape=(len(found), len(found)))
     _, first, inverse = np.unique(connected_components(graph, directed=False)[1], return_index=True, return_inverse=True)
     return first[inverse]

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.sparse import csr_array
 
 TINY, BLOCK = 1e-12, 8192  # the latter: images cast to float64 at a time
 MEANS_PRIOR = 8.0  # equal spread in all directions counts as this many class means a dimension
@@ -89,6 +88,8 @@ class Part:
 
 def moments_of(vectors: np.ndarray, labels: np.ndarray, n_classes: int) -> Moments:
     """Moments of the (N, D) images whose label is not -1, in blocks, so that float64 copies stay small. Add those of shards."""
+    from scipy.sparse import csr_array  # late, as in bursts
+
     dim = vectors.shape[1]
     gram, sums = np.zeros((dim, dim)), np.zeros((n_classes, dim))
     rows = np.flatnonzero(labels >= 0)

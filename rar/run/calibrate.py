@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from rar import fusion
 from rar.columns import candidates_of, rankings_of
 from rar.config import Config
-from rar.engine import choosing, client, pipeline, reading
+from rar.engine import choosing, pipeline, reading
 from rar.engine.exemplars import Exemplars
 from rar.engine.session import Session
 from rar.ranker.debias import Prior
@@ -63,6 +63,8 @@ def _fit(session: Session, settings: Config, vocabulary: Vocabulary, prior: Prio
     if len(retrieved) < FEW_IMAGES:
         print(f"  calibrated on {len(retrieved)} images alone; {FEW_IMAGES} and more are wanted", file=sys.stderr, flush=True)
     rows = pipeline.through(read, "recall", choosing.Recall(retrieved))
+    from rar.engine import client  # and with it Serve
+
     ask = client.ask(session, settings.ranker, prior, exemplars(settings, support))
     table = pipeline.collect(steps.rank(session, settings.ranker, ask, PAPER, rows))
     table = table.sort_by("image_id")  # tasks finish in any order; the fit's folds must not depend on it
@@ -139,5 +141,7 @@ def label_prior(session: Session, settings: Config, work: Work, vocabulary: Voca
         table = pipeline.collect(steps.retrieve(vocabulary, rows))
         table = table.filter(pc.is_null(table["error"])).sort_by("image_id").slice(0, PRIOR_IMAGES)
         names = [[candidate.class_name for candidate in row] for row in candidates_of(table)]
+        from rar.engine import client
+
         folder.write("prior.json", client.estimate_prior(session, settings.ranker, table["bytes"].to_pylist(), names))
     return folder.read("prior.json")

@@ -17,13 +17,16 @@ import pyarrow.compute as pc
 from ray.data import Dataset
 
 from rar.columns import fitted, positions
-from rar.config import LETTERS, Config
+from rar.config import LETTERS, Config, Ranker
 from rar.corpus import coco, looks
-from rar.engine import client, pipeline, placement, reach, reading
+from rar.engine import pipeline, placement, reach, reading
+from rar.engine.actors import free_resources
 from rar.engine.session import Session
 from rar.engine.sinks import ShardSink
 from rar.memory import catalog
 from rar.memory.collection import Collection
+from rar.ranker.cache import Asks
+from rar.ranker.debias import Prior
 from rar.run import build, measure, steps
 from rar.run.calibrate import calibrate, exemplars, label_prior
 from rar.run.vocabulary import Vocabulary, open_memory
@@ -41,13 +44,29 @@ def prepare(session: Session, settings: Config) -> Vocabulary:
     if vocabulary is not None:
         check_labels(settings, len(vocabulary.names))
     with ThreadPoolExecutor(1) as pool:  # the replica loads while the encoder does
-        deployed = pool.submit(client.deploy, session, settings.ranker) if settings.ranker.method != "none" else None
+        deployed = pool.submit(_deploy, session, settings.ranker) if settings.ranker.method != "none" else None
         if deployed is not None and settings.ranker.base_url is not None:
             deployed.result()  # a server that is not there is told before the encoder loads
         vocabulary = vocabulary or open_memory(session, settings)
         if deployed is not None:
             deployed.result()
     return vocabulary
+
+
+def _deploy(session: Session, ranker: Ranker) -> None:
+    from rar.engine import client  # and with it Serve, which a run without a ranker does not need
+
+    client.deploy(session, ranker)
+
+
+def _asked(session: Session, settings: Config, prior: Prior | None) -> tuple[Asks | None, Callable[[], str]]:
+    """How the ranker is asked, and what tells of it while rows are waited for."""
+    if settings.ranker.method == "none":
+        return None, free_resources
+    from rar.engine import client
+
+    asked = client.ask(session, settings.ranker, prior, exemplars(settings), limited=True)
+    return asked, lambda: client.standing(settings.ranker)
 
 
 def check_labels(settings: Config, classes: int) -> None:
@@ -85,7 +104,7 @@ def run(
     prior = label_prior(session, settings, work, vocabulary, folder)
     calibration = calibrate(session, settings, vocabulary, folder, prior)
     if numbers:
-        ask = client.ask(session, settings.ranker, prior, exemplars(settings), limited=True)
+        ask, standing = _asked(session, settings, prior)
         if retrieved is not None:
             rows = retrieved(numbers)
         else:
@@ -95,7 +114,7 @@ def run(
             rows = steps.retrieve(vocabulary, rows)
         rows = steps.rank(session, settings.ranker, ask, calibration, rows)
         rows = steps.fuse(calibration, rows)
-        with pipeline.progress(folder, sum(expected.values()), folder.path.name, lambda: client.standing(settings.ranker)):
+        with pipeline.progress(folder, sum(expected.values()), folder.path.name, standing):
             rows.write_datasink(ShardSink(folder.path, expected))
     check_spent(settings, folder, len(expected))
     return finish(session, settings, work, folder, vocabulary, time.monotonic() - started)

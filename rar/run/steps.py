@@ -11,7 +11,7 @@ import numpy as np
 from ray.data import Dataset
 
 from rar import config, fusion
-from rar.engine import choosing, client, models, pipeline, reading
+from rar.engine import choosing, models, pipeline, reading
 from rar.engine.session import Session
 from rar.engine.stages import as_before
 from rar.ranker.cache import Asks
@@ -62,7 +62,10 @@ def rank(
     """ask: of `client.ask`. Servers are asked about a whole shard; a worker's own session keeps the pace there."""
     batches = (None, 1) if settings.method == "endpoint" else (settings.batch_size, settings.in_flight)
     work = choosing.Rank(ask, calibration, *batches)
-    return pipeline.through(rows, "rank", work, client.waiters(session, settings))
+    # on a cluster, tasks that keep all replicas at work while they hold no CPU (pipeline.through); on a laptop models reserve
+    # none, so nothing that waits can keep one from starting
+    replicas = session.joined and settings.method not in ("none", "endpoint")
+    return pipeline.through(rows, "rank", work, 2 * settings.max_replicas if replicas else None)
 
 
 def fuse(calibration: fusion.Calibration, rows: Dataset) -> Dataset:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from rar import config, miniature
 from rar.corpus.decode import decode, fit_square
-from rar.engine import pipeline
+from rar.engine import client, pipeline
 from rar.engine.session import Session
 from rar.report import cards
 from rar.report.page import write_report
@@ -197,7 +197,7 @@ def test_letters_that_are_too_few_for_all_classes_are_told_before_a_ranker_start
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[object] = []
-    monkeypatch.setattr(recognise.client, "deploy", lambda *given: started.append(given))
+    monkeypatch.setattr(client, "deploy", lambda *given: started.append(given))
     with pytest.raises(UserError, match=r"too few for retriever\.mode all over 120 classes"):
         recognise.prepare(lab.session, lab.settings(retriever={"mode": "all"}))
     assert not started
