@@ -229,12 +229,35 @@ def embed(pictures: int = 256, repeats: Repeats = 5, model: str = "ViT-B-32/rand
     _run(work)
 
 
+@bench.command()
+def tuning(
+    out: Annotated[Path, typer.Option("--out", help="Folder that keeps worlds and runs; what is there is not run again.")],
+    only: Annotated[list[str] | None, typer.Option("--only", help="describer, long or shifted; repeatable.")] = None,
+    part: Annotated[list[str] | None, typer.Option("--part", help="Of describer; repeatable. Default: all.")] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", min=0, max=8, help="Repeatable. Default: 0, 1, 2.")] = None,
+    describer: Annotated[Path | None, typer.Option("--describer", help="Folder of one that is trained already.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Of every training, not each experiment's own.")] = None,
+) -> None:
+    """What `rar tune` teaches: from a describer and part by part, on long lists, on a shifted world."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import tuning as module
+
+        for option, given, known in (("--only", only, module.EXPERIMENTS), ("--part", part, module.PARTS)):
+            if strange := set(given or ()) - set(known):
+                raise UserError(f"{option} {sorted(strange)[0]}: one of {', '.join(known)}")
+        out.mkdir(parents=True, exist_ok=True)
+        chosen = (only or module.EXPERIMENTS, part or tuple(module.PARTS))
+        return module.run(out, seed or [0, 1, 2], *chosen, describer, steps)
+
+    _run(work)
+
+
 @bench.command("end-to-end")
 def end_to_end(rows: Annotated[int, typer.Option("--rows", min=50)] = 20_000, repeats: Repeats = 3) -> None:
     """Pictures/s of whole `rar classify` commands past their start, against their slowest stage alone; MLLM seconds."""
 
     def work() -> dict[str, Any]:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the commands' models; before torch comes
         from rar.bench import end_to_end as module
 
         return module.run(rows, repeats)
@@ -336,6 +359,7 @@ def _existing(folder: Path) -> Path:
 def _run(work: Callable[[], dict[str, Any]]) -> None:
     def job() -> int:
         quiet()
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the commands' models; before torch comes
         from rar.bench.figures import measured_on
 
         where = measured_on()  # before there is any load of ours

@@ -28,6 +28,7 @@ from rar.miniature.world import Spec, all_classes, render, rng_of, vocabulary
 
 PER_CLASS, TESTS, TOP_K = 24, 10, 5
 STEPS = {"retriever": 480, "clip64": 480, "tower": 700, "mllm": 1800}
+CAPTIONS = 600  # steps of a describer
 
 
 def main() -> None:
@@ -36,9 +37,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder for the drawn photos (1.1 GB)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all steps; 0.01 tries the script out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--describer", action="store_true", help="only mllm/, taught to name pictures and never shown a list")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
     steps = {part: max(2, round(count * options.scale)) for part, count in STEPS.items()}
+    if options.describer:
+        return describer(options.out, options.cache, steps | {"mllm": max(2, round(CAPTIONS * options.scale))}, options.seed)
     card = train(options.out, options.cache, steps, options.seed)
     (options.out / "card.json").write_text(json.dumps(card, indent=1))
     print(json.dumps(card))
@@ -58,10 +62,7 @@ def train(out: Path, cache: Path, steps: dict[str, int], seed: int) -> dict[str,
     seconds: dict[str, float] = {}
     with _timed(seconds, "tower"):
         heads = train_tower.train(clip64, images, steps["tower"], seed)
-    tokenizer = train_mllm.mllm_tokenizer()
-    torch.manual_seed(seed)
-    mllm = train_mllm.new_model(len(tokenizer), int(tokenizer.convert_tokens_to_ids("<image>")))  # type: ignore[arg-type]
-    train_mllm.start_tower(mllm, clip64)
+    mllm = _new_mllm(clip64, seed)
     confusions = train_mllm.Confusions(train_clip.embed(retriever, pixels), _texts(retriever, specs))
     with _timed(seconds, "mllm"):
         train_mllm.train(mllm, images, confusions, steps["mllm"], seed)
@@ -71,6 +72,29 @@ def train(out: Path, cache: Path, steps: dict[str, int], seed: int) -> dict[str,
         train_control(clip64, images, seconds["mllm"], seed)
     torch.save(clip64.state_dict(), cache / "control.pt")
     return card(retriever, mllm, clip64, {"seconds": seconds, "steps": steps, "tower.validation": towers, "seed": seed})
+
+
+def describer(out: Path, cache: Path, steps: dict[str, int], seed: int) -> None:
+    """The MLLM's tower and captions alone: who never saw a list, to measure what `rar tune` teaches."""
+    specs = all_classes("train")
+    pixels = data.render_all(specs, "train", PER_CLASS, seed, cache / f"train-{seed}.npy")
+    images = train_clip.Images(pixels, specs, PER_CLASS)
+    torch.manual_seed(seed)
+    clip64 = train_clip.new_model(train_mllm.SIDE, train_mllm.PATCH)
+    train_clip.train(clip64, images, steps["clip64"], seed)
+    train_tower.train(clip64, images, steps["tower"], seed)
+    mllm = _new_mllm(clip64, seed)
+    train_mllm.train(mllm, images, None, steps["mllm"], seed, stages=train_mllm.DESCRIBER)
+    train_mllm.save(mllm, out / "mllm")
+
+
+def _new_mllm(clip64: open_clip.CLIP, seed: int) -> Any:
+    """An untrained MLLM with that tower."""
+    tokenizer = train_mllm.mllm_tokenizer()
+    torch.manual_seed(seed)
+    mllm = train_mllm.new_model(len(tokenizer), int(tokenizer.convert_tokens_to_ids("<image>")))  # type: ignore[arg-type]
+    train_mllm.start_tower(mllm, clip64)
+    return mllm
 
 
 def train_control(clip64: open_clip.CLIP, images: train_clip.Images, seconds: float, seed: int) -> None:

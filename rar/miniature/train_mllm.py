@@ -54,11 +54,13 @@ TOWER = re.compile(r"^vision_tower\.(?!vision_model\.)")
 MATCH_LAYER = 3  # of five: after it two layers are left to find the label of the candidate that matches
 ATTRIBUTES = (("shape", SHAPES), ("colour", COLOURS), ("pattern", PATTERNS), ("marking", MARKINGS), ("marking", MARKINGS))
 KINDS = ("caption", "word", "random", "letter", "list")
-STAGES = (  # up to which part of the training, share of each kind
+Stages = tuple[tuple[float, tuple[float, ...]], ...]  # up to which part of the training, share of each kind
+RANKER: Stages = (
     (0.25, (0.3, 0.7, 0.0, 0.0, 0.0)),
     (0.4, (0.2, 0.35, 0.45, 0.0, 0.0)),
     (1.0, (0.1, 0.15, 0.1, 0.53, 0.12)),
 )
+DESCRIBER: Stages = ((1.0, (1.0, 0.0, 0.0, 0.0, 0.0)),)  # it names what it sees, and was never shown a list
 
 
 def new_model(vocabulary: int, image_token: int, hidden: int = 128) -> LlavaForConditionalGeneration:
@@ -211,9 +213,16 @@ def forward(model: LlavaForConditionalGeneration, pixels: torch.Tensor, ids: tor
 
 
 def train(
-    model: LlavaForConditionalGeneration, images: Images, confusions: Confusions, steps: int, seed: int, lr: float = 1.5e-3
+    model: LlavaForConditionalGeneration,
+    images: Images,
+    confusions: Confusions | None,
+    steps: int,
+    seed: int,
+    *,
+    stages: Stages = RANKER,
+    lr: float = 1.5e-3,
 ) -> None:
-    """Train in place for a number of steps; prints a line every fifty."""
+    """Train in place for a number of steps; prints a line every fifty. confusions: None where no stage has letters or lists."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 12])
     asker = Asker(images.specs)
@@ -228,9 +237,9 @@ def train(
     seen: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "match")}
     model.train()
     for step in range(steps):
-        shares = next(shares for until, shares in STAGES if step < until * steps)
+        shares = next(shares for until, shares in stages if step < until * steps)
         kind = str(rng.choice(KINDS, p=shares))
-        k = int(rng.choice([2, 3, 4] if step < STAGES[0][0] * steps else [3, 4, 5, 5, 5, 6]))
+        k = int(rng.choice([2, 3, 4] if step < stages[0][0] * steps else [3, 4, 5, 5, 5, 6]))
         pixels, ids, labels = _batch(kind, k, asker, images, confusions, rng)
         with sdpa_kernel(SDPBackend.MATH):
             with torch.autocast("cpu", torch.bfloat16):
@@ -260,11 +269,12 @@ def train(
 
 
 def _batch(
-    kind: str, k: int, asker: Asker, images: Images, confusions: Confusions, rng: np.random.Generator, batch: int = 96
+    kind: str, k: int, asker: Asker, images: Images, confusions: Confusions | None, rng: np.random.Generator, batch: int = 96
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     classes = rng.integers(0, len(images.specs), batch)
     rows = classes * images.per_class + rng.integers(0, images.per_class, batch)
     if kind in ("letter", "list"):
+        assert confusions is not None
         proposed = confusions.candidates(rows, classes, k, rng)
     else:
         proposed = np.column_stack([classes, rng.integers(0, len(images.specs), (batch, k - 1))])
