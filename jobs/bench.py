@@ -198,7 +198,7 @@ def faults(
 
 @bench.command()
 def rank(
-    images: int = 96,
+    images: int = 960,
     repeats: Repeats = 5,
     random_7b: Annotated[
         bool, typer.Option("--random-7b", help="LLaVA-1.5-7B's architecture with random weights, on a GPU.")

@@ -34,7 +34,7 @@ from rar.ranker.rank import MllmRanker
 from rar.schema import Unavailable
 
 FEWER = 5  # times fewer pictures at the smaller size
-SAMPLE, ASKED = 1024, 64  # pictures that the stages alone are given, and the paper's loop, at most
+SAMPLE = 1024  # pictures that the stages alone are given, at most
 STAGES = {"plain": ("decode", "embed"), "ranked": ("decode", "embed", "rank")}
 MOVES = {"plain": {"ranker": {"method": "none"}}, "ranked": {}}
 
@@ -126,7 +126,7 @@ class Alone:
 
     def paper(self) -> float:
         """Pictures a second of the paper's loop."""
-        few = rank.Work(self.work.images[:ASKED], self.work.names[:ASKED])
+        few = rank.Work(self.work.images[: rank.ASKED], self.work.names[: rank.ASKED])
         return len(few.images) / seconds_of(lambda: rank.paper_loop(self.ranker, few))
 
     def decode(self) -> None:

@@ -43,6 +43,7 @@ from rar.ranker.rank import MllmRanker
 
 CANDIDATES = 5
 BATCH = 32
+ASKED = 64  # pictures that the paper's loop is given, at most
 PAPER_TOKENS = 512  # max_new_tokens of the original code
 
 
@@ -54,7 +55,7 @@ class Work:
     names: list[list[str]]
 
 
-def run(images: int = 96, repeats: int = 5) -> dict[str, Any]:
+def run(images: int = 960, repeats: int = 5) -> dict[str, Any]:
     """The miniature MLLM on the CPU (or the GPU where there is one). Rows as of `timing.paired`, images per second."""
     work = draw(images)
     ranker = MllmRanker(Ranker(batch_size=BATCH), str(miniature.MLLM))
@@ -62,7 +63,7 @@ def run(images: int = 96, repeats: int = 5) -> dict[str, Any]:
     return {"images": images, "rows": {"letters": rows}, "split": split(ranker, work)}
 
 
-def through_serve(images: int = 96, repeats: int = 5) -> dict[str, Any]:
+def through_serve(images: int = 960, repeats: int = 5) -> dict[str, Any]:
     """The same rows for `letters` as a batch job asks for it: encoded pictures through Ray Serve, several at once."""
     work, settings = draw(images), Ranker(batch_size=BATCH)
     encoded = [png(image) for image in work.images]
@@ -86,9 +87,9 @@ def against(
     rank: Callable[[], object], ranker: MllmRanker, work: Work, repeats: int, forced_tokens: int | None = None
 ) -> dict[str, dict[str, float]]:
     """A way to rank `work` (bare, through Ray Serve, ...) against the paper's loop and bare forward passes of `ranker`."""
-    prepared = prepare(ranker, work)
+    prepared, few = prepare(ranker, work), Work(work.images[:ASKED], work.names[:ASKED])
     return {
-        "paper": paired(rank, lambda: paper_loop(ranker, work, forced_tokens), len(work.images), repeats),
+        "paper": paired(rank, lambda: paper_loop(ranker, few, forced_tokens), len(work.images), repeats, len(few.images)),
         "bare_forward": paired(rank, lambda: bare_forward(ranker, prepared), len(work.images), repeats),
     }
 

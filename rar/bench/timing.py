@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 
 
-def paired(ours: Callable[[], object], reference: Callable[[], object], amount: float, repeats: int = 5) -> dict[str, float]:
+def paired(
+    ours: Callable[[], object], reference: Callable[[], object], amount: float, repeats: int = 5, less: float | None = None
+) -> dict[str, float]:
     """Throughputs (amount / seconds, medians over `repeats`) of two ways to do `amount` of the same work, and their ratio.
 
-    The ratio is the median of the ratios of neighbouring runs; `ratio_low` and `ratio_high` are the least and the greatest.
-    Which goes first alternates. One run of each beforehand is not counted.
+    less: how much of it the reference does, where all would take too long. The ratio is the median of the ratios of
+    neighbouring runs; `ratio_low` and `ratio_high` are the least and the greatest. Which goes first alternates. One run of each
+    beforehand is not counted.
     """
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(-1, repeats):
@@ -20,7 +23,7 @@ def paired(ours: Callable[[], object], reference: Callable[[], object], amount: 
             taken = seconds_of((ours, reference)[which])
             if repeat >= 0:
                 seconds[which].append(taken)
-    return compared(*([amount / taken for taken in runs] for runs in seconds))
+    return compared(*([done / taken for taken in runs] for done, runs in zip((amount, less or amount), seconds, strict=True)))
 
 
 def compared(ours: Sequence[float], reference: Sequence[float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ Not covered: speed, which `rar bench end-to-end` measures.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def test_throughputs_are_compared_run_by_run() -> None:
     }
     found = paired(lambda: None, lambda: sum(range(100_000)), 10, repeats=3)
     assert found["ours"] > found["reference"] and found["repeats"] == 3 and found["ratio"] > 1
+    whole, tenth = (paired(lambda: None, lambda: time.sleep(0.01), 10, 1, less)["reference"] for less in (None, 1.0))
+    assert 5 < whole / tenth < 20, "a tenth of the work in the same time"
 
 
 def test_a_command_is_held_against_the_least_of_its_stages_alone() -> None:
