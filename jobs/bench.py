@@ -232,8 +232,8 @@ def embed(pictures: int = 256, repeats: Repeats = 5, model: str = "ViT-B-32/rand
 @bench.command()
 def tuning(
     out: Annotated[Path, typer.Option("--out", help="Folder that keeps worlds and runs; what is there is not run again.")],
-    only: Annotated[list[str] | None, typer.Option("--only", help="describer, long or shifted; repeatable.")] = None,
-    part: Annotated[list[str] | None, typer.Option("--part", help="Of describer; repeatable. Default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="describer, parts, long or shifted; repeatable.")] = None,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="Of these; repeatable. Default: all.")] = None,
     seed: Annotated[list[int] | None, typer.Option("--seed", min=0, max=8, help="Repeatable. Default: 0, 1, 2.")] = None,
     describer: Annotated[Path | None, typer.Option("--describer", help="Folder of one that is trained already.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Of every training, not each experiment's own.")] = None,
@@ -243,12 +243,13 @@ def tuning(
     def work() -> dict[str, Any]:
         from rar.bench import tuning as module
 
-        for option, given, known in (("--only", only, module.EXPERIMENTS), ("--part", part, module.PARTS)):
-            if strange := set(given or ()) - set(known):
-                raise UserError(f"{option} {sorted(strange)[0]}: one of {', '.join(known)}")
+        chosen = only or list(module.ARMS)
+        known = [name for one in chosen for name in module.ARMS.get(one, ())]
+        for option, given, there in (("--only", chosen, module.ARMS), ("--arm", arm, known)):
+            if strange := set(given or ()) - set(there):
+                raise UserError(f"{option} {sorted(strange)[0]}: one of {', '.join(there)}")
         out.mkdir(parents=True, exist_ok=True)
-        chosen = (only or module.EXPERIMENTS, part or tuple(module.PARTS))
-        return module.run(out, seed or [0, 1, 2], *chosen, describer, steps)
+        return module.run(out, seed or [0, 1, 2], chosen, arm, describer, steps)
 
     _run(work)
 

@@ -1,16 +1,17 @@
 """What `rar tune` teaches, and what each part of it is worth: whole commands on miniature worlds, judged before and after.
 
 A seed is a world (classes and photos) and a training. Learned from: 16 support photos of each of 120 classes, less what `rar
-tune` keeps out to judge by as `seen`; judged by as `novel`: test photos of 120 classes whose families no weight has seen. Three
+tune` keeps out to judge by as `seen`; judged by as `novel`: test photos of 120 classes whose families no weight has seen. Four
 questions, an experiment each:
 
 - `describer`: from an MLLM that was taught to name pictures and never shown a list (`python -m rar.miniature.train
-  --describer`, trained here unless --describer names one). PARTS are what is left out of `rar`, and RAR's own lists, all for as
-  many steps. An arm is asked as it was trained: letters, or (`paper_code`, `paper_text`) the sorted list as text.
-- `long`: from the shipped miniature, which was trained on lists of at most six names, on lists of up to 20; all weights, as an
-  adapter of the same steps learns less of it.
-- `shifted`: from the shipped miniature, on photos of the novel classes in poorer light, noisy and small, SHOTS a class.
-  `plain` is its accuracy on the same classes' ordinary photos; `regained` the share of what was lost that came back.
+  --describer`, trained here unless --describer names one), asked for the sorted list (`ranker.method: generate`): our lists
+  against RAR's own (presets paper-code and paper-text), for as many steps.
+- `parts`: from the shipped miniature, which was trained on lists of at most six names, asked for letters about lists of up to
+  ten: what is trained on label tokens (`labels`) and with each part of it left out.
+- `long`: from the same, on lists of up to 20; all weights, as an adapter of the same steps learns less of it.
+- `shifted`: from the same, on photos of the novel classes in poorer light, noisy and small, SHOTS a class.
+  `plain` is its accuracy on the same classes' ordinary photos, `regained` the share of what was lost that came back.
 
 Accuracy is that on shuffled lists that hold the truth (judge). A gain's interval is over the classes of its own seed; `mean`
 is over seeds. What was run is kept in --out, and not run again.
@@ -36,17 +37,24 @@ from rar.miniature.data import DRAWN, two_processes, write_world
 from rar.miniature.world import Spec, render, rng_of, vocabulary
 from rar.schema import Unavailable
 
-EXPERIMENTS = ("describer", "long", "shifted")
 PHOTOS, TESTS, SHOTS, JUDGED = 16, 3, 4, 300
-STEPS = {"describer": 400, "long": 1200, "shifted": 300}
+STEPS = {"describer": 150, "parts": 200, "long": 1000, "shifted": 200}
 RATE, FULL_RATE = 0.002, 0.001  # of adapters, of whole models
-PARTS: dict[str, dict[str, Any]] = {
-    "rar": {},
-    "paper_code": {"preset": "paper-code"},
-    "paper_text": {"preset": "paper-text"},
-    "loss_of_text": {"loss": "text"},
-    "unshuffled": {"shuffle": False},
-    "no_rejections": {"rejections": 0.0},
+WRITTEN, TEN = {"ranker": {"method": "generate", "max_new_tokens": 64}}, {"max_list": 10, "lengths": [10]}
+ARMS: dict[str, dict[str, dict[str, Any]]] = {  # experiment -> arm -> what it has of its own: `ranker`, and else of `tune`
+    "describer": {
+        "rar": WRITTEN,
+        "paper_code": WRITTEN | {"preset": "paper-code"},
+        "paper_text": WRITTEN | {"preset": "paper-text"},
+    },
+    "parts": {
+        "labels": TEN,
+        "loss_of_text": TEN | {"loss": "text"},
+        "unshuffled": TEN | {"shuffle": False},
+        "no_rejections": TEN | {"rejections": 0.0},
+    },
+    "long": {"long": {"max_list": 20, "lengths": [10, 20], "weights": "full"}},
+    "shifted": {"shifted": {}},
 }
 LIGHT, TINT, NOISE, SMALL = (0.35, 0.6), 0.25, 0.09, 0.7  # of a shifted photo
 
@@ -56,26 +64,26 @@ Row = dict[str, Any]
 def run(
     out: Path,
     seeds: Sequence[int],
-    only: Sequence[str] = EXPERIMENTS,
-    parts: Sequence[str] = tuple(PARTS),
+    only: Sequence[str] = tuple(ARMS),
+    arms: Sequence[str] | None = None,
     describer: Path | None = None,
     steps: int | None = None,
 ) -> Row:
-    """{experiment: {arm: {"seeds": {seed: accuracies and gains}, "mean": ...}}}. steps: of every training, else STEPS."""
+    """{experiment: {arm: {"seeds": {seed: accuracies and gains}, "mean": ...}}}.
+
+    only: experiments. arms: of these, by name; default: all. steps: of every training, else STEPS.
+    """
     found: Row = {"seeds": list(seeds), "steps": {name: steps or STEPS[name] for name in only}}
     for name in only:
-        arms = {part: PARTS[part] for part in parts} if name == "describer" else {name: {}}
         model = _describer(out, describer) if name == "describer" else "miniature"
-        taught = {
-            arm: {str(seed): _taught(out, name, arm, move, model, seed, steps or STEPS[name]) for seed in seeds}
-            for arm, move in arms.items()
-        }
-        rows = {arm: {"seeds": by, "mean": _mean(list(by.values()))} for arm, by in taught.items()}
-        found[name] = rows if name == "describer" else rows[name]
+        found[name] = {}
+        for arm in (arm for arm in ARMS[name] if arms is None or arm in arms):
+            by = {str(seed): _taught(out, name, arm, model, seed, steps or STEPS[name]) for seed in seeds}
+            found[name][arm] = {"seeds": by, "mean": _mean(list(by.values()))}
     return found
 
 
-def _taught(out: Path, experiment: str, arm: str, move: Mapping[str, Any], model: str, seed: int, steps: int) -> Row:
+def _taught(out: Path, experiment: str, arm: str, model: str, seed: int, steps: int) -> Row:
     """One `rar tune`: what it says of accuracy, and minutes."""
     folder = out / f"seed-{seed}"
     write_world(folder / "world", seed, shots=PHOTOS, tests=TESTS, scenes=1)
@@ -83,19 +91,17 @@ def _taught(out: Path, experiment: str, arm: str, move: Mapping[str, Any], model
     if experiment == "shifted":
         shifted(folder / "shifted", seed)
         learned = _memory(folder, "shifted", folder / "shifted" / "support", folder / "shifted" / "test")
-        # a class has SHOTS photos: of each, one in four is kept out to stop by, none to judge by as seen
-        tune: Row = {"others": {"shifted": str(learned), "plain": str(novel)}, "held_out": 0.25}
+        others = {"shifted": str(learned), "plain": str(novel)}
     else:
         learned = _memory(folder, "seen", folder / "world" / "seen" / "support", folder / "world" / "seen" / "test")
-        tune = {"others": {"novel": str(novel)}}
-    if experiment == "long":
-        tune |= {"max_list": 20, "lengths": [10, 20], "weights": "full"}
-    rate = FULL_RATE if tune.get("weights") == "full" else RATE
-    tune |= {"max_steps": steps, "learning_rate": rate, "novel_classes": 0, "judged": JUDGED, "check_every": 100, **move}
-    ranker = {"model": model, "method": "generate" if "preset" in move else "letters"}
-    config = yaml.safe_load(learned.read_text()) | {"ranker": ranker, "tune": tune, "run": {"seed": seed}}
+        others = {"novel": str(novel)}
+    own = dict(ARMS[experiment][arm])
+    ranker = {"model": model, **own.pop("ranker", {})}
+    rate = FULL_RATE if own.get("weights") == "full" else RATE
+    tune = {"max_steps": steps, "learning_rate": rate, "novel_classes": 0, "judged": JUDGED, "check_every": 100, **own}
+    config = {"ranker": ranker, "tune": tune | {"others": others}, "run": {"seed": seed}}
     file = folder / f"{experiment}-{arm}-{steps}.yaml"
-    file.write_text(yaml.safe_dump(config))
+    file.write_text(yaml.safe_dump(yaml.safe_load(learned.read_text()) | config))
     ended = _command("tune", file, file.with_suffix(""))
     values = json.loads((ended / "metrics.json").read_text())
     found = _told(values) | {"minutes": json.loads((ended / "run.json").read_text())["seconds"] / 60}
