@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rar import config
 from rar.bench import tuning
 from rar.miniature.world import render, rng_of, vocabulary
+from rar.tune import recipe
 
 
 def test_accuracies_and_gains_are_told_by_set_and_length() -> None:
@@ -50,10 +52,18 @@ def test_a_shifted_photo_is_darker_and_as_large_and_the_same_each_time() -> None
     assert dark.mean() < 0.75 * photo.mean() and np.array_equal(dark, drawn()[1])
 
 
+def test_every_arm_is_a_config() -> None:
+    """One that `rar tune` would refuse before anything is opened costs the bench an hour."""
+    for arms in tuning.ARMS.values():
+        for own in arms.values():
+            tune = {name: value for name, value in own.items() if name != "ranker"}
+            recipe.bare(config.validated(config.Config, {"ranker": own.get("ranker", {}), "tune": tune}))
+
+
 @pytest.mark.slow
 def test_an_experiment_from_end_to_end(tmp_path: Path) -> None:
-    found = tuning.run(tmp_path, [0], ["shifted"], steps=2)["shifted"]
+    found = tuning.run(tmp_path, [0], ["shifted"], steps=2)["shifted"]["shifted"]
     one = found["seeds"]["0"]
     assert one["lost"] == pytest.approx(one["before"]["plain"] - one["before"]["shifted"])
     assert found["mean"]["minutes"] == one["minutes"] > 0 and {"shifted", "plain"} <= one["gain"].keys()
-    assert tuning.run(tmp_path, [0], ["shifted"], steps=2)["shifted"] == found, "what was run is not run again"
+    assert tuning.run(tmp_path, [0], ["shifted"], steps=2)["shifted"]["shifted"] == found, "what was run is not run again"
