@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from rar.corpus.truth import read
-from rar.evaluation.ap import Style, best_of_each_image, evaluate
-from rar.evaluation.scoring import Detections, detections, write_coco_results
+from rar.evaluation.ap import IMAGE_LIMITS, Style, best_of_each_image, evaluate, within_limit
+from rar.evaluation.scoring import Detections, category_places, detections, together, write_coco_results
 from rar.schema import UserError
 from tests.conftest import SHARED_DATA
 
@@ -152,6 +152,22 @@ def test_best_of_each_image() -> None:
     assert best_of_each_image(found, 3).categories.tolist() == [1, 4, 0, 2]
 
 
+@pytest.mark.parametrize("style", ["coco", "lvis", "v3det"])
+def test_parts_cut_first_are_the_whole_cut(style: Style, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the boxes of an image lie in several parts, and scores are equal."""
+    monkeypatch.setitem(IMAGE_LIMITS, style, IMAGE_LIMITS[style] and 20)
+    rng = np.random.default_rng(0)
+    found = Detections(
+        rng.integers(0, 9, 900, np.int32), np.arange(900, dtype=np.int32), rng.random((900, 4)), rng.integers(0, 5, 900) / 5
+    )
+    parts = [within_limit(Detections(*(column[start : start + 90] for column in found)), style) for start in range(0, 900, 90)]
+    whole, again = within_limit(found, style), within_limit(together(parts), style)
+    assert len(whole.scores) == (900 if style == "coco" else 180)
+    for ours, theirs in zip(again, whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert within_limit(whole, style) is whole  # no copy of what is cut and in order
+
+
 def test_v3det_is_coco_with_300_of_an_image() -> None:
     truth = small_truth()
     found = [detection(5, 3, [300, 200, 5, 5], 0.9)] * 250 + [detection(5, 3, [200, 0, 100, 100], 0.5)]
@@ -182,8 +198,8 @@ def test_the_numbers_do_not_depend_on_how_many_categories_run_together(style: St
 
     truth["annotations"], found = boxes(150), boxes(2000)
     alone = []
-    for together in (1, 8, 1000):
-        monkeypatch.setattr("rar.evaluation.ap.TOGETHER", together)
+    for count in (1, 8, 1000):
+        monkeypatch.setattr("rar.evaluation.ap.TOGETHER", count)
         alone.append(evaluate(found, truth, style))
     assert alone[0]["ap"] > 0.005 and alone[1] == pytest.approx(alone[0]) and alone[2] == pytest.approx(alone[0])
 
@@ -195,7 +211,7 @@ def test_columns_a_list_and_the_written_file_are_the_same(tmp_path: Path) -> Non
     boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in truth["annotations"])] * 9)
     boxes = boxes + rng.normal(0, 2, boxes.shape)
     found = detections(
-        [0, 1] * 18, boxes, rng.random(36), [names] * 36, rng.dirichlet(np.ones(3), 36).tolist(), names,
+        [0, 1] * 18, boxes, rng.random(36), [names] * 36, rng.dirichlet(np.ones(3), 36).tolist(), category_places(names),
         "product", 2,
     )  # fmt: skip
     write_coco_results(tmp_path / "found.json", [found], read(truth))
