@@ -71,8 +71,8 @@ def evaluate(
     if style == "lvis":
         _check_lvis(known)
     found = detections if isinstance(detections, Detections) else read_detections(detections, known)
-    found = within_limit(found, style)
-    means = _accumulate(found, known, style)
+    sight = Sight(known, style)
+    means = _accumulate(sight.seen(found), known, sight.boxes, style)
     return _summary(means, [category.frequency for category in known.categories], CLASS_LIMITS[style])
 
 
@@ -126,14 +126,47 @@ def read_detections(source: list[Record] | str | Path, truth: Truth) -> Detectio
     return Detections(images, categories, numbers[:, :4], numbers[:, 4])
 
 
-def within_limit(found: Detections, style: Style) -> Detections:
-    """Those that a style looks at, by its limit an image: of a part of all detections no others need be kept.
+class Sight:
+    """What of all detections a style looks at, given a truth; the others change none of its numbers, and need not be kept.
 
-    What a part cuts away has so many better ones of its image in that part, so cutting it and then the whole gives what cutting
-    the whole does, ties included, as long as parts keep their order; even where an image is in two parts.
+    Those are the best IMAGE_LIMITS of an image over all classes. Of LVIS they must have an area, too, and be of a class that is
+    in the image or known not to be (lvis-api, `LVISEval._prepare`): its images are searched for few of its 1,203 classes, so
+    nearly all detections of a low score go. `boxes`: the truth's that are looked at.
     """
-    limit = IMAGE_LIMITS[style]
-    return found if limit is None else best_of_each_image(found, limit)
+
+    def __init__(self, truth: Truth, style: Style) -> None:
+        self.limit, self.classes, self.boxes = IMAGE_LIMITS[style], len(truth.categories), truth.boxes
+        self.pairs: np.ndarray | None = None  # sorted numbers of image and class
+        if style == "lvis":
+            self.boxes = truths.take(truth.boxes, _with_area(truth.boxes.area))
+            absent = [
+                (image, place)
+                for image, picture in enumerate(truth.pictures)
+                for place in map(truth.category_ids.place, picture.negative or ())
+                if place >= 0
+            ]
+            present = self._pair(self.boxes.image, self.boxes.category)
+            self.pairs = np.unique(np.concatenate([present, self._pair(*np.array(absent, np.int64).reshape(-1, 2).T)]))
+
+    def _pair(self, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        return images.astype(np.int64) * self.classes + classes
+
+    def seen(self, found: Detections) -> Detections:
+        """Of all detections of some images, those that are looked at; of these again, all.
+
+        An image's must come together: those that the limit cuts away make room for none.
+        """
+        found = found if self.limit is None else best_of_each_image(found, self.limit)
+        if self.pairs is None:
+            return found
+        found = _take(found, _with_area(np.prod(found.boxes_xywh[:, 2:], axis=1)))
+        own = self._pair(found.images, found.categories)
+        at = np.searchsorted(self.pairs, own)
+        return _take(found, np.flatnonzero(np.append(self.pairs, -1)[at] == own))
+
+
+def _with_area(area: np.ndarray) -> np.ndarray:
+    return np.flatnonzero((area > 0) & (area < np.inf))
 
 
 def best_of_each_image(found: Detections, limit: int) -> Detections:
@@ -150,18 +183,13 @@ def _take(found: Detections, rows: np.ndarray) -> Detections:
     return Detections(*(column[rows] for column in found))
 
 
-def _accumulate(found: Detections, truth: Truth, style: Style) -> Means:
+def _accumulate(found: Detections, truth: Truth, boxes: truths.Columns, style: Style) -> Means:
     """The categories that have ground truth, TOGETHER at a time, on the images where they occur.
 
     The library keeps an entry for every pair of image and category that it is given, and nearly all pairs of a large vocabulary
     are empty.
     """
-    boxes, images = truth.boxes, _images(truth, style)
-    if style == "lvis":
-        boxes = truths.take(boxes, np.flatnonzero((boxes.area > 0) & (boxes.area < np.inf)))
-        area = np.prod(found.boxes_xywh[:, 2:], axis=1)
-        found = _take(found, np.flatnonzero((area > 0) & (area < np.inf)))
-    count = len(truth.categories)
+    images, count = _images(truth, style), len(truth.categories)
     means = Means(np.full((count, len(OVERLAPS), 4), np.nan), np.full((count, len(CLASS_LIMITS[style]), 4), np.nan))
     rows_of, hits_of = _by_category(boxes.category), _by_category(found.categories)
     present = np.unique(boxes.category)

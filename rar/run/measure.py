@@ -9,7 +9,8 @@ candidates says little of a box that shows none of them, and AP compares boxes o
 
 Predictions are read some shards at a time (AT_ONCE rows), and of each only what the metrics need is kept, in arrays: 16 bytes
 a row that name its content; of a labelled row its outcomes and label; of a proposal nothing, but a flag an object of the
-truth; of a detection that AP can see, 48 bytes. All detections are in `detections.json` alone, which is written as they come.
+truth; of a detection that AP looks at (of LVIS, few), 48 bytes. All detections are in `detections.json` alone, which is written
+as they come.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rar.corpus import coco
 from rar.corpus.datasets import named
 from rar.corpus.truth import Truth
 from rar.evaluation import box_groups, clustering, metrics, scoring
-from rar.evaluation.ap import evaluate, within_limit
+from rar.evaluation.ap import Sight, evaluate
 from rar.runfolder import RunFolder, read_table
 from rar.schema import PREDICTIONS, RankStatus
 
@@ -62,8 +63,8 @@ def measured(settings: config.Config, folder: RunFolder, index: pa.Table, boxed:
 def _some_shards(folder: RunFolder, columns: Sequence[str]) -> Iterator[pa.Table]:
     """The predictions in their order, in tables of whole shards and about AT_ONCE rows.
 
-    A shard holds whole pictures, as an index is cut between its rows (Work.bounds) and a shard that came apart is refused
-    (ShardSink); nothing here leans on it (see `ap.within_limit`).
+    A shard holds whole pictures, as an index is cut between its rows (Work.bounds), and one that came apart is refused
+    (ShardSink): `ap.Sight` leans on it.
     """
     parts: list[pa.Table] = []
     for part in folder.parts_of_predictions(columns):
@@ -200,7 +201,7 @@ def detection(
 class Boxes:
     """What is kept of boxes that come in parts: see `detection`. index: schema BOXES.
 
-    visible: the detections that AP can see, a part after the other.
+    visible: the detections that AP looks at, a part after the other.
     """
 
     def __init__(self, settings: config.Config, truth: Truth, index: pa.Table, calibration: fusion.Calibration) -> None:
@@ -208,6 +209,7 @@ class Boxes:
         self.labels, scores = (pc.list_flatten(index[name]).combine_chunks() for name in ("box_labels", "box_scores"))
         self.scores = scores.to_numpy(zero_copy_only=False)
         self.given = bool(pc.any(pc.is_valid(self.labels)).as_py())
+        self.sight = Sight(truth, self.rule.style)
         self.recall = box_groups.ProposalRecall(truth)
         self.frequencies = box_groups.frequencies(truth)
         self.judged: list[metrics.Judged] = [_nothing_judged()]
@@ -244,7 +246,7 @@ class Boxes:
             self.rule.score,
             self.rule.classes_per_box,
         )
-        self.visible.append(within_limit(found, self.rule.style))
+        self.visible.append(self.sight.seen(found))
         return found
 
     def values(self, names: Collection[str]) -> dict[str, float]:
