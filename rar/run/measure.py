@@ -7,7 +7,7 @@ label; `duplicates` counts the predictions whose content another one before has.
 fused one among the candidates times the candidates' share of the retriever's whole distribution: a softmax over five
 candidates says little of a box that shows none of them, and AP compares boxes of different images.
 
-Predictions are read some shards at a time (AT_ONCE rows), and of each only what the metrics need is kept, in arrays: 16 bytes
+Predictions are read some shards at a time (AT_ONCE), and of each only what the metrics need is kept, in arrays: 16 bytes
 a row that name its content; of a labelled row its outcomes and label; of a proposal nothing, but a flag an object of the
 truth; of a detection that AP looks at (of LVIS, few), 48 bytes. All detections are in `detections.json` alone, which is written
 as they come.
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 JUDGED = ("row", "image_id", "class_name", "candidates", "ranking", "rank_status", "label_mass", "label_first")
 BOXED = (*JUDGED, "place", "box_xyxy", "scores")
-AT_ONCE = 65_536  # rows, whose candidates are some 20 MB; a shard may be one picture of 300 boxes, and each look costs a little
+AT_ONCE = 16 << 20  # bytes of predictions; a shard may be one picture of 300 boxes, and each look at a table costs a little
 KEPT = ("leaked", "near_leaked", "cluster_accuracy", "semantic_similarity")
 
 
@@ -61,17 +61,19 @@ def measured(settings: config.Config, folder: RunFolder, index: pa.Table, boxed:
 
 
 def _some_shards(folder: RunFolder, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The predictions in their order, in tables of whole shards and about AT_ONCE rows.
+    """The predictions in their order, in tables of whole shards and about AT_ONCE bytes.
 
     A shard holds whole pictures, as an index is cut between its rows (Work.bounds), and one that came apart is refused
     (ShardSink): `ap.Sight` leans on it.
     """
     parts: list[pa.Table] = []
+    size = 0
     for part in folder.parts_of_predictions(columns):
         parts.append(part)
-        if sum(one.num_rows for one in parts) >= AT_ONCE:
+        size += part.nbytes
+        if size >= AT_ONCE:
             yield pa.concat_tables(parts)
-            parts.clear()
+            parts, size = [], 0
     if parts:
         yield pa.concat_tables(parts)
 
@@ -188,14 +190,13 @@ def detection(
         for _ in parts:
             pass
         return {}
-    boxes = Boxes(settings, truth, index, fusion.Calibration.from_dict(folder.read("calibration.json")))
+    found = Boxes(settings, truth, index, fusion.Calibration.from_dict(folder.read("calibration.json")))
     if not set(truth.names).issuperset(names):
         for part in parts:
-            boxes.judge(part)
-        return boxes.values(names)
-    scoring.write_coco_results(folder.path / "detections.json", map(boxes.detections, parts), truth)
-    values = boxes.values(names)
-    return values | evaluate(scoring.together(boxes.visible), truth, settings.detect.style)
+            found.judge(part)
+        return found.values(names)
+    scoring.write_coco_results(folder.path / "detections.json", map(found.detections, parts), truth)
+    return found.values(names) | evaluate(scoring.together(found.visible), truth, settings.detect.style)
 
 
 class Boxes:

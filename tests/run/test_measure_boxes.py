@@ -193,8 +193,8 @@ def test_parts_give_what_all_rows_at_once_do(
     assert len(files) > 8 and max(files) > SHARD and folder.errors().num_rows > 10
     expected, listed = at_once(settings, folder, index)
     assert expected["duplicates"] > 100 and expected["ap"] > 0 and ("top1_rare" in expected) != proposals
-    for rows in (1, 100, measure.AT_ONCE):
-        monkeypatch.setattr(measure, "AT_ONCE", rows)
+    for size in (1, 20_000, measure.AT_ONCE):
+        monkeypatch.setattr(measure, "AT_ONCE", size)
         values = measure.measured(settings, folder, index, boxed=True)
         assert {key: repr(value) for key, value in values.items()} == {key: repr(value) for key, value in expected.items()}
         assert folder.read("detections.json") == listed
