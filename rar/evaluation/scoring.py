@@ -42,8 +42,8 @@ DIGITS = 6  # significant ones of a score; boxes have two decimals
 CHUNK = 50_000  # detections formatted at once
 
 
-Names: TypeAlias = Sequence[Sequence[str]] | pa.ListArray | pa.ChunkedArray  # a list a box
-Numbers: TypeAlias = Sequence[Sequence[float]] | pa.ListArray | pa.ChunkedArray
+Names: TypeAlias = Sequence[Sequence[str]] | pa.ListArray  # a list a box
+Numbers: TypeAlias = Sequence[Sequence[float]] | pa.ListArray
 
 
 class Detections(NamedTuple):
@@ -124,8 +124,6 @@ def _padded(names: Names, probabilities: Numbers, categories: Mapping[str, int])
 
 
 def _lists(rows: Names | Numbers, of: pa.DataType) -> pa.ListArray:
-    if isinstance(rows, pa.ChunkedArray):
-        return rows.combine_chunks()
     return rows if isinstance(rows, pa.ListArray) else pa.array(rows, pa.list_(of))
 
 
