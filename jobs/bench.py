@@ -179,6 +179,22 @@ def scale(
 
 
 @bench.command()
+def boxes(
+    boxes: Annotated[
+        list[int] | None, typer.Option("--boxes", help="A size; repeatable. Default: 100,000 to 1,000,000.")
+    ] = None,
+) -> None:
+    """How seconds and memory of a detection run's metrics grow with boxes: a simulated run, 300 proposals a picture."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import boxes as module
+
+        return module.run(sorted(boxes or module.SIZES))
+
+    _run(work)
+
+
+@bench.command()
 def faults(
     only: Annotated[list[str] | None, typer.Option("--only", help="A fault by name; repeatable. Default: all.")] = None,
     runs: Annotated[

@@ -71,10 +71,8 @@ def evaluate(
     if style == "lvis":
         _check_lvis(known)
     found = detections if isinstance(detections, Detections) else read_detections(detections, known)
-    limit = IMAGE_LIMITS[style]
-    if limit is not None:
-        found = best_of_each_image(found, limit)
-    means = _accumulate(found, known, style)
+    sight = Sight(known, style)
+    means = _accumulate(sight.seen(found), known, sight.boxes, style)
     return _summary(means, [category.frequency for category in known.categories], CLASS_LIMITS[style])
 
 
@@ -124,8 +122,51 @@ def read_detections(source: list[Record] | str | Path, truth: Truth) -> Detectio
         if count:
             raise UserError(f"{count} detections name an unknown {key}, the first is {first}")
     numbers = np.array(columns["numbers"], np.float64).reshape(-1, 5)
-    images, categories = (np.array(columns[key], np.int64) for key in ids)
+    images, categories = (np.array(columns[key], np.int32) for key in ids)
     return Detections(images, categories, numbers[:, :4], numbers[:, 4])
+
+
+class Sight:
+    """What of all detections a style looks at, given a truth; the others change none of its numbers, and need not be kept.
+
+    Those are the best IMAGE_LIMITS of an image over all classes. Of LVIS they must have an area, too, and be of a class that is
+    in the image or known not to be (lvis-api, `LVISEval._prepare`): its images are searched for few of its 1,203 classes, so
+    nearly all detections of a low score go. `boxes`: the truth's that are looked at.
+    """
+
+    def __init__(self, truth: Truth, style: Style) -> None:
+        self.limit, self.classes, self.boxes = IMAGE_LIMITS[style], len(truth.categories), truth.boxes
+        self.pairs: np.ndarray | None = None  # sorted numbers of image and class
+        if style == "lvis":
+            self.boxes = truths.take(truth.boxes, _with_area(truth.boxes.area))
+            absent = [
+                (image, place)
+                for image, picture in enumerate(truth.pictures)
+                for place in map(truth.category_ids.place, picture.negative or ())
+                if place >= 0
+            ]
+            present = self._pair(self.boxes.image, self.boxes.category)
+            self.pairs = np.unique(np.concatenate([present, self._pair(*np.array(absent, np.int64).reshape(-1, 2).T)]))
+
+    def _pair(self, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        return images.astype(np.int64) * self.classes + classes
+
+    def seen(self, found: Detections) -> Detections:
+        """Of all detections of some images, those that are looked at; of these again, all.
+
+        An image's must come together: those that the limit cuts away make room for none.
+        """
+        found = found if self.limit is None else best_of_each_image(found, self.limit)
+        if self.pairs is None:
+            return found
+        found = _take(found, _with_area(np.prod(found.boxes_xywh[:, 2:], axis=1)))
+        own = self._pair(found.images, found.categories)
+        at = np.searchsorted(self.pairs, own)
+        return _take(found, np.flatnonzero(np.append(self.pairs, -1)[at] == own))
+
+
+def _with_area(area: np.ndarray) -> np.ndarray:
+    return np.flatnonzero((area > 0) & (area < np.inf))
 
 
 def best_of_each_image(found: Detections, limit: int) -> Detections:
@@ -136,21 +177,19 @@ def best_of_each_image(found: Detections, limit: int) -> Detections:
 
 
 def _take(found: Detections, rows: np.ndarray) -> Detections:
+    """Some rows; all of them in their order are no copy, as millions were cut and ordered before."""
+    if len(rows) == len(found.scores) and (rows[:1] == 0).all() and (np.diff(rows) == 1).all():
+        return found
     return Detections(*(column[rows] for column in found))
 
 
-def _accumulate(found: Detections, truth: Truth, style: Style) -> Means:
+def _accumulate(found: Detections, truth: Truth, boxes: truths.Columns, style: Style) -> Means:
     """The categories that have ground truth, TOGETHER at a time, on the images where they occur.
 
     The library keeps an entry for every pair of image and category that it is given, and nearly all pairs of a large vocabulary
     are empty.
     """
-    boxes, images = truth.boxes, _images(truth, style)
-    if style == "lvis":
-        boxes = truths.take(boxes, np.flatnonzero((boxes.area > 0) & (boxes.area < np.inf)))
-        area = np.prod(found.boxes_xywh[:, 2:], axis=1)
-        found = _take(found, np.flatnonzero((area > 0) & (area < np.inf)))
-    count = len(truth.categories)
+    images, count = _images(truth, style), len(truth.categories)
     means = Means(np.full((count, len(OVERLAPS), 4), np.nan), np.full((count, len(CLASS_LIMITS[style]), 4), np.nan))
     rows_of, hits_of = _by_category(boxes.category), _by_category(found.categories)
     present = np.unique(boxes.category)
@@ -170,7 +209,8 @@ def _by_category(categories: np.ndarray) -> Callable[[int], np.ndarray]:
     """Rows of a category, in order."""
     order = np.argsort(categories, kind="stable")
     ordered = categories[order]
-    return lambda category: order[slice(*np.searchsorted(ordered, [category, category + 1]))]
+    bounds = np.searchsorted(ordered, np.arange(ordered[-1] + 2 if len(ordered) else 1, dtype=ordered.dtype))
+    return lambda category: order[slice(*bounds[category : category + 2])] if category + 1 < len(bounds) else order[:0]
 
 
 def _images(truth: Truth, style: Style) -> list[Record]:

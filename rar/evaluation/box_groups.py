@@ -1,6 +1,6 @@
 """What AP does not say: how many objects the proposals find, and how well boxes are named, by size and by frequency.
 
-AP mixes localisation, naming and scores. These take it apart: `proposal_recall` bounds what any naming can reach with these
+AP mixes localisation, naming and scores. These take it apart: `ProposalRecall` bounds what any naming can reach with these
 boxes, `candidate_recall_*` bounds what the ranker can reach with these candidates, and `top1_*` on ground-truth boxes is naming
 alone. The groups are the evaluators' own: COCO's areas, and LVIS' r/c/f, the number of training images of a class.
 
@@ -53,41 +53,41 @@ def group_accuracies(found: Outcomes, groups: Mapping[str, np.ndarray]) -> dict[
     return values
 
 
-def proposal_recall(truth: Truth, images: np.ndarray, boxes_xyxy: np.ndarray, iou: float = 0.5) -> dict[str, float]:
-    """The share of objects that some box overlaps by at least `iou`: proposal_recall, and proposal_recall_GROUP of each group.
+class ProposalRecall:
+    """The share of objects that some box overlaps by at least `iou`, of boxes that come in any number of parts.
 
-    Crowds are left out of the truth. images (P,): place of each box's picture in it; boxes_xyxy (P, 4): class-agnostic, all of
-    them count, so cut them to the number per image that is meant first. A box may serve several objects, which a matching one
-    to one would not allow: it can be named several times, too. Sizes are the evaluator's (`area` of the file: the
-    segmentation's where there is one). Every value comes with `.ci_low` and `.ci_high`.
+    Crowds are left out of the truth. All boxes count, so cut them to the number per image that is meant first. A box may serve
+    several objects, which a matching one to one would not allow: it can be named several times, too. Kept is a flag an object,
+    however many boxes there are.
     """
-    objects = take(truth.boxes, np.flatnonzero(~truth.boxes.crowd))
-    hit = _overlapped(
-        objects.image,
-        xywh_to_xyxy(objects.xywh),
-        np.asarray(images, np.int64),
-        np.asarray(boxes_xyxy, np.float64).reshape(-1, 4),
-        iou,
-    )
-    of_object = np.array([*(one.frequency for one in truth.categories), None], dtype=object)[objects.category]
-    groups = by_size(objects.area)
-    groups |= {name: of_object == letter for name, letter in FREQUENCIES.items()}
-    values = _share("proposal_recall", hit)
-    for name, members in groups.items():
-        values |= _share(f"proposal_recall_{name}", hit[members])
-    return values
 
+    def __init__(self, truth: Truth, iou: float = 0.5) -> None:
+        self.objects = take(truth.boxes, np.flatnonzero(~truth.boxes.crowd))
+        self.frequencies = [*(one.frequency for one in truth.categories), None]
+        self.iou = iou
+        self.hit = np.zeros(len(self.objects.image), bool)
+        self._objects_of, self._xyxy = _rows_of(self.objects.image), xywh_to_xyxy(self.objects.xywh)
 
-def _overlapped(
-    object_images: np.ndarray, objects_xyxy: np.ndarray, box_images: np.ndarray, boxes_xyxy: np.ndarray, iou: float
-) -> np.ndarray:
-    """(G,) bool: whether any box of the same image has at least this intersection over union with each of G objects."""
-    hit = np.zeros(len(object_images), bool)
-    boxes_of, objects_of = _rows_of(box_images), _rows_of(object_images)
-    for image in objects_of.keys() & boxes_of.keys():
-        rows = objects_of[image]
-        hit[rows] = (box_iou(objects_xyxy[rows], boxes_xyxy[boxes_of[image]]) >= iou).any(axis=1)
-    return hit
+    def add(self, images: np.ndarray, boxes_xyxy: np.ndarray) -> None:
+        """images (P,): place of each box's picture in the truth; boxes_xyxy (P, 4): class-agnostic."""
+        boxes_xyxy = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
+        boxes_of = _rows_of(np.asarray(images, np.int64))
+        for image in self._objects_of.keys() & boxes_of.keys():
+            rows = self._objects_of[image]
+            self.hit[rows] |= (box_iou(self._xyxy[rows], boxes_xyxy[boxes_of[image]]) >= self.iou).any(axis=1)
+
+    def values(self) -> dict[str, float]:
+        """proposal_recall, and proposal_recall_GROUP of each group, with `.ci_low` and `.ci_high`.
+
+        Sizes are the evaluator's (`area` of the file: the segmentation's where there is one).
+        """
+        of_object = np.array(self.frequencies, dtype=object)[self.objects.category]
+        groups = by_size(self.objects.area)
+        groups |= {name: of_object == letter for name, letter in FREQUENCIES.items()}
+        values = _share("proposal_recall", self.hit)
+        for name, members in groups.items():
+            values |= _share(f"proposal_recall_{name}", self.hit[members])
+        return values
 
 
 def _rows_of(images: np.ndarray) -> dict[int, np.ndarray]:

@@ -55,7 +55,7 @@ def judged(predictions: pa.Table, truth: Truth) -> Judged:
     counts = pc.value_counts(predictions["rank_status"]).to_pylist()
     mass, first = (predictions[name].drop_null().to_numpy() for name in ("label_mass", "label_first"))
     statuses = Counter({one["values"]: one["counts"] for one in counts})
-    shown = int(_lengths(predictions["candidates"]).sum())
+    shown = int(lengths(predictions["candidates"]).sum())
     return Judged(outcomes(predictions, truth), _as_labels(truth), statuses, mass, first, shown)
 
 
@@ -196,6 +196,24 @@ def harmonic_mean(base: np.ndarray, novel: np.ndarray) -> np.ndarray:
     return np.divide(2 * base * novel, total, out=np.zeros_like(total), where=total > 0)
 
 
+def places_of_candidates(predictions: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many candidates each of N rows has (N,), and of all M of them, row after row, the places (M,) in the retriever's
+    order and in the ranking; int64, 0 = first. Raises ValueError where a ranking does not fit its candidates.
+    """
+    counts = lengths(predictions["candidates"])
+    if not np.array_equal(counts, lengths(predictions["ranking"])):
+        raise ValueError("a ranking is not as long as its candidates")
+    start = np.repeat(np.cumsum(counts) - counts, counts)
+    retrieved = np.arange(len(start)) - start
+    ranking = np.asarray(pc.list_flatten(predictions["ranking"]).to_numpy(), dtype=np.int64)
+    ranked = np.full(len(start), -1)
+    inside = (ranking >= 0) & (ranking < np.repeat(counts, counts))
+    ranked[(start + ranking)[inside]] = retrieved[inside]
+    if (ranked < 0).any():
+        raise ValueError("a ranking is not a permutation of its candidates' positions")
+    return counts, retrieved, ranked
+
+
 def _as_labels(truth: Truth) -> pa.ChunkedArray:
     return truth if isinstance(truth, pa.ChunkedArray) else pa.chunked_array([pa.array(truth, pa.string())])
 
@@ -217,14 +235,14 @@ def _true(mask: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return np.asarray(pc.fill_null(mask, False).to_numpy(zero_copy_only=False), dtype=bool)
 
 
-def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
+def lengths(lists: pa.ChunkedArray) -> np.ndarray:
     """(N,) int64 list lengths; a null list is empty."""
     return np.asarray(pc.fill_null(pc.list_value_length(lists), 0).to_numpy(), dtype=np.int64)
 
 
 def _margins(predictions: pa.Table) -> np.ndarray:
     """(N,) float64: the retriever's first score minus its second; inf with fewer than two candidates."""
-    counts = _lengths(predictions["candidates"])
+    counts = lengths(predictions["candidates"])
     scores = pc.struct_field(pc.list_flatten(predictions["candidates"]), "score").to_numpy().astype(np.float64)
     margins = np.full(len(counts), np.inf)
     several = counts > 1
@@ -239,19 +257,9 @@ def _places(predictions: pa.Table, names: pa.Array) -> tuple[np.ndarray, np.ndar
     names: N strings or nulls. Returns two (N,) int64, 0 = first, ABSENT = not a candidate; the best place where a name occurs
     twice. Works on the flattened lists, so that a row costs no Python object.
     """
-    candidates, counts = predictions["candidates"], _lengths(predictions["candidates"])
-    if not np.array_equal(counts, _lengths(predictions["ranking"])):
-        raise ValueError("a ranking is not as long as its candidates")
+    counts, retrieved, ranked = places_of_candidates(predictions)
     parent = np.repeat(np.arange(len(counts)), counts)
-    start = np.repeat(np.cumsum(counts) - counts, counts)
-    retrieved = np.arange(len(parent)) - start
-    ranking = np.asarray(pc.list_flatten(predictions["ranking"]).to_numpy(), dtype=np.int64)
-    ranked = np.full(len(parent), -1)
-    inside = (ranking >= 0) & (ranking < np.repeat(counts, counts))
-    ranked[(start + ranking)[inside]] = retrieved[inside]
-    if (ranked < 0).any():
-        raise ValueError("a ranking is not a permutation of its candidates' positions")
-    recalled = pc.struct_field(pc.list_flatten(candidates), "class_name")
+    recalled = pc.struct_field(pc.list_flatten(predictions["candidates"]), "class_name")
     hits = np.flatnonzero(_true(pc.equal(recalled, names.take(pa.array(parent)))))
     places = []
     for place in (retrieved, ranked):

@@ -22,12 +22,14 @@ class and costs little there, while it may be all that a rare class gets. All ru
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rar import storage
 from rar.boxes import xyxy_to_xywh
@@ -40,11 +42,15 @@ DIGITS = 6  # significant ones of a score; boxes have two decimals
 CHUNK = 50_000  # detections formatted at once
 
 
-class Detections(NamedTuple):
-    """D detections in columns: 56 bytes each, where the objects of a JSON list measured 456."""
+Names: TypeAlias = Sequence[Sequence[str]] | pa.ListArray  # a list a box
+Numbers: TypeAlias = Sequence[Sequence[float]] | pa.ListArray
 
-    images: np.ndarray  # (D,) int64, place among the truth's pictures: ids of any type become numbers
-    categories: np.ndarray  # (D,) int64, place among its categories
+
+class Detections(NamedTuple):
+    """D detections in columns: 48 bytes each, where the objects of a JSON list measured 456."""
+
+    images: np.ndarray  # (D,) int32, place among the truth's pictures: ids of any type become numbers
+    categories: np.ndarray  # (D,) int32, place among its categories
     boxes_xywh: np.ndarray  # (D, 4) float64 pixels
     scores: np.ndarray  # (D,) float64
 
@@ -66,17 +72,17 @@ def detections(
     images: Sequence[int] | np.ndarray,
     boxes_xyxy: np.ndarray,
     proposal_scores: Sequence[float] | np.ndarray,
-    class_names: Sequence[Sequence[str]],
-    probabilities: Sequence[Sequence[float]],
-    categories: Sequence[str | None],
+    class_names: Names,
+    probabilities: Numbers,
+    categories: Mapping[str, int],
     rule: Rule,
     classes_per_box: int,
 ) -> Detections:
     """The `classes_per_box` likeliest classes of each of N boxes as detections: box by box, likeliest first (ties: as given).
 
     images (N,): places in the truth's. boxes_xyxy (N, 4) pixels. proposal_scores (N,). class_names and probabilities: for each
-    box, its candidates in any one order, 0 or more. categories: names of the truth's. Numbers are rounded as they are written,
-    so that the file and these give the same AP. Raises UserError for a class that is no category, or several.
+    box, its candidates in any one order, 0 or more. categories: of `category_places`. Numbers are rounded as they are written,
+    so that the file and these give the same AP. Raises UserError for a class that is no category.
     """
     ids, shares = _padded(class_names, probabilities, categories)
     order = np.argsort(-shares, axis=1, kind="stable")[:, :classes_per_box]
@@ -84,30 +90,49 @@ def detections(
     scores = class_scores(rule, np.asarray(proposal_scores, np.float64), np.maximum(shares, 0))
     box, column = np.nonzero(ids >= 0)
     boxes = xyxy_to_xywh(np.asarray(boxes_xyxy, np.float64).reshape(-1, 4))
-    return Detections(
-        np.asarray(images, np.int64)[box], ids[box, column], np.round(boxes, 2)[box], _rounded(scores[box, column])
-    )
+    places = np.asarray(images, np.int32)
+    return Detections(places[box], ids[box, column], np.round(boxes, 2)[box], _rounded(scores[box, column]))
 
 
-def _padded(
-    names: Sequence[Sequence[str]], probabilities: Sequence[Sequence[float]], categories: Sequence[str | None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged rows -> (N, K) categories' places, -1 where a row has ended, and (N, K) probabilities, -1 there."""
-    id_of = {name: place for place, name in enumerate(categories) if name is not None}
-    if twice := [name for name, count in Counter(categories).items() if count > 1 and name is not None]:
+def category_places(names: Sequence[str | None]) -> dict[str, int]:
+    """Where each name stands among a truth's categories. Raises UserError for one that several have."""
+    if twice := [name for name, count in Counter(names).items() if count > 1 and name is not None]:
         raise UserError(f"{len(twice)} category names stand for several ids, the first is {twice[0]!r}; make them unique")
-    if unknown := sorted(set(chain.from_iterable(names)) - id_of.keys()):
+    return {name: place for place, name in enumerate(names) if name is not None}
+
+
+def _padded(names: Names, probabilities: Numbers, categories: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged rows -> (N, K) int32 categories' places, -1 where a row has ended, and (N, K) probabilities, -1 there.
+
+    A name is looked up once, however many boxes it is proposed for.
+    """
+    listed, numbers = _lists(names, pa.string()), _lists(probabilities, pa.float64())
+    counts = pc.list_value_length(listed).to_numpy(zero_copy_only=False).astype(np.int64)
+    if not pc.list_value_length(listed).equals(pc.list_value_length(numbers)):
+        raise ValueError("class names and probabilities differ in number")
+    encoded = listed.flatten().dictionary_encode()
+    distinct = encoded.dictionary.to_pylist()
+    if unknown := sorted(set(distinct) - categories.keys()):
         raise UserError(
             f"{len(unknown)} classes are no category of the truth, the first is {unknown[0]!r}; use its class names"
         )
-    counts = np.fromiter(map(len, names), np.int64, len(names))
-    if not np.array_equal(counts, np.fromiter(map(len, probabilities), np.int64, len(probabilities))):
-        raise ValueError("class names and probabilities differ in number")
     filled = np.arange(counts.max(initial=0)) < counts[:, None]
-    ids, shares = np.full(filled.shape, -1, np.int64), np.full(filled.shape, -1.0)
-    ids[filled] = np.fromiter(map(id_of.__getitem__, chain.from_iterable(names)), np.int64, counts.sum())
-    shares[filled] = np.fromiter(chain.from_iterable(probabilities), np.float64, counts.sum())
+    ids, shares = np.full(filled.shape, -1, np.int32), np.full(filled.shape, -1.0)
+    ids[filled] = np.array([categories[name] for name in distinct], np.int32)[encoded.indices.to_numpy()]
+    shares[filled] = numbers.flatten().to_numpy()
     return ids, shares
+
+
+def _lists(rows: Names | Numbers, of: pa.DataType) -> pa.ListArray:
+    return rows if isinstance(rows, pa.ListArray) else pa.array(rows, pa.list_(of))
+
+
+def together(parts: list[Detections]) -> Detections:
+    """All detections of some parts, in their order. The list is emptied, and a column at a time is there twice."""
+    nothing = Detections(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0))
+    columns = [list(column) for column in zip(nothing, *parts, strict=True)]
+    parts.clear()
+    return Detections(*(np.concatenate(columns.pop(0)) for _ in nothing))
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
@@ -134,6 +159,14 @@ def write_coco_results(path: Path, parts: Iterable[Detections], truth: Truth) ->
 
 
 def _lines(part: Detections, images: list[str], categories: list[str]) -> Iterable[list[str]]:
+    """A box is written out once for all its classes, which stand together."""
     for start in range(0, len(part.scores), CHUNK):
-        rows = zip(*(column[start : start + CHUNK].tolist() for column in part), strict=True)
-        yield [f'{{"image_id":{images[i]},"category_id":{categories[c]},"bbox":{b},"score":{s!r}}}' for i, c, b, s in rows]
+        rows = slice(start, start + CHUNK)
+        bits = np.ascontiguousarray(part.boxes_xywh[rows]).view(np.int64)  # of equal boxes: -0.0 is no 0.0
+        new = np.concatenate([[True], (bits[1:] != bits[:-1]).any(axis=1)])
+        texts = list(map(str, part.boxes_xywh[rows][new].tolist()))
+        columns = (part.images[rows], part.categories[rows], np.cumsum(new) - 1, part.scores[rows])
+        yield [
+            f'{{"image_id":{images[i]},"category_id":{categories[c]},"bbox":{texts[b]},"score":{s!r}}}'
+            for i, c, b, s in zip(*(column.tolist() for column in columns), strict=True)
+        ]

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from rar.corpus.truth import read
-from rar.evaluation.ap import Style, best_of_each_image, evaluate
-from rar.evaluation.scoring import Detections, detections, write_coco_results
+from rar.evaluation.ap import IMAGE_LIMITS, Sight, Style, best_of_each_image, evaluate
+from rar.evaluation.scoring import Detections, category_places, detections, together, write_coco_results
 from rar.schema import UserError
 from tests.conftest import SHARED_DATA
 
@@ -152,6 +152,56 @@ def test_best_of_each_image() -> None:
     assert best_of_each_image(found, 3).categories.tolist() == [1, 4, 0, 2]
 
 
+def crowded(images: int, count: int) -> tuple[dict[str, Any], Detections]:
+    """A truth of 39 classes, few of them looked for in each image, and detections of all, many of equal scores."""
+    rng = np.random.default_rng(0)
+    truth = small_truth()
+    truth["categories"] = [{"id": 3 * k, "name": f"class {k}", "frequency": "rcf"[k % 3]} for k in range(1, 40)]
+    lists = {"neg_category_ids": [9, 12, 999], "not_exhaustive_category_ids": [6]}
+    truth["images"] = [small_truth()["images"][0] | {"id": i} | lists for i in range(images)]
+    ids = np.sort(rng.integers(0, images, count, np.int32)), rng.integers(0, 39, count, np.int32)
+    boxes = np.hstack([rng.integers(0, 40, (count, 2)), rng.integers(0, 60, (count, 2))]).astype(float)
+    truth["annotations"] = [
+        {
+            "id": number + 1,
+            "image_id": int(ids[0][number]),
+            "category_id": 3 * int(ids[1][number]) + 3,
+            "bbox": boxes[number].tolist(),
+        }
+        for number in range(0, count, 30)
+    ]
+    return truth, Detections(*ids, boxes + rng.integers(-1, 2, boxes.shape), rng.integers(1, 6, count) / 5)
+
+
+@pytest.mark.parametrize("style", ["coco", "lvis", "v3det"])
+def test_what_is_seen_of_the_parts_is_seen_of_the_whole(style: Style, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(IMAGE_LIMITS, style, IMAGE_LIMITS[style] and 200)
+    truth, found = crowded(9, 6000)
+    sight = Sight(read(truth), style)
+    parts = [
+        sight.seen(Detections(*(column[np.isin(found.images, images)] for column in found)))
+        for images in ([0], [1, 2, 3, 4, 5], [6, 7], [8])
+    ]
+    whole, again = sight.seen(found), sight.seen(together(parts))
+    assert {"coco": 6000, "v3det": 1800}.get(style, len(whole.scores)) == len(whole.scores) > 100
+    for ours, theirs in zip(again, sight.seen(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert style == "coco" or sight.seen(whole) is whole  # no copy of what is cut and in order
+    assert evaluate(whole, truth, style) == evaluate(found, truth, style)
+
+
+def test_what_lvis_does_not_look_for_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own rule drops it, too, but later."""
+    truth, found = crowded(12, 3000)
+    sight = Sight(read(truth), "lvis")
+    seen = evaluate(found, truth, "lvis")
+    assert len(sight.seen(found).scores) < 1000 and 0 < seen["ap"] < 1
+    monkeypatch.setattr(Sight, "seen", lambda self, given: best_of_each_image(given, 300))
+    kept = best_of_each_image(found, 300)
+    area = np.prod(kept.boxes_xywh[:, 2:], axis=1) > 0
+    assert 0 < (~area).sum() < len(area) and seen == evaluate(Detections(*(column[area] for column in kept)), truth, "lvis")
+
+
 def test_v3det_is_coco_with_300_of_an_image() -> None:
     truth = small_truth()
     found = [detection(5, 3, [300, 200, 5, 5], 0.9)] * 250 + [detection(5, 3, [200, 0, 100, 100], 0.5)]
@@ -182,8 +232,8 @@ def test_the_numbers_do_not_depend_on_how_many_categories_run_together(style: St
 
     truth["annotations"], found = boxes(150), boxes(2000)
     alone = []
-    for together in (1, 8, 1000):
-        monkeypatch.setattr("rar.evaluation.ap.TOGETHER", together)
+    for count in (1, 8, 1000):
+        monkeypatch.setattr("rar.evaluation.ap.TOGETHER", count)
         alone.append(evaluate(found, truth, style))
     assert alone[0]["ap"] > 0.005 and alone[1] == pytest.approx(alone[0]) and alone[2] == pytest.approx(alone[0])
 
@@ -195,7 +245,7 @@ def test_columns_a_list_and_the_written_file_are_the_same(tmp_path: Path) -> Non
     boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in truth["annotations"])] * 9)
     boxes = boxes + rng.normal(0, 2, boxes.shape)
     found = detections(
-        [0, 1] * 18, boxes, rng.random(36), [names] * 36, rng.dirichlet(np.ones(3), 36).tolist(), names,
+        [0, 1] * 18, boxes, rng.random(36), [names] * 36, rng.dirichlet(np.ones(3), 36).tolist(), category_places(names),
         "product", 2,
     )  # fmt: skip
     write_coco_results(tmp_path / "found.json", [found], read(truth))

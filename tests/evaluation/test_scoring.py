@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rar.corpus import truth
-from rar.evaluation.scoring import Detections, Rule, class_scores, detections, write_coco_results
+from rar.evaluation.scoring import Detections, Rule, category_places, class_scores, detections, together, write_coco_results
 from rar.schema import UserError
 
-CATEGORIES = ["cat", "dog", "cow"]
+CATEGORIES = {"cat": 0, "dog": 1, "cow": 2}
 TRUTH = truth.read(
     {
         "images": [{"id": f"{i:03}"} for i in range(9)],
@@ -111,9 +111,16 @@ def test_faults_of_the_caller() -> None:
     with pytest.raises(UserError, match=r"1 classes .* 'horse'"):
         detections([7], np.zeros((1, 4)), [1.0], [["horse"]], [[1.0]], CATEGORIES, "product", 1)
     with pytest.raises(UserError, match="1 category names stand for several ids, the first is 'cat'"):
-        detections([7], np.zeros((1, 4)), [1.0], [["cat"]], [[1.0]], [*CATEGORIES, "cat"], "product", 1)
+        category_places(["cat", None, "dog", "cat", None])
     with pytest.raises(ValueError, match="differ in number"):
         detections([7], np.zeros((1, 4)), [1.0], [["cat"]], [[1.0, 0.5]], CATEGORIES, "product", 1)
+
+
+def test_parts_together_are_the_whole() -> None:
+    parts = [two_boxes(), two_boxes(classes_per_box=1)]
+    for ours, theirs in zip(together(list(parts)), zip(*parts, strict=True), strict=True):
+        np.testing.assert_array_equal(ours, np.concatenate(theirs))
+    assert [(column.shape, column.dtype) for column in together([])] == [(one[:0].shape, one.dtype) for one in two_boxes()]
 
 
 @given(st.lists(st.floats(1e-12, 1), min_size=1, max_size=20))

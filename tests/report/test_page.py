@@ -123,15 +123,7 @@ def test_numbers_shown_equal_metrics_json(runs: list[Path], page: Path) -> None:
 def test_a_large_run_is_drawn_from_some_shards_and_says_so(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many small shards as it takes: their predictions are taken from one run and written over the marks of another."""
-    whole = RunFolder(runs[1]).predictions()
-    large = shutil.copytree(runs[1], tmp_path / "large")
-    for part in ("predictions", "done"):
-        shutil.rmtree(large / part)
-        (large / part).mkdir()
-    folder = RunFolder(large)
-    for shard in range(8):
-        folder.write_shard(shard, whole.slice(10 * shard, 10), schema.ERRORS.empty_table(), {})
+    large = in_shards(runs[1], tmp_path / "large", 10)
     monkeypatch.setattr("rar.report.view.SHOWN", 30)
     view = read_run(large)
     assert view.predictions.num_rows == len(view.truth) == 30
@@ -140,6 +132,32 @@ def test_a_large_run_is_drawn_from_some_shards_and_says_so(
     text = (tmp_path / "report.html").read_text()
     assert "are of 30 of its 80 predictions" in text
     check_cells(text, json.loads((large / "metrics.json").read_text()))  # numbers are of all rows
+
+
+def test_of_a_large_detection_run_no_more_than_some_shards_are_read(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = in_shards(runs[3], tmp_path / "large", 2)
+    rows, _ = RunFolder(large).progress()
+    monkeypatch.setattr("rar.report.view.SHOWN", 6)
+    monkeypatch.delattr(RunFolder, "predictions")
+    view = read_run(large)
+    assert view.boxes is not None and rows > 12
+    assert view.predictions.num_rows == len(view.truth) == len(view.boxes.xyxy) == 6
+    write_report([large], tmp_path)
+    assert f"are of 6 of its {rows} predictions" in (tmp_path / "report.html").read_text()
+
+
+def in_shards(run: Path, target: Path, rows: int) -> Path:
+    """A copy of a run in as many small shards as it takes."""
+    whole = RunFolder(run).predictions()
+    large = shutil.copytree(run, target)
+    for part in ("predictions", "done"):
+        shutil.rmtree(large / part)
+        (large / part).mkdir()
+    for shard, start in enumerate(range(0, whole.num_rows, rows)):
+        RunFolder(large).write_shard(shard, whole.slice(start, rows), schema.ERRORS.empty_table(), {})
+    return large
 
 
 def check_cells(row: str, values: dict[str, float | None]) -> set[str]:
