@@ -6,7 +6,7 @@ questions, an experiment each:
 
 - `describer`: from an MLLM that was taught to name pictures and never shown a list (`python -m rar.miniature.train
   --describer`, trained here unless --describer names one), asked for the sorted list (`ranker.method: generate`): our lists
-  against RAR's own (presets paper-code and paper-text), for as many steps.
+  against RAR's own (presets paper-code and paper-text), for as many steps; and asked for letters instead.
 - `parts`: from the shipped miniature, which was trained on lists of at most six names, asked for letters about lists of up to
   ten: what is trained on label tokens (`labels`) and with each part of it left out.
 - `long`: from the same, on lists of up to 20; all weights, as an adapter of the same steps learns less of it.
@@ -46,6 +46,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {  # experiment -> arm -> what it h
         "rar": WRITTEN,
         "paper_code": WRITTEN | {"preset": "paper-code"},
         "paper_text": WRITTEN | {"preset": "paper-text"},
+        "letters": {},
     },
     "parts": {
         "labels": TEN,
