@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -201,9 +201,10 @@ def theirs(folder: Path, name: str, python: Path, out: Path) -> Vectors:
     return peer.vectors(out)
 
 
-def first_round(commands: dict[str, Callable[[Path], Vectors]]) -> tuple[dict[str, Vectors], dict[str, str]]:
+def first_round(commands: Mapping[str, Callable[[Path], Vectors]]) -> tuple[dict[str, Vectors], dict[str, str]]:
     """Vectors of each, and why others have none. Raises Unavailable where ours fails."""
-    found, failed = {}, {}
+    found: dict[str, Vectors] = {}
+    failed: dict[str, str] = {}
     for name, command in commands.items():
         try:
             with tempfile.TemporaryDirectory(prefix="rar_bench_") as out:
@@ -219,7 +220,7 @@ def first_round(commands: dict[str, Callable[[Path], Vectors]]) -> tuple[dict[st
     return found, failed
 
 
-def in_turns(commands: dict[str, Callable[[Path], object]], repeats: int) -> dict[str, list[float]]:
+def in_turns(commands: Mapping[str, Callable[[Path], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each, a number a round; every other round goes backwards."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for repeat in range(repeats):

@@ -6,6 +6,7 @@ Not covered: clip-retrieval itself, which needs pip; its output is read here as 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ def test_peers_are_compared_round_by_round_with_both_precisions() -> None:
 
 def test_rounds_take_turns(tmp_path: Path) -> None:
     order: list[str] = []
-    commands = {name: lambda out, name=name: order.append(name) for name in "abc"}
+
+    def noted(name: str, out: Path) -> None:
+        order.append(name)
+
+    commands = {name: partial(noted, name) for name in "abc"}
     assert {name: len(one) for name, one in peers.in_turns(commands, 2).items()} == {"a": 2, "b": 2, "c": 2}
     assert "".join(order) == "abccba"
 
