@@ -50,6 +50,7 @@ WEIGHTS = "open_clip_pytorch_model.bin"  # the name under which open_clip looks 
 SCRIPTS = Path(__file__).parent / "peer_scripts"
 PRECISIONS = ("fp32", "bf16")
 CLIP_RETRIEVAL = ("clip-retrieval==2.45.0", "setuptools<80")  # the last with pkg_resources, which its packages import
+PLAIN = {"RAY_ENABLE_AUTO_CONNECT": "1"}  # Ray as people have it: rar's own commands turn this off, and so does this bench
 
 Row = dict[str, Any]
 Vectors = dict[str, np.ndarray]
@@ -197,7 +198,7 @@ def ours(folder: Path, precision: str, out: Path) -> Vectors:
 
 def theirs(folder: Path, name: str, python: Path, out: Path) -> Vectors:
     peer = PEERS[name]
-    _done(peer.command(python, folder / "pictures", folder / "clip" / WEIGHTS, out), out / "log")
+    _done(peer.command(python, folder / "pictures", folder / "clip" / WEIGHTS, out), out / "log", **PLAIN)
     return peer.vectors(out)
 
 
@@ -241,11 +242,11 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _done(command: list[str], log: Path) -> None:
-    """Raises Unavailable, with the end of what it said, where the command fails."""
+def _done(command: list[str], log: Path, **added: str) -> None:
+    """added: to its environment. Raises Unavailable, with the end of what it said, where the command fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as said:
-        code = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, env=os.environ | added).returncode
     if code:
         raise Unavailable(f"{Path(command[0]).name} {' '.join(command[1:4])} ended with {code}: {log.read_text()[-400:]}")
 
