@@ -270,6 +270,24 @@ def tuning(
     _run(work)
 
 
+@bench.command()
+def peers(
+    environments: Annotated[Path, typer.Option("--environments", help="Folder that keeps what is installed for the peers.")],
+    pictures: Annotated[int, typer.Option("--pictures", min=2)] = 500,
+    repeats: Repeats = 3,
+    names: Annotated[list[str] | None, typer.Option("--peer", help="clip-retrieval, ... Repeatable. Default: all.")] = None,
+) -> None:
+    """`rar embed`, fp32 and bf16, against clip-retrieval, open_clip with a DataLoader, Ray Data's recipe: whole commands."""
+
+    def work() -> dict[str, Any]:
+        from rar.bench import peers as module
+
+        coco = SHARED / "coco" / "images"
+        return module.run(environments.resolve(), pictures, repeats, names or (), coco if coco.is_dir() else None)
+
+    _run(work)
+
+
 @bench.command("end-to-end")
 def end_to_end(rows: Annotated[int, typer.Option("--rows", min=50)] = 20_000, repeats: Repeats = 3) -> None:
     """Pictures/s of whole `rar classify` commands past their start, against their slowest stage alone; MLLM seconds."""
