@@ -57,6 +57,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {  # experiment -> arm -> what it h
     "long": {"long": {"max_list": 20, "lengths": [10, 20], "weights": "full"}},
     "shifted": {"shifted": {}},
 }
+BESIDE = ("rejection_auroc", "consistency", "label_mass", "parse_failures")  # metrics of judge that a method may not have
 LIGHT, TINT, NOISE, SMALL = (0.35, 0.6), 0.25, 0.09, 0.7  # of a shifted photo
 
 Row = dict[str, Any]
@@ -112,7 +113,7 @@ def _taught(out: Path, experiment: str, arm: str, model: str, seed: int, steps: 
     return found
 
 
-def _told(values: Mapping[str, float]) -> Row:
+def _told(values: Mapping[str, float | None]) -> Row:
     """before, after and gain of each set and length of list; ends of gains' intervals; what stands beside accuracy."""
     key = ".conditional_rank_accuracy"
     found: Row = {}
@@ -120,7 +121,7 @@ def _told(values: Mapping[str, float]) -> Row:
         when, _, rest = name.partition(".")
         if key in rest and (when == "gain" or not rest.endswith(("ci_low", "ci_high"))):
             found.setdefault(when, {})[rest.replace(key, "").replace(".ci_", "_")] = value
-        elif when == "after" and rest.endswith(("rejection_auroc", "consistency", "label_mass", "parse_failures")):
+        elif when == "after" and value is not None and rest.endswith(BESIDE):
             found.setdefault("beside", {})[rest] = value
     return found
 
