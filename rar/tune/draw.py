@@ -4,6 +4,10 @@ Every epoch draws anew, by (seed, epoch) alone: so a resumed training sees what 
 is uniform and never learned. Classes come in turns, so that a class of many pictures does not drown others; of a class, a
 picture of which the retriever is wrong anyway is taken more often than one of which it is right (`tune.easy`). The other
 candidates are drawn from the retriever's first D, D between as few as are needed (the hardest list) and the whole pool.
+
+The target has the truth first. Behind it stand, for a listwise loss over labels, the others in the retriever's order, and in a
+list that is written as text, the others as they were shown: a picture does not tell the order of a retriever, and a loss of words
+that cannot be known drowns the one word that can.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ class Lesson:
 @dataclass(frozen=True)
 class Source:
     """What lists are drawn from. names: the pool of each row, in the retriever's order. always_none: whether every list shows
-    "none of these"; may_refuse: whether any does."""
+    "none of these". letters: whether labels are asked for; a list that is written as text shows it never."""
 
     rows: list[int]
     labels: list[str]
@@ -50,7 +54,7 @@ class Source:
     names: list[list[str]]
     top_k: int
     always_none: bool = False
-    may_refuse: bool = True
+    letters: bool = True
 
 
 def longest(settings: Config) -> int:
@@ -64,13 +68,13 @@ def epoch_of(settings: Config, rows: pa.Table) -> Callable[[int], list[Lesson]]:
     if tune.preset != "rar":
         return partial(windows, rows, "train", seed, shuffle=tune.preset == "paper-text")
     letters = settings.ranker.method == "letters"
-    given = source(rows, "train", longest(settings), always_none=settings.ranker.none_of_these, may_refuse=letters)
+    given = source(rows, "train", longest(settings), always_none=settings.ranker.none_of_these, letters=letters)
     if not given.rows:
         raise UserError("rar tune found no picture to train on that has two candidates or more")
     return partial(epoch, given, tune, seed)
 
 
-def source(data: pa.Table, split: str, top_k: int, *, always_none: bool, may_refuse: bool) -> Source:
+def source(data: pa.Table, split: str, top_k: int, *, always_none: bool, letters: bool) -> Source:
     """The rows of a split of DATA with at least one wrong candidate."""
     records = data.select(["label", "difficulty", "candidates", "split"]).to_pylist()
     pools = [[one["class_name"] for one in record["candidates"]] for record in records]
@@ -81,7 +85,7 @@ def source(data: pa.Table, split: str, top_k: int, *, always_none: bool, may_ref
     ]
     labels = [records[row]["label"] for row in rows]
     easy = [records[row]["difficulty"] == "easy" for row in rows]
-    return Source(rows, labels, easy, [pools[row] for row in rows], top_k, always_none, may_refuse)
+    return Source(rows, labels, easy, [pools[row] for row in rows], top_k, always_none, letters)
 
 
 def epoch(given: Source, tune: Tune, seed: int, number: int) -> list[Lesson]:
@@ -110,9 +114,9 @@ def _lesson(given: Source, place: int, tune: Tune, rng: np.random.Generator) -> 
     label, pool = given.labels[place], given.names[place]
     others = [name for name in pool if name != label]
     size = int(rng.integers(2, given.top_k + 1))
-    shown = given.always_none or (given.may_refuse and bool(rng.random() < NONE_SHOWN))
+    shown = given.always_none or (given.letters and bool(rng.random() < NONE_SHOWN))
     share = tune.rejections if given.always_none else tune.rejections / NONE_SHOWN
-    refused = given.may_refuse and shown and bool(rng.random() < share)
+    refused = given.letters and shown and bool(rng.random() < share)
     wrong = min(size if refused else size - 1, len(others))
     depth = int(rng.integers(wrong, len(others) + 1))
     chosen = set(rng.permutation(depth)[:wrong].tolist())
@@ -120,7 +124,8 @@ def _lesson(given: Source, place: int, tune: Tune, rng: np.random.Generator) -> 
     best = best if refused else [label, *best]  # the target's order
     listed = [best[one] for one in rng.permutation(len(best))] if tune.shuffle else [name for name in pool if name in best]
     listed += [name for name in best if name not in listed]  # a truth that was not retrieved
-    order = [listed.index(name) for name in best]
+    behind = best if given.letters else [*best[:1], *(name for name in listed if name != label)]
+    order = [listed.index(name) for name in behind]
     return Lesson(given.rows[place], listed, order, len(listed) if refused else order[0], shown)
 
 

@@ -40,7 +40,7 @@ def rows(per_class: dict[str, int], split_name: str = "train") -> pa.Table:
 
 
 def of(table: pa.Table, **more: bool) -> Source:
-    return draw.source(table, "train", 5, **{"always_none": False, "may_refuse": True, **more})
+    return draw.source(table, "train", 5, **{"always_none": False, "letters": True, **more})
 
 
 def test_an_epoch_depends_on_seed_and_number_alone() -> None:
@@ -74,16 +74,22 @@ def test_lists_hold_the_truth_once_anywhere_and_the_target_begins_with_it() -> N
 
 def test_the_target_keeps_the_retrievers_order_behind_the_truth() -> None:
     table = rows({"class 3": 40})
-    for lesson in draw.epoch(of(table, may_refuse=False), Tune(), 0, 0):
+    for lesson in draw.epoch(of(table), Tune(rejections=0.0), 0, 0):
         best = [lesson.names[place] for place in lesson.order]
         retrieved = [one["class_name"] for one in table["candidates"][lesson.row].as_py()]
-        assert best[0] == "class 3" and not lesson.none
-        assert best[1:] == sorted(best[1:], key=retrieved.index)
+        assert best[0] == "class 3" and best[1:] == sorted(best[1:], key=retrieved.index)
+
+
+def test_a_list_that_is_written_keeps_what_was_shown_behind_the_truth() -> None:
+    for lesson in draw.epoch(of(rows({"class 3": 40}), letters=False), Tune(), 0, 0):
+        written = [lesson.names[place] for place in lesson.order]
+        assert written[0] == "class 3" and not lesson.none
+        assert written[1:] == [name for name in lesson.names if name != "class 3"]
 
 
 def test_without_shuffling_lists_stand_in_the_retrievers_order() -> None:
     table = rows({"class 3": 40})
-    for lesson in draw.epoch(of(table, may_refuse=False), Tune(shuffle=False), 0, 0):
+    for lesson in draw.epoch(of(table, letters=False), Tune(shuffle=False), 0, 0):
         retrieved = [one["class_name"] for one in table["candidates"][lesson.row].as_py()]
         assert lesson.names == sorted(lesson.names, key=retrieved.index)
 
