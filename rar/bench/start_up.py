@@ -65,7 +65,8 @@ def run(repeats: int = 3) -> Row:
     """{command: {"seconds": median, "low":, "high":, "phases": {name: seconds, of the median run}}}.
 
     help, config: no run at all. one: a picture that is classified without a ranker; ranked: with letters, asked in any case;
-    again: `ranked` once more, finished before.
+    again: `ranked` once more, finished before. `one written`, `ranked written`: until the prediction is on disk, after which a
+    command measures, draws its page and ends Ray.
     """
     with tempfile.TemporaryDirectory(prefix="rar_bench_") as temporary:
         folder = Path(temporary)
@@ -79,12 +80,22 @@ def run(repeats: int = 3) -> Row:
             "ranked": ["classify", _config(folder), "--fresh", "--out", str(folder / "ranked"), "--set", "route.mode=always"],
             "again": ["classify", _config(folder), "--out", str(folder / "ranked"), "--set", "route.mode=always"],
         }.items():
-            runs = sorted((_started(folder, arguments) for _ in range(repeats)), key=lambda one: one[0])
+            runs, written = [], []
+            for _ in range(repeats):
+                began = time.time()
+                runs.append(_started(folder, arguments))
+                written += [file.stat().st_mtime - began for file in (folder / name / "predictions").glob("*.parquet")]
+            runs.sort(key=lambda one: one[0])
             middle = runs[len(runs) // 2]
-            seconds = [one[0] for one in runs]
-            spread = {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
-            result[name] = spread | {"phases": dict(sorted(middle[1].items(), key=lambda one: -one[1]))}
+            result[name] = _spread([one[0] for one in runs])
+            result[name]["phases"] = dict(sorted(middle[1].items(), key=lambda one: -one[1]))
+            if written:
+                result[f"{name} written"] = _spread(written)
     return {"commands": result, "repeats": repeats}
+
+
+def _spread(seconds: list[float]) -> Row:
+    return {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
 
 
 def _config(folder: Path) -> str:

@@ -342,6 +342,14 @@ print(*{"torch", "torchvision", "transformers", "open_clip", "matplotlib"} & set
     assert found.stdout.split() == []
 
 
+def test_a_run_without_a_ranker_imports_no_server() -> None:
+    """Serve, and the web frameworks that it brings, cost half a second of every process; only who asks a ranker needs them."""
+    code = "import sys, jobs.classify, rar.engine.session, rar.engine.sinks, rar.run.nearest, rar.run.recognise"
+    code += "; print(*{'ray.serve', 'fastapi', 'aiohttp', 'scipy'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.split() == []
+
+
 FAULT_PATTERNS = st.lists(st.sampled_from((None, *FAULTS)), max_size=6)
 DIM = 6
 
