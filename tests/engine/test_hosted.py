@@ -66,7 +66,7 @@ def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
 def gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may go between the opening and the reading
         return True
 
 
