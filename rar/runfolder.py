@@ -275,8 +275,8 @@ def stages_of(stats: Mapping[str, float]) -> dict[str, dict[str, float]]:
     at the end), and work is what they themselves took; `waited` is what shards spent on the queue to them and on the way
     (with several replicas for one shard, that at least). Of all others it is the tasks, at most as many as there were, which
     also wait. So the stage with the greatest share is the one that the others wait for. A stage whose rows another run has left
-    (`before`) has no share. What it is not: a share of the
-    processor. Where all share the cores, as on a laptop, a stage is also busy while others have its cores.
+    (`before`) has no share. What it is not: a share of the processor. Where all share the cores, as on a laptop, a stage is
+    also busy while others have its cores.
     """
     found: dict[str, dict[str, float]] = {}
     for stage in (key.removesuffix(".rows") for key in stats if key.endswith(".rows")):

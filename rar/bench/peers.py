@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,7 +39,7 @@ import yaml
 from PIL import Image
 
 from rar.bench import embed
-from rar.bench.timing import compared, seconds_of
+from rar.bench.timing import compared, seconds_of, spread
 from rar.schema import Unavailable, UserError
 
 SIZE = (500, 375)
@@ -98,8 +97,8 @@ def told(found: dict[str, Vectors], seconds: dict[str, list[float]], pictures: i
         rows[name] |= {"cosine": likeness(found["fp32"], found[name])[0], "own": likeness(found["fp32"], found[name])[1]}
         rows[name] |= {"cosine_bf16": likeness(found["bf16"], found[name])[0]}
     named = {f"ours {name}" if name in PRECISIONS else name: taken for name, taken in seconds.items()}
-    spread = {name: {"seconds": statistics.median(one), "low": min(one), "high": max(one)} for name, one in named.items()}
-    return {**{name: rows[name] for name in PEERS if name in rows}, "commands": spread}
+    commands = {name: spread(taken) for name, taken in named.items()}
+    return {**{name: rows[name] for name in PEERS if name in rows}, "commands": commands}
 
 
 def likeness(ours: Vectors, theirs: Vectors) -> tuple[float, float]:

@@ -9,7 +9,6 @@ ranker that loads while the encoder does) shows as the wait that it causes. Cost
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from rar.bench.timing import spread
 from rar.miniature.data import write_world
 from rar.schema import Unavailable
 
@@ -87,15 +87,11 @@ def run(repeats: int = 3) -> Row:
                 written += [file.stat().st_mtime - began for file in (folder / name / "predictions").glob("*.parquet")]
             runs.sort(key=lambda one: one[0])
             middle = runs[len(runs) // 2]
-            result[name] = _spread([one[0] for one in runs])
+            result[name] = spread([one[0] for one in runs])
             result[name]["phases"] = dict(sorted(middle[1].items(), key=lambda one: -one[1]))
             if written:
-                result[f"{name} written"] = _spread(written)
+                result[f"{name} written"] = spread(written)
     return {"commands": result, "repeats": repeats}
-
-
-def _spread(seconds: list[float]) -> Row:
-    return {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
 
 
 def _config(folder: Path) -> str:

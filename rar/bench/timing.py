@@ -39,6 +39,11 @@ def compared(ours: Sequence[float], reference: Sequence[float]) -> dict[str, flo
     }
 
 
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Of repeated runs: the median, the least and the greatest."""
+    return {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()

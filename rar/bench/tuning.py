@@ -9,7 +9,7 @@ questions, an experiment each:
   against RAR's own (presets paper-code and paper-text), for as many steps; and asked for letters instead.
 - `parts`: from the shipped miniature, which was trained on lists of at most six names, asked for letters about lists of up to
   ten: what is trained on label tokens (`labels`) and with each part of it left out.
-- `long`: from the same, on lists of up to 20; all weights, as an adapter of the same steps learns less of it.
+- `long`: from the same, on lists of up to 20; all weights are trained.
 - `shifted`: from the same, tower too, on photos of the novel classes in poorer light, noisy and small, SHOTS a class.
   `plain` is its accuracy on the same classes' ordinary photos, `regained` the share of what was lost that came back.
 

@@ -35,7 +35,7 @@ from rar.schema import Unavailable, UserError
 
 OBJECT_STORE_BYTES = 1 << 30
 STALLED = 6  # patiences without any shard done, by whatever stage, end a run: a model may hang, but large shards take long
-WARM = 2  # processes of tasks that begin while models load; one more would take a core from them
+WARM = 2  # processes of tasks that begin while models load
 LOCAL_SLOTS = 3  # logical CPUs of a laptop's Ray, for tasks: models hardly reserve any there
 
 

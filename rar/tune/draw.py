@@ -6,8 +6,7 @@ picture of which the retriever is wrong anyway is taken more often than one of w
 candidates are drawn from the retriever's first D, D between as few as are needed (the hardest list) and the whole pool.
 
 The target has the truth first. Behind it stand, for a listwise loss over labels, the others in the retriever's order, and in a
-list that is written as text, the others as they were shown: no picture tells the retriever's order, and the loss of words that
-cannot be known drowns that of the one word that can.
+list that is written as text, the others as they were shown, as no picture tells the retriever's order.
 """
 
 from __future__ import annotations
