@@ -17,3 +17,8 @@ def pick_device(name: str, key: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{key} {name!r} cannot be used here: {first_line(error)}") from None
+
+
+def fast_bf16() -> bool:
+    """Whether this machine's processor multiplies bfloat16 itself. On one that does not, float32 is far faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

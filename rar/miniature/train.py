@@ -5,7 +5,7 @@ start the MLLM and the control. The control is a CLIP of the MLLM's resolution a
 as many seconds as the MLLM was: it says what pixels and minutes alone are worth.
 
 Validation families choose; novel classes are looked at once, at the end, for the card. Seeded, but not bit for bit the same
-on another processor: bfloat16 kernels differ.
+on another processor: bfloat16 kernels differ, and where there are none all is float32.
 """
 
 from __future__ import annotations
