@@ -8,7 +8,6 @@ about the same list turned by a third and by two thirds: the share of pictures w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 
 from rar.config import Config, Ranker
 from rar.engine import client
+from rar.engine.choosing import in_batches
 from rar.engine.session import Session
 from rar.evaluation.intervals import accuracy, paired_difference
 from rar.schema import Ranking, RankStatus
@@ -88,14 +88,10 @@ def ranked(session: Session, ranker: Ranker, pictures: Pictures, lessons: Sequen
     client.deploy(session, ranker)
     ask = client.ask(session, ranker)
     assert ask is not None
-    batches = []
-    for start in range(0, len(lessons), ranker.batch_size):
-        part = lessons[start : start + ranker.batch_size]
-        batches.append((pictures.encoded([lesson.row for lesson in part]), [lesson.names for lesson in part]))
-    with ThreadPoolExecutor(ranker.in_flight) as pool:
-        answers = list(pool.map(ask, *zip(*batches, strict=True)))
+    images, names = pictures.encoded([lesson.row for lesson in lessons]), [lesson.names for lesson in lessons]
+    answers = in_batches(ask, images, names, ranker.batch_size, ranker.in_flight)
     client.undeploy(ranker)
-    return [ranking for batch in answers for ranking in batch]
+    return answers
 
 
 def _turned(lesson: Lesson, part: int) -> Lesson:
