@@ -38,7 +38,7 @@ from rar.miniature.world import Spec, render, rng_of, vocabulary
 from rar.schema import Unavailable
 
 PHOTOS, TESTS, SHOTS, JUDGED = 16, 3, 4, 300
-STEPS = {"describer": 150, "parts": 200, "long": 1000, "shifted": 300}
+STEPS = {"describer": 300, "parts": 200, "long": 1000, "shifted": 300}
 RATE, FULL_RATE = 0.002, 0.001  # of adapters, of whole models
 WRITTEN, TEN = {"ranker": {"method": "generate", "max_new_tokens": 64}}, {"max_list": 10, "lengths": [10]}
 ARMS: dict[str, dict[str, dict[str, Any]]] = {  # experiment -> arm -> what it has of its own: `ranker`, and else of `tune`

@@ -72,7 +72,10 @@ def test_another_corpus_is_retrieved_for_and_another_data_set_judged_by(lab: Lab
     table = data.collect_other(lab.session, settings, "again", tmp_path)
     assert table.num_rows == 50 and set(table["split"].to_pylist()) == {"again"}
     lists = {row["image_id"]: row["candidates"] for row in found.rows.to_pylist()}
-    assert all(row["candidates"] == lists[row["image_id"]] for row in table.to_pylist())
+    for row in table.to_pylist():  # in batches of other pictures: last digits may differ
+        for found_now, before in zip(row["candidates"], lists[row["image_id"]], strict=True):
+            assert found_now["class_id"] == before["class_id"]
+            assert found_now["score"] == pytest.approx(before["score"], abs=1e-4)
 
 
 def test_without_labelled_pictures_there_is_nothing_to_learn(lab: Lab, tmp_path: Path) -> None:
