@@ -12,8 +12,8 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from rar.bench.timing import paired
 from rar.config import Ranker
 from rar.device import pick_device
 from rar.engine import client, session
-from rar.engine.choosing import in_batches
 from rar.miniature.tokens import mllm_tokenizer
 from rar.miniature.train_mllm import TEMPLATE
 from rar.miniature.world import render, rng_of, vocabulary
@@ -68,12 +67,14 @@ def through_serve(images: int = 960, repeats: int = 5) -> dict[str, Any]:
     """The same rows for `letters` as a batch job asks for it: encoded pictures through Ray Serve, several at once."""
     work, settings = draw(images), Ranker(batch_size=BATCH)
     encoded = [png(image) for image in work.images]
+    starts = range(0, images, BATCH)
+    batches = [[column[start : start + BATCH] for start in starts] for column in (encoded, work.names)]
     with session.opened() as opened:
         client.deploy(opened, settings)
         ask, ranker = client.ask(opened, settings), MllmRanker(settings, str(miniature.MLLM))
         assert ask is not None
-        serve = partial(in_batches, ask, encoded, work.names, BATCH, settings.in_flight)
-        return {"serve": against(serve, ranker, work, repeats)}
+        with ThreadPoolExecutor(settings.in_flight) as pool:
+            return {"serve": against(lambda: list(pool.map(ask, *batches)), ranker, work, repeats)}
 
 
 def png(image: np.ndarray) -> bytes:

@@ -84,14 +84,6 @@ class Spent(Exception):
     """The calls that a run may make do not reach for a shard."""
 
 
-def in_batches(ask: Asks, images: list[bytes], names: list[list[str]], size: int, in_flight: int) -> list[Ranking]:
-    """One Ranking an image, asked for `size` images at a time, `in_flight` times at once. Raises what `ask` raises."""
-    starts = range(0, len(images), size)
-    batches = [[column[start : start + size] for start in starts] for column in (images, names)]
-    with ThreadPoolExecutor(in_flight) as pool:
-        return [ranking for answered in pool.map(ask, *batches) for ranking in answered]
-
-
 class Rank:
     """candidates -> the columns of a Ranking, by `ask` for the images that need the MLLM.
 
@@ -111,11 +103,14 @@ class Rank:
         if self.ask is not None and rows:
             images = table["bytes"].take(rows).to_pylist()
             names = [[candidate.class_name for candidate in retrieved[row][: shown[row]]] for row in rows]
-            try:
-                answers = in_batches(self.ask, images, names, self.batch or len(rows), self.in_flight)
-            except Spent:
-                return self(table.slice(0, 0))
-            for row, ranking in zip(rows, answers, strict=True):
+            size = self.batch or len(rows)
+            batches = [(images[s : s + size], names[s : s + size]) for s in range(0, len(rows), size)]
+            with ThreadPoolExecutor(self.in_flight) as pool:
+                try:
+                    answers = list(pool.map(self.ask, *zip(*batches, strict=True)))
+                except Spent:
+                    return self(table.slice(0, 0))
+            for row, ranking in zip(rows, (ranking for answered in answers for ranking in answered), strict=True):
                 rankings[row] = fusion.among(ranking, len(retrieved[row]))
         else:
             shown = [0] * len(retrieved)

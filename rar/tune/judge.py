@@ -8,6 +8,7 @@ about the same list turned by a third and by two thirds: the share of pictures w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,6 @@ import pyarrow.compute as pc
 
 from rar.config import Config, Ranker
 from rar.engine import client
-from rar.engine.choosing import in_batches
 from rar.engine.session import Session
 from rar.evaluation.intervals import accuracy, paired_difference
 from rar.schema import Ranking, RankStatus
@@ -88,10 +88,14 @@ def ranked(session: Session, ranker: Ranker, pictures: Pictures, lessons: Sequen
     client.deploy(session, ranker)
     ask = client.ask(session, ranker)
     assert ask is not None
-    images, names = pictures.encoded([lesson.row for lesson in lessons]), [lesson.names for lesson in lessons]
-    answers = in_batches(ask, images, names, ranker.batch_size, ranker.in_flight)
+    batches = []
+    for start in range(0, len(lessons), ranker.batch_size):
+        part = lessons[start : start + ranker.batch_size]
+        batches.append((pictures.encoded([lesson.row for lesson in part]), [lesson.names for lesson in part]))
+    with ThreadPoolExecutor(ranker.in_flight) as pool:
+        answers = list(pool.map(ask, *zip(*batches, strict=True)))
     client.undeploy(ranker)
-    return answers
+    return [ranking for batch in answers for ranking in batch]
 
 
 def _turned(lesson: Lesson, part: int) -> Lesson:
