@@ -43,7 +43,8 @@ Row = dict[str, Any]
 
 def run(rows: int = 20_000, repeats: int = 3) -> Row:
     """plain, ranked: pictures/s, `by_size` and `by_pipeline`, as of `timing.compared`; `stages` (alone), `one_after_another`,
-    the start's seconds (`start`), and of the last large run `busy` shares and `slowest`.
+    the start's seconds (`start`), what a picture past the start costs the processors in each kind of process (`processor_ms`,
+    milliseconds of one core), and of the last large run `busy` shares and `slowest`.
 
     mllm: pictures that the MLLM answers a second of its own time, in `ranked` against the paper's loop (rank.paper_loop), and
     seconds_per_1000 of both.
@@ -60,7 +61,9 @@ def run(rows: int = 20_000, repeats: int = 3) -> Row:
             for name, taking in rounds.items():
                 ended = [_command("classify", folder, name, rows, size) for size in (rows // FEWER, rows)]
                 line = scale.line([rows // FEWER, rows], [one["seconds"] for one in ended])
-                taking.append({**line, "run": ended[-1]["run"], "alone": alone.rates(STAGES[name])})
+                few, many = (one["processor"] for one in ended)
+                each = {role: 1000 * (many[role] - few[role]) / (rows - rows // FEWER) for role in many}
+                taking.append({**line, "processor": each, "run": ended[-1]["run"], "alone": alone.rates(STAGES[name])})
             mllm = rounds["ranked"][-1]["run"]["mllm"]
             asked.append((mllm["calls"] / mllm["seconds"], alone.paper()))
     found = {name: told(taken) for name, taken in rounds.items()}
@@ -80,6 +83,7 @@ def told(rounds: list[Row]) -> Row:
         "by_size": compared([1 / one["slope"] for one in rounds], reference),
         "by_pipeline": compared(flowing, reference),
         "start": statistics.median(one["intercept"] for one in rounds),
+        "processor_ms": {role: statistics.median(one["processor"][role] for one in rounds) for role in rounds[0]["processor"]},
         "stages": stages,
         "one_after_another": 1 / sum(1 / rate for rate in stages.values()),
         "busy": {name: stage["busy"] for name, stage in ended["stages"].items()},

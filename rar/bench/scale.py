@@ -11,6 +11,7 @@ and flushing them, without ids by content, resuming, heads or a digest; it is he
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ from rar.schema import Unavailable, UserError
 SIZES = (10_000, 30_000, 100_000)
 CLASSES = 1_203
 WATCH_SECONDS = 0.5
+ROLES = ("driver", "models", "ranker", "tasks", "others")  # others: Ray, Serve and the store
 
 Row = dict[str, Any]
 
@@ -135,23 +137,51 @@ def _write_pictures(folder: Path, classes: int, size: int, number: int) -> None:
 
 
 def command(verb: str, folder: Path, size: int) -> Row:
-    """seconds of `rar VERB`, rows_per_second, driver_mib and all_mib. Raises Unavailable where it fails or rows are missing."""
+    """seconds of `rar VERB`, rows_per_second, driver_mib and all_mib, and `processor`, of `processor_seconds` by `role`.
+
+    Raises Unavailable where it fails or rows are missing.
+    """
     out, log = folder / verb, folder / f"{verb}.log"
     arguments = [sys.executable, "-m", f"jobs.{verb}", str(folder / "scale.yaml"), "--out", str(out)]
     started = time.perf_counter()
     with log.open("w") as told:
         process = subprocess.Popen(arguments, stdout=told, stderr=subprocess.STDOUT)
         driver = everything = 0.0
+        members: list[int] = []
+        spent: dict[int, tuple[str, float]] = {}
         while process.poll() is None:
             time.sleep(WATCH_SECONDS)
             with vanished_is_well():
                 driver = max(driver, memory_mib(process.pid, "VmHWM"))
-                everything = max(everything, sum(proportional_mib(pid) for pid in family(process.pid)))
+                members = list(family(process.pid))
+                everything = max(everything, sum(proportional_mib(pid) for pid in members))
+            for pid in members:
+                with vanished_is_well():
+                    spent[pid] = ("driver" if pid == process.pid else role(pid), processor_seconds(pid))
     seconds = time.perf_counter() - started
     counts = json.loads((out / "run.json").read_text())["counts"] if process.returncode == 0 else {}
     if not counts or counts["failed"] or counts["ok"] < size:
         raise Unavailable(f"rar {verb} of {size} rows ended with {process.returncode}, {counts}: {log.read_text()[-800:]}")
-    return {"seconds": seconds, "rows_per_second": size / seconds, "driver_mib": driver, "all_mib": everything}
+    processor: dict[str, float] = dict.fromkeys(ROLES, 0.0)
+    for name, took in spent.values():
+        processor[name] += took
+    found: Row = {"seconds": seconds, "rows_per_second": size / seconds, "driver_mib": driver, "all_mib": everything}
+    return found | {"processor": processor}
+
+
+def role(pid: int) -> str:
+    """What a process of a command is for, by the name that Ray gives it."""
+    name = (PROCESSES / str(pid) / "cmdline").read_text()
+    if not name.startswith("ray::"):
+        return "others"
+    of = {"ModelActor": "models", "ServeReplica": "ranker", "IDLE": "tasks", "MapBatches": "tasks"}
+    return next((known for begun, known in of.items() if name[5:].startswith(begun)), "others")
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process and all its threads have used of the processors so far."""
+    fields = (PROCESSES / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def family(pid: int) -> Iterator[int]:
