@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
-from rar.device import PRECISIONS
+from rar.device import dtype_of
 from rar.schema import UserError, first_line
 from rar.storage import is_model_folder
 
@@ -33,7 +33,7 @@ def load(
     try:
         processor = AutoProcessor.from_pretrained(path, **options)
         loaded: Any = auto_model.from_pretrained(
-            path, dtype=PRECISIONS[precision], output_loading_info=True, **weights, **options
+            path, dtype=dtype_of(precision), output_loading_info=True, **weights, **options
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{key} {path!r} cannot be loaded: {first_line(error)}") from None

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from rar import config, miniature
-from rar.device import PRECISIONS, pick_device
+from rar.device import dtype_of, pick_device
 from rar.encoder.names import check_name
 from rar.encoder.templates import filled, read_descriptions, templates_of
 from rar.schema import UserError
@@ -85,7 +85,7 @@ class _Encoder:
         self.settings, self.model, self.preprocess, self.identity = settings, model, preprocess, identity
         self.side, self.resize_mode, self.interpolation = preprocess.side, preprocess.resize_mode, preprocess.interpolation
         self.device = pick_device(settings.device, "encoder.device")
-        self.dtype = PRECISIONS[settings.precision]
+        self.dtype = dtype_of(settings.precision)
         self.model.to(self.device, self.dtype).eval()
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(1, 3, 1, 1) * 255 for values in (preprocess.mean, preprocess.std)

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from ray._private import worker
 from tenacity import retry, stop_after_attempt
 
 from rar import config
+from rar.device import multiplies
 from rar.engine import faults, models
 from rar.engine.actors import ModelActor, Pool
 from rar.memory.store import open_store
@@ -84,9 +86,12 @@ class Session:
             cpus = 0.0 if gpus else 1.0  # a process beside a GPU waits for no CPU
         return gpus, cpus
 
-    def options(self, model: config.Placed) -> dict[str, Any]:
-        """Ray's options of a process with a model."""
+    def options(self, model: config.Encoder | config.Detector | config.Ranker) -> dict[str, Any]:
+        """Ray's options of a process with a model; says where its numbers are slow on processors like this one."""
         gpus, cpus = self.reserves(model)
+        if not gpus and not multiplies(model.precision):
+            told = f"{type(model).__name__.lower()}.precision {model.precision}: this machine's processor does not multiply it"
+            print(f"  {told}, and is far faster in fp32", file=sys.stderr, flush=True)
         return {"num_cpus": cpus, "num_gpus": gpus, "resources": model.resources}
 
     def threads_of(self, models: int) -> int | None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rar.device import fast_bf16
+from rar.device import multiplies
 from rar.miniature.tokens import TEMPLATE, clip_tokenizer
 from rar.miniature.world import MARKINGS, Spec
 
@@ -88,7 +88,7 @@ def train(model: open_clip.CLIP, images: Images, steps: int, seed: int, *, lr: f
         classes = draw_classes(len(names), batch, rng)
         pixels = resize(images.draw(classes, rng), side)
         # fused attention's backward is slow here
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies("bf16")), sdpa_kernel(SDPBackend.MATH):
             image = model.encode_image(pixels, normalize=True)
             text = model.encode_text(ids[classes], normalize=True)
         logits = model.logit_scale.exp().clamp(max=100) * image.float() @ text.float().T

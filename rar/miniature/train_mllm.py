@@ -35,7 +35,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from rar.device import fast_bf16
+from rar.device import multiplies
 from rar.miniature.tokens import CAPTION, mllm_tokenizer
 from rar.miniature.train_clip import MEAN, STD, Images
 from rar.miniature.world import COLOURS, MARKINGS, PATTERNS, SHAPES, Spec
@@ -243,7 +243,7 @@ def train(
         k = int(rng.choice([2, 3, 4] if step < stages[0][0] * steps else [3, 4, 5, 5, 5, 6]))
         pixels, ids, labels = _batch(kind, k, asker, images, confusions, rng)
         with sdpa_kernel(SDPBackend.MATH):
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+            with torch.autocast("cpu", torch.bfloat16, enabled=multiplies("bf16")):
                 hidden, middle = forward(model, pixels, ids)
                 answers = labels[:, 1:] != IGNORE
                 logits = model.lm_head(hidden[:, :-1][answers]).float()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rar.device import fast_bf16
+from rar.device import multiplies
 from rar.miniature.train_clip import Images
 from rar.miniature.world import COLOURS, MARKINGS, PATTERNS, SHAPES, Spec
 
@@ -46,7 +46,7 @@ def train(
         pixels[: batch // 2] = pixels[: batch // 2, rng.permutation(3).tolist()]
         wanted[: batch // 2, 1] = -100  # the colour of shuffled channels is not asked
         with sdpa_kernel(SDPBackend.MATH):
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+            with torch.autocast("cpu", torch.bfloat16, enabled=multiplies("bf16")):
                 logits = heads(model.visual(pixels)).float().split(sizes, 1)
             each = [F.cross_entropy(part, wanted[:, i], label_smoothing=0.05) for i, part in enumerate(logits)]
             loss = torch.stack(each).sum()

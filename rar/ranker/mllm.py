@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Genera
 
 from rar import checkpoint
 from rar.config import Ranker
-from rar.device import PRECISIONS, pick_device
+from rar.device import dtype_of, pick_device
 from rar.ranker import labels
 from rar.ranker.wording import PICTURE
 from rar.schema import UserError, first_line
@@ -147,7 +147,7 @@ class Mllm:
 
     def placed(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """On the model's device, real numbers in its precision."""
-        dtype = PRECISIONS[self.config.precision]
+        dtype = dtype_of(self.config.precision)
         return {key: value.to(self.device, dtype if value.is_floating_point() else None) for key, value in inputs.items()}
 
     @torch.inference_mode()
@@ -217,7 +217,7 @@ def _quantized(config: Ranker, device: torch.device) -> dict[str, Any]:
         raise UserError(f"ranker.quantization needs the package {error.name}: pip install bitsandbytes accelerate") from None
     if config.quantization == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
-    int4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=PRECISIONS[config.precision])
+    int4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype_of(config.precision))
     return {"quantization_config": int4, "device_map": {"": device}}
 
 
