@@ -157,25 +157,25 @@ def command(verb: str, folder: Path, size: int) -> Row:
                 everything = max(everything, sum(proportional_mib(pid) for pid in members))
             for pid in members:
                 with vanished_is_well():
-                    spent[pid] = ("driver" if pid == process.pid else role(pid), processor_seconds(pid))
+                    known, _ = spent.get(pid, ("", 0.0))
+                    spent[pid] = (role(pid) or known or "others", processor_seconds(pid))
     seconds = time.perf_counter() - started
     counts = json.loads((out / "run.json").read_text())["counts"] if process.returncode == 0 else {}
     if not counts or counts["failed"] or counts["ok"] < size:
         raise Unavailable(f"rar {verb} of {size} rows ended with {process.returncode}, {counts}: {log.read_text()[-800:]}")
     processor: dict[str, float] = dict.fromkeys(ROLES, 0.0)
-    for name, took in spent.values():
-        processor[name] += took
+    for pid, (name, took) in spent.items():
+        processor["driver" if pid == process.pid else name] += took
     found: Row = {"seconds": seconds, "rows_per_second": size / seconds, "driver_mib": driver, "all_mib": everything}
     return found | {"processor": processor}
 
 
 def role(pid: int) -> str:
-    """What a process of a command is for, by the name that Ray gives it."""
+    """What a process of a command is for, by the name that Ray has given it; "" where it has none yet, or ends."""
     name = (PROCESSES / str(pid) / "cmdline").read_text()
-    if not name.startswith("ray::"):
-        return "others"
-    of = {"ModelActor": "models", "ServeReplica": "ranker", "IDLE": "tasks", "MapBatches": "tasks"}
-    return next((known for begun, known in of.items() if name[5:].startswith(begun)), "others")
+    of = {"ray::ModelActor": "models", "ray::ServeReplica": "ranker", "ray::IDLE": "tasks", "ray::MapBatches": "tasks"}
+    known = next((known for begun, known in of.items() if name.startswith(begun)), "others")
+    return known if name.startswith("ray::") else ""
 
 
 def processor_seconds(pid: int) -> float:

@@ -68,7 +68,7 @@ def test_the_stages_alone_have_rates(tmp_path: Path) -> None:
         ("ray::MapBatches(work)->Write", "tasks"),
         ("ray::IDLE", "tasks"),
         ("ray::ServeController", "others"),
-        ("raylet", "others"),
+        ("raylet", ""),
     ],
 )
 def test_what_a_process_spends_is_counted_to_what_it_is_for(title: str, role: str) -> None:
