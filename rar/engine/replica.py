@@ -10,8 +10,9 @@ costs more than a small model's answer. Here they meet those of other gateways, 
 many as `ranker.batch_size` and BATCH_TOKENS allow. The two are different applications of the same class, as no queue
 limit and no autoscaling target would fit both. Cost: a cluster that does both holds the model twice.
 
-In a replica one thread runs the model, others decode; the event loop stays free for health checks. A batch that fails is halved
-until the image is found that fails alone (isolate), so that one image cannot spoil its neighbors'.
+In a replica one thread runs the model, others decode; the event loop stays free for health checks. On a CPU several threads run
+it for batch jobs, a batch each (`device.Lanes`), while a single request is sooner answered by all cores together. A batch that
+fails is halved until the image is found that fails alone (isolate), so that one image cannot spoil its neighbors'.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class RankerReplica:
         except UserError as error:
             self.mistake = str(error)
             return
+        if online is None and self.settings.method != "endpoint":
+            self.worker = self.ranker.lanes.pool  # type: ignore[attr-defined]
         self.whole = self._isolate(self.ranker, (UserError, Unavailable))
         self.base = self._batcher(self.ranker)
 

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +58,9 @@ class Mllm:
             None,
             "",
         }
+        # Qwen's models keep where a prompt's positions begin on the model itself, so one batch at a time goes through them
+        self.keeps_positions = any(hasattr(module, "rope_deltas") for module in self.model.modules())
+        self._tokenizing = Lock()  # a tokenizer's padding is set on it, and must not change while another thread uses it
         self._special = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
     def harmless(self, name: str) -> str:
@@ -126,20 +130,22 @@ class Mllm:
     def encode(self, prompts: Sequence[Prompt]) -> tuple[dict[str, torch.Tensor], list[int]]:
         """(inputs on the CPU, lengths) by the processor's own call: images resized and normalised in one go, image tokens
         expanded, rows padded on the left."""
-        inputs = self.processor(
-            images=[[thickened(image) for image in prompt.images] for prompt in prompts],
-            text=[prompt.text for prompt in prompts],
-            padding=True,
-            padding_side="left",
-            add_special_tokens=self._adds_special(prompts[0].text),
-            input_data_format="channels_last",
-            return_tensors="pt",
-        )
+        with self._tokenizing:
+            inputs = self.processor(
+                images=[[thickened(image) for image in prompt.images] for prompt in prompts],
+                text=[prompt.text for prompt in prompts],
+                padding=True,
+                padding_side="left",
+                add_special_tokens=self._adds_special(prompts[0].text),
+                input_data_format="channels_last",
+                return_tensors="pt",
+            )
         return dict(inputs), inputs["attention_mask"].sum(dim=1).tolist()
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Tokens of rendered chats as `encode` makes them, but with each image token left unexpanded."""
-        return self.processor.tokenizer(texts, add_special_tokens=self._adds_special(texts[0]))["input_ids"]
+        with self._tokenizing:
+            return self.processor.tokenizer(texts, add_special_tokens=self._adds_special(texts[0]))["input_ids"]
 
     def _adds_special(self, text: str) -> bool:
         bos = self.processor.tokenizer.bos_token

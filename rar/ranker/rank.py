@@ -13,7 +13,6 @@ reply that nobody can read is a FALLBACK with calls = 1.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rar.config import Ranker
+from rar.device import LANES, Lanes, SharedClock
 from rar.ranker import prefix
 from rar.ranker.debias import Prior, label_prior, log_softmax, prior_of
 from rar.ranker.labels import Read, judged, together
@@ -62,6 +62,8 @@ class MllmRanker:
         self.config = config
         self.wording = load_wording(config.prompts)
         self.mllm = Mllm(config, model_path)
+        self.lanes = Lanes(self.mllm.device, most=1 if self.mllm.keeps_positions else LANES)
+        self.clock = SharedClock()
         if config.method == "letters":
             self.label_forms = self._labels()
         if config.method == "yes_no":
@@ -89,18 +91,18 @@ class MllmRanker:
         tells that answer's probability. Rows of one candidate are RANKED without a call.
         Raises UserError where `letters` has more candidates than the model has labels.
         """
-        started = time.perf_counter()
         asked = [row for row, listed in enumerate(names) if len(listed) > 1]
-        questions = [self._question(images[row], names[row], exemplars[row] if exemplars else None) for row in asked]
-        if self.config.method == "letters":
-            answers = self._letters(questions) if self._plain() else self._varied_letters(questions, self._needed(prior))
-        elif self.config.method == "yes_no":
-            answers = self._yes_no(questions)
-        elif self.config.method == "likelihood":
-            answers = self._likelihood(questions)
-        else:
-            answers = self._generate(questions)
-        each = (time.perf_counter() - started) / max(len(asked), 1)
+        with self.clock.turn() as taken:
+            questions = [self._question(images[row], names[row], exemplars[row] if exemplars else None) for row in asked]
+            if self.config.method == "letters":
+                answers = self._letters(questions) if self._plain() else self._varied_letters(questions, self._needed(prior))
+            elif self.config.method == "yes_no":
+                answers = self._yes_no(questions)
+            elif self.config.method == "likelihood":
+                answers = self._likelihood(questions)
+            else:
+                answers = self._generate(questions)
+            each = taken() / max(len(asked), 1)
         rankings = {row: replace(answer, seconds=each) for row, answer in zip(asked, answers, strict=True)}
         return [rankings.get(row) or self._trivial(len(listed)) for row, listed in enumerate(names)]
 

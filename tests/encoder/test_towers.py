@@ -5,8 +5,10 @@ Not covered: downloads, and numbers of real weights.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from rar import miniature
 from rar.config import Encoder
 from rar.corpus.decode import fit_square
-from rar.device import pick_device
+from rar.device import Lanes, pick_device
 from rar.encoder import towers
 from rar.encoder.towers import ClipEncoder, ImageEncoder, load_encoder
 from rar.miniature.data import draw_scene, scene_classes
@@ -91,6 +93,28 @@ def test_the_batch_size_does_not_matter(encoder: ClipEncoder, photos: np.ndarray
     assert encoder.settings.batch_size == 3  # so the last of three batches is short
     alone = np.concatenate([encoder.embed_images(photo[None]) for photo in photos])
     np.testing.assert_allclose(encoder.embed_images(photos), alone, atol=1e-5)
+
+
+def test_batches_go_through_several_lanes_in_order(
+    encoder: ClipEncoder, photos: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, met = np.concatenate([photos] * 3), threading.Barrier(2)
+    one_by_one = np.concatenate([encoder.embed_images(many[start : start + 3]) for start in range(0, len(many), 3)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(encoder, "lanes", Lanes(encoder.device))
+    finally:
+        torch.set_num_threads(before)
+    forward, passes = encoder.forward, itertools.count()
+
+    def watched(batch: torch.Tensor) -> torch.Tensor:
+        if next(passes) < 2:
+            met.wait(60)  # breaks where one waits for the other
+        return forward(batch)
+
+    monkeypatch.setattr(encoder, "forward", watched)
+    np.testing.assert_allclose(encoder.embed_images(many), one_by_one, atol=1e-6)
 
 
 def test_nothing_in_nothing_out(encoder: ClipEncoder) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import inspect
 import io
+import itertools
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from ray import serve
 
@@ -98,6 +100,35 @@ def test_a_batch_keeps_its_order_and_says_what_it_could_not_decode(replica: Rank
     found = asyncio.run(replica.rank([png(), b"no picture", png("blue")], [["a", "b"], ["a", "b"], ["a", "b", "c"]]))
     assert [ranking.status for ranking in found] == [RankStatus.RANKED, RankStatus.FALLBACK, RankStatus.RANKED]
     assert "not a readable" in found[1].response and len(found[2].order) == 3
+
+
+def test_batches_of_jobs_are_ranked_at_once_and_as_they_are_alone(
+    replica: RankerReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [([png(colour), png("white")], [["a", "b", "c"], ["b", "c"]]) for colour in ("red", "green", "blue", "grey")]
+    alone = [asyncio.run(replica.rank(*batch)) for batch in asked]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        own = RankerReplica({"batch_size": 8})
+    finally:
+        torch.set_num_threads(before)
+    forward, passes, met = own.ranker.mllm.model.forward, itertools.count(), threading.Barrier(2)
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        if next(passes) < 2:
+            met.wait(60)  # breaks where one batch waits for the other
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(own.ranker.mllm.model, "forward", watched)
+
+    async def together() -> list[list[Ranking]]:
+        return await asyncio.gather(*(own.rank(*batch) for batch in asked))
+
+    for found, expected in zip(asyncio.run(together()), alone, strict=True):
+        assert [one.order for one in found] == [one.order for one in expected]
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
 
 
 def test_a_picture_goes_through_ten_frames_to_the_rankers_forward_pass(
