@@ -28,7 +28,10 @@ def whole(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
     return lab.run(settings(lab), tmp_path_factory.mktemp("runs") / "whole")[0].predictions()
 
 
-@pytest.mark.parametrize("named", [faults.WORKER, faults.ENCODER, faults.DESK, faults.REPLICA])
+LONG = [pytest.param(named, marks=pytest.mark.long) for named in (faults.DESK, faults.REPLICA)]
+
+
+@pytest.mark.parametrize("named", [faults.WORKER, faults.ENCODER, *LONG])
 def test_a_run_goes_on_where_a_process_is_killed(named: str, lab: Lab, whole: pa.Table, tmp_path: Path) -> None:
     folder, until = RunFolder(tmp_path / "run"), time.monotonic() + 120
     with ThreadPoolExecutor(1) as pool:
