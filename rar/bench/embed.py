@@ -1,5 +1,5 @@
-"""Pictures a second from JPEG files to vectors, against the bare forward pass and the loop that one writes first; and by the
-order of pixels in memory that the forward pass is given.
+"""Pictures a second from JPEG files to vectors, against the bare forward pass and the loop that one writes first; by the order
+of pixels in memory that the forward pass is given; and by how batches share the cores.
 
 Pictures are drawn (500 x 375, smooth with grain, JPEG of about 60 kB). Weights do not matter here, and are random by default.
 All of it runs with the threads that torch takes on this machine, in fp32, in one process beside the pipeline's own.
@@ -26,6 +26,7 @@ from rar.run.work import classify_work
 
 MODEL = "ViT-B-32/random"
 CONVOLUTIONAL = "timm/efficientnet_lite0/random"
+LANED = (MODEL, CONVOLUTIONAL, "miniature")
 BATCHES = (8, 16, 32, 64, 128)
 Row = dict[str, Any]
 
@@ -34,6 +35,7 @@ def run(pictures: int = 256, repeats: int = 5, model: str = MODEL) -> Row:
     """whole: files to vectors against `bare` (the forward pass alone, in the batch that suits it best) and against `loop`.
 
     order: of MODEL and of a convolutional one, channels last (as a decoded picture lies, and as we leave it) against planes.
+    lanes: of these and of the miniature, a batch a core (`device.Lanes`) against all cores on one batch after the other.
     """
     with tempfile.TemporaryDirectory(prefix="rar_bench_") as temporary:
         folder = Path(temporary)
@@ -48,9 +50,18 @@ def run(pictures: int = 256, repeats: int = 5, model: str = MODEL) -> Row:
             },
         )
         whole = from_files(settings, repeats)
-        squares = squares_of(load_encoder(settings.encoder), sorted(folder.glob("*.jpg")))
+        files = sorted(folder.glob("*.jpg"))
+        squares = squares_of(load_encoder(settings.encoder), files)
+        lanes = {name: by_lanes(load_encoder(config.Encoder(model=name)), files, repeats) for name in LANED}
     order = {name: by_order(load_encoder(config.Encoder(model=name)), squares, repeats) for name in (MODEL, CONVOLUTIONAL)}
-    return {"model": model, "pictures": pictures, "threads": torch.get_num_threads(), "whole": whole, "order": order}
+    return {
+        "model": model,
+        "pictures": pictures,
+        "threads": torch.get_num_threads(),
+        "whole": whole,
+        "order": order,
+        "lanes": lanes,
+    }
 
 
 def draw(folder: Path, count: int) -> None:
@@ -100,6 +111,14 @@ def by_order(encoder: ClipEncoder | ImageEncoder, squares: torch.Tensor, repeats
     last = torch.nn.functional.interpolate(squares, (side, side)).contiguous(memory_format=torch.channels_last)
     planes = last.contiguous(memory_format=torch.contiguous_format)
     return paired(lambda: forward(encoder, last, 32), lambda: forward(encoder, planes, 32), len(squares), repeats)
+
+
+def by_lanes(encoder: ClipEncoder | ImageEncoder, files: list[Path], repeats: int) -> Row:
+    """ours: batches as they are embedded; reference: one after the other."""
+    fitting, size = (encoder.side, encoder.resize_mode, encoder.interpolation), encoder.settings.batch_size
+    pixels = np.stack([fit_square(decode(file.read_bytes()), *fitting) for file in files])
+    batches = [pixels[start : start + size] for start in range(0, len(pixels), size)]
+    return paired(lambda: encoder.embed_images(pixels), lambda: list(map(encoder.embed_images, batches)), len(pixels), repeats)
 
 
 def squares_of(encoder: ClipEncoder | ImageEncoder, files: list[Path]) -> torch.Tensor:
