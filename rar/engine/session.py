@@ -90,8 +90,9 @@ class Session:
         """Ray's options of a process with a model; says where its numbers are slow on processors like this one."""
         gpus, cpus = self.reserves(model)
         if not gpus and not multiplies(model.precision):
-            told = f"{type(model).__name__.lower()}.precision {model.precision}: this machine's processor does not multiply it"
-            print(f"  {told}, and is far faster in fp32", file=sys.stderr, flush=True)
+            key = {config.Encoder: "encoder", config.Detector: "detect.detector", config.Ranker: "ranker"}[type(model)]
+            told = f"{key}.precision {model.precision}: this machine's processor does not multiply it; fp32 is far faster"
+            print(f"  {told}", file=sys.stderr, flush=True)
         return {"num_cpus": cpus, "num_gpus": gpus, "resources": model.resources}
 
     def threads_of(self, models: int) -> int | None:
