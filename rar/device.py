@@ -45,7 +45,7 @@ def pick_device(name: str, key: str) -> torch.device:
 def multiplies(precision: str, told: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this machine's processor multiplies such numbers itself (as Linux tells it; elsewhere it is taken to).
 
-    One that does not is slower with them than in float32, by far: a product of 1024 x 1024 in bfloat16 took 140 times as long.
+    One that does not is slower with them than in float32, by far.
     """
     if precision == "fp32" or not told.exists():
         return True

@@ -67,6 +67,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """Torch has as many in this process, whatever the machine has."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[Session]:
     """A local Ray as the commands start it."""

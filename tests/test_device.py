@@ -9,7 +9,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,30 +58,24 @@ def test_torch_is_imported_late() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.fixture
-def threads() -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield 3
-    torch.set_num_threads(before)
-
-
-def test_lanes_work_at_once_on_a_share_of_the_threads_and_leave_the_others_alone(threads: int) -> None:
-    lanes, meeting = Lanes(torch.device("cpu")), threading.Barrier(threads)
+@pytest.mark.usefixtures("three_threads")
+def test_lanes_work_at_once_on_a_share_of_the_threads_and_leave_the_others_alone() -> None:
+    lanes, meeting = Lanes(torch.device("cpu")), threading.Barrier(3)
 
     def work(number: int) -> tuple[int, int]:
-        meeting.wait(60)  # breaks where fewer than `threads` are at work
+        meeting.wait(60)  # breaks where fewer than three are at work
         return number, torch.get_num_threads()
 
-    assert lanes.count == threads and lanes.map(work, range(6)) == [(number, 1) for number in range(6)]
-    assert torch.get_num_threads() == threads
+    assert lanes.count == 3 and lanes.map(work, range(6)) == [(number, 1) for number in range(6)]
+    assert torch.get_num_threads() == 3
     torch.set_num_threads(2 * LANES + 1)
     many = Lanes(torch.device("cpu"))
     assert many.count == LANES and set(many.map(lambda _: torch.get_num_threads(), range(9))) == {2}
 
 
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize(("kind", "most"), [("cpu", 1), ("meta", LANES)])
-def test_one_lane_is_the_caller_itself(threads: int, kind: str, most: int) -> None:
+def test_one_lane_is_the_caller_itself(kind: str, most: int) -> None:
     lanes = Lanes(torch.device(kind), most)
     assert lanes.count == 1 and set(lanes.map(lambda _: threading.get_ident(), "abc")) == {threading.get_ident()}
 

@@ -95,17 +95,13 @@ def test_the_batch_size_does_not_matter(encoder: ClipEncoder, photos: np.ndarray
     np.testing.assert_allclose(encoder.embed_images(photos), alone, atol=1e-5)
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_batches_go_through_several_lanes_in_order(
     encoder: ClipEncoder, photos: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many, met = np.concatenate([photos] * 3), threading.Barrier(2)
     one_by_one = np.concatenate([encoder.embed_images(many[start : start + 3]) for start in range(0, len(many), 3)])
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        monkeypatch.setattr(encoder, "lanes", Lanes(encoder.device))
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(encoder, "lanes", Lanes(encoder.device))
     forward, passes = encoder.forward, itertools.count()
 
     def watched(batch: torch.Tensor) -> torch.Tensor:

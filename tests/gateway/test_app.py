@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from PIL import Image
 from ray import serve
 
@@ -102,17 +101,13 @@ def test_a_batch_keeps_its_order_and_says_what_it_could_not_decode(replica: Rank
     assert "not a readable" in found[1].response and len(found[2].order) == 3
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_batches_of_jobs_are_ranked_at_once_and_as_they_are_alone(
     replica: RankerReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = [([png(colour), png("white")], [["a", "b", "c"], ["b", "c"]]) for colour in ("red", "green", "blue", "grey")]
     alone = [asyncio.run(replica.rank(*batch)) for batch in asked]
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        own = RankerReplica({"batch_size": 8})
-    finally:
-        torch.set_num_threads(before)
+    own = RankerReplica({"batch_size": 8})
     forward, passes, met = own.ranker.mllm.model.forward, itertools.count(), threading.Barrier(2)
 
     def watched(*arguments: Any, **named: Any) -> Any:

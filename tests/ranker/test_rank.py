@@ -102,15 +102,11 @@ def test_letters_equal_the_likelihood_of_appended_labels(family: str):
     assert rankings[0].scores != pytest.approx(np.log([0.5, 0.5]), abs=1e-3)  # the weights do say something
 
 
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("method", ["letters", "likelihood"])
 def test_batches_in_lanes_are_ranked_as_one_after_the_other(family: str, method: str) -> None:
     """Families that keep positions on the model itself have one lane; the others as many as there are threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        ranker = loaded(family, batch_size=3, method=method, permutations=1)
-    finally:
-        torch.set_num_threads(before)
+    ranker = loaded(family, batch_size=3, method=method)
     assert ranker.lanes.count == (1 if "qwen" in family else 3)
     batches = [(images(3, (side, 64, 80)), [names[:count] for names in NAMES]) for side in (48, 64, 100) for count in (2, 3, 4)]
     expected = [ranker.rank(*batch) for batch in batches]
