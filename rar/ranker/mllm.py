@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -60,6 +60,8 @@ class Mllm:
         }
         # Qwen's models keep where a prompt's positions begin on the model itself, so one batch at a time goes through them
         self.keeps_positions = any(hasattr(module, "rope_deltas") for module in self.model.modules())
+        # frozen for good, a tower is asked once a picture: (prompts, inputs) -> inputs with its answers in place of pixels
+        self.features: Callable[[Sequence[Prompt], dict[str, Any]], dict[str, Any]] | None = None
         self._tokenizing = Lock()  # a tokenizer's padding is set on it, and must not change while another thread uses it
         self._special = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
@@ -111,7 +113,7 @@ class Mllm:
 
     def batches(
         self, prompts: Sequence[Prompt], room: int
-    ) -> Iterator[tuple[list[Prompt], dict[str, torch.Tensor], list[int]]]:
+    ) -> Iterator[tuple[list[Prompt], dict[str, Any], list[int]]]:
         """Yield (prompts, model inputs, prompt lengths in tokens) with prompts of like length together, as padding costs time.
 
         Prompts that leave less than `room` tokens of the window are left out.
@@ -127,9 +129,14 @@ class Mllm:
             if fitting:
                 yield fitting, self.placed(inputs), lengths
 
-    def encode(self, prompts: Sequence[Prompt]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """(inputs on the CPU, lengths) by the processor's own call: images resized and normalised in one go, image tokens
-        expanded, rows padded on the left."""
+    def encode(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[int]]:
+        """(inputs on the CPU, lengths), rows padded on the left; pictures as pixels, or as `features` has them."""
+        inputs = self.processed(prompts)
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        return (self.features(prompts, inputs) if self.features else inputs), lengths
+
+    def processed(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Inputs by the processor's own call: images resized and normalised in one go, image tokens expanded."""
         with self._tokenizing:
             inputs = self.processor(
                 images=[[thickened(image) for image in prompt.images] for prompt in prompts],
@@ -140,7 +147,7 @@ class Mllm:
                 input_data_format="channels_last",
                 return_tensors="pt",
             )
-        return dict(inputs), inputs["attention_mask"].sum(dim=1).tolist()
+        return dict(inputs)
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Tokens of rendered chats as `encode` makes them, but with each image token left unexpanded."""
@@ -151,10 +158,13 @@ class Mllm:
         bos = self.processor.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
-    def placed(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """On the model's device, real numbers in its precision."""
+    def placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """On the model's device, real numbers in its precision; features are where they are needed already."""
         dtype = dtype_of(self.config.precision)
-        return {key: value.to(self.device, dtype if value.is_floating_point() else None) for key, value in inputs.items()}
+        return {
+            key: value.to(self.device, dtype if value.is_floating_point() else None) if isinstance(value, torch.Tensor) else value
+            for key, value in inputs.items()
+        }
 
     @torch.inference_mode()
     def next_logits(self, prompts: Sequence[Prompt], ids: list[int]) -> Iterator[tuple[Prompt, np.ndarray, int]]:

@@ -114,7 +114,7 @@ def _prefixes(mllm: Mllm, rows: list[Row], room: int) -> Iterator[tuple[list[Row
             yield fitting, _prefix(mllm, fitting, inputs)
 
 
-def _prefix(mllm: Mllm, rows: list[Row], inputs: dict[str, torch.Tensor]) -> Prefix:
+def _prefix(mllm: Mllm, rows: list[Row], inputs: dict[str, Any]) -> Prefix:
     trimmed = mllm.placed(_trimmed(inputs, rows, mllm.model_path))
     output = mllm.model(**trimmed, **mllm.last_only, use_cache=True)
     mask = trimmed["attention_mask"]
@@ -122,7 +122,7 @@ def _prefix(mllm: Mllm, rows: list[Row], inputs: dict[str, torch.Tensor]) -> Pre
     return Prefix(output.cache, mask, output.logits[:, -1], deltas, mask.sum(dim=1).tolist())
 
 
-def _trimmed(inputs: dict[str, torch.Tensor], rows: list[Row], model_path: str) -> dict[str, torch.Tensor]:
+def _trimmed(inputs: dict[str, Any], rows: list[Row], model_path: str) -> dict[str, Any]:
     """Encoded first branches (B, T) without what follows the common tokens, padded on the left anew."""
     shape = inputs["input_ids"].shape
     cuts = [len(row.ids[0]) - row.common for row in rows]
@@ -131,7 +131,7 @@ def _trimmed(inputs: dict[str, torch.Tensor], rows: list[Row], model_path: str) 
             raise UserError(
                 f"{model_path!r} puts the picture after the question; use ranker.method 'letters' with ranker.permutations 1"
             )
-    per_token = {key: value.clone() for key, value in inputs.items() if value.shape == shape}
+    per_token = {key: value.clone() for key, value in inputs.items() if getattr(value, "shape", None) == shape}
     for value in per_token.values():
         for number, cut in enumerate(cuts):
             value[number] = value[number].roll(cut)

@@ -88,14 +88,16 @@ class Teacher:
             counts.append(len(after) - same + (self.mllm.end_id is not None))
         return counts
 
-    def _ended(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _ended(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """With the token that ends a reply after every row."""
         if self.mllm.end_id is None:
             return inputs
         shape = inputs["input_ids"].shape
         more = {"input_ids": self.mllm.end_id, "attention_mask": 1}
         return {
-            key: torch.cat([value, value.new_full((shape[0], 1), more.get(key, 0))], 1) if value.shape == shape else value
+            key: torch.cat([value, value.new_full((shape[0], 1), more.get(key, 0))], 1)
+            if getattr(value, "shape", None) == shape
+            else value
             for key, value in inputs.items()
         }
 

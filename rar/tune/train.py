@@ -32,6 +32,7 @@ from rar.ranker.rank import MllmRanker
 from rar.schema import UserError, first_line
 from rar.tune import draw, losses, recipe
 from rar.tune.draw import Lesson
+from rar.tune.features import Features
 from rar.tune.lessons import Course, Teacher
 from rar.tune.pictures import Pictures
 
@@ -63,6 +64,8 @@ def work(job: Job) -> dict[str, Any]:
     ranker = MllmRanker(recipe.bare(settings), job.model_path)
     set_seed(settings.run.seed)
     ranker.mllm.model = trainable(ranker, settings.tune)
+    if settings.tune.weights == "lora" and not settings.tune.vision:
+        ranker.mllm.features = Features(ranker.mllm)
     trained = sum(weight.numel() for weight in ranker.mllm.model.parameters() if weight.requires_grad)
     rows = pq.read_table(job.rows)
     trainer = _trainer(settings, ranker, rows, Path(job.folder))
@@ -165,7 +168,7 @@ def _trainer(settings: Config, ranker: MllmRanker, rows: pa.Table, folder: Path)
         report_to="none",
         remove_unused_columns=False,
         use_cpu=ranker.mllm.device.type == "cpu",
-        dataloader_pin_memory=ranker.mllm.device.type != "cpu",
+        dataloader_pin_memory=ranker.mllm.device.type != "cpu" and ranker.mllm.features is None,
         ddp_find_unused_parameters=False,
         seed=settings.run.seed,
     )
@@ -197,10 +200,7 @@ class RankTrainer(Trainer):
         self.table = losses.label_table(forms, self.args.device) if forms else None
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        given = {
-            key: value.to(self.teacher.mllm.model.dtype) if value.is_floating_point() else value
-            for key, value in inputs["model"].items()
-        }
+        given = self.teacher.mllm.placed(inputs["model"])
         keep = int(inputs["reply"].max()) + 1 if "reply" in inputs else 1
         last = {"logits_to_keep": keep} if self.teacher.mllm.last_only else {}
         logits = model(**given, **last, use_cache=False).logits

@@ -20,6 +20,7 @@ from rar.ranker.rank import MllmRanker
 from rar.schema import UserError
 from rar.tune import losses
 from rar.tune.draw import Lesson
+from rar.tune.features import Features
 from rar.tune.lessons import Teacher
 from rar.tune.pictures import Pictures
 from rar.tune.train import trainable
@@ -94,6 +95,32 @@ def test_a_reply_as_text_is_scored_as_likelihood_scores_it(ranker: MllmRanker, p
         prompt.row: mean[0] for prompt, mean, *_ in prefix.likelihoods(ranker.mllm, prompts, [[reply] for reply in replies])
     }
     assert found == pytest.approx([-means[row] for row in range(len(lessons))], abs=1e-3)
+
+
+def test_features_stand_for_pixels_and_are_computed_once(ranker: MllmRanker, pictures: Pictures) -> None:
+    mllm, lists = ranker.mllm, [["red cat", "cat"], ["small bird"], ["dog", "bird"]]
+    prompts = [Prompt(row, 0, pictures([row]), text) for row, text in enumerate(mllm.render(["Name it."] * 3))]
+
+    def seen() -> tuple[torch.Tensor, list[np.ndarray]]:
+        with torch.inference_mode():
+            logits = mllm.model(**teacher(ranker, pictures)(LESSONS)["model"], use_cache=False).logits[:, -1]
+        found = {prompt.row: means for prompt, means, *_ in prefix.likelihoods(mllm, prompts, lists)}
+        return logits, [found[row] for row in range(3)]
+
+    logits, means = seen()
+    features = mllm.features = Features(mllm)
+    assert not any(key.startswith("pixel_") for key in teacher(ranker, pictures)(LESSONS)["model"])
+    for _ in range(2):
+        again, likely = seen()
+        assert torch.allclose(again, logits, atol=1e-4)
+        assert all(np.allclose(one, other, atol=1e-4) for one, other in zip(likely, means, strict=True))
+    assert features.computed == len(features.known) == 3
+    small = mllm.features = Features(mllm, kept=features.kept - features.left)  # room for all
+    seen()
+    assert small.left == 0 and small.computed == 3
+    none = mllm.features = Features(mllm, kept=0)
+    seen()
+    assert not none.known and none.left == 0 and none.computed == 6
 
 
 def _row(batch: dict[str, torch.Tensor], row: int) -> tuple[torch.Tensor, torch.Tensor]:
