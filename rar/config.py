@@ -409,7 +409,12 @@ class Tune(Strict):
     )
     shuffle: bool = Field(True, description="whether candidates stand in random order; else in the retriever's")
     loss: Literal["labels", "text"] = Field(
-        "labels", description="letters: of the label tokens that ranking reads, or of the reply as text; generate: always text"
+        "labels", description="of what ranking reads among the listed labels or names, or of the reply as text; paper-*: text"
+    )
+    anchor: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the KL divergence from the untuned model's words for the listed names: keeps what it knew",
     )
     mass: float = Field(0.2, ge=0, description="of labels: weight of the loss that draws the reply's first token to some label")
     listwise: float = Field(

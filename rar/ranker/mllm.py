@@ -59,7 +59,7 @@ class Mllm:
             "",
         }
         # Qwen's models keep where a prompt's positions begin on the model itself, so one batch at a time goes through them
-        self.keeps_positions = any(hasattr(module, "rope_deltas") for module in self.model.modules())
+        self.keeps_positions = next((module for module in self.model.modules() if hasattr(module, "rope_deltas")), None)
         # frozen for good, a tower is asked once a picture: (prompts, inputs) -> inputs with its answers in place of pixels
         self.features: Callable[[Sequence[Prompt], dict[str, Any]], dict[str, Any]] | None = None
         self._tokenizing = Lock()  # a tokenizer's padding is set on it, and must not change while another thread uses it
@@ -111,9 +111,7 @@ class Mllm:
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
             raise UserError(f"{why}: {first_line(error)}; set ranker.exemplars to 0") from None
 
-    def batches(
-        self, prompts: Sequence[Prompt], room: int
-    ) -> Iterator[tuple[list[Prompt], dict[str, Any], list[int]]]:
+    def batches(self, prompts: Sequence[Prompt], room: int) -> Iterator[tuple[list[Prompt], dict[str, Any], list[int]]]:
         """Yield (prompts, model inputs, prompt lengths in tokens) with prompts of like length together, as padding costs time.
 
         Prompts that leave less than `room` tokens of the window are left out.
@@ -162,7 +160,9 @@ class Mllm:
         """On the model's device, real numbers in its precision; features are where they are needed already."""
         dtype = dtype_of(self.config.precision)
         return {
-            key: value.to(self.device, dtype if value.is_floating_point() else None) if isinstance(value, torch.Tensor) else value
+            key: value.to(self.device, dtype if value.is_floating_point() else None)
+            if isinstance(value, torch.Tensor)
+            else value
             for key, value in inputs.items()
         }
 

@@ -4,6 +4,8 @@ Prompts of one row differ late (in a name, or in the order of a list), while mos
 tokens go through the model once a row, left-padded; then each branch goes on from its row's cache. Tokens are those of the
 whole text cut in two, never of two texts, so that no tokenizer can put a boundary elsewhere. The caches of a chunk are copies,
 which costs memory: `ranker.batch_size` bounds both the rows of a prefix and the branches of a chunk.
+
+Gradients flow through a prefix into its branches: `rar.tune.spoken` trains on what is read here.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ def next_logits(mllm: Mllm, rows: Sequence[list[Prompt]], ids: list[int]) -> Ite
 
     A row's common tokens count for its first prompt. Rows with a prompt beyond the window are left out.
     """
-    split = [_row(prompts, mllm.token_ids([prompt.text for prompt in prompts]), spare=1) for prompts in rows]
+    split = [row_of(prompts, mllm.token_ids([prompt.text for prompt in prompts]), spare=1) for prompts in rows]
     for batch, prefix in _prefixes(mllm, split, room=1):
-        for chunk in _chunks(batch, mllm.config.batch_size):
+        for chunk in chunks_of(batch, mllm.config.batch_size):
             logits = _forward(mllm, prefix, chunk, [branch.ids for branch in chunk])
             for branch, steps in zip(chunk, logits, strict=True):
                 prompt = batch[branch.row].prompts[branch.place]
@@ -71,10 +73,10 @@ def likelihoods(
     for prompt, listed in zip(prompts, replies, strict=True):
         asked, *whole = mllm.token_ids([prompt.text, *(prompt.text + mllm.lead + reply for reply in listed)])
         ended = [[*ids, mllm.end_id] if mllm.end_id is not None else ids for ids in whole]
-        split.append(_row([prompt], [asked, *ended], spare=0))
+        split.append(row_of([prompt], [asked, *ended], spare=0))
     for batch, prefix in _prefixes(mllm, split, room=0):
         means = [np.zeros(len(row.ids) - 1) for row in batch]
-        for chunk in _chunks(batch, mllm.config.batch_size, first=1):
+        for chunk in chunks_of(batch, mllm.config.batch_size, first=1):
             for branch, mean in zip(chunk, _means(mllm, prefix, chunk), strict=True):
                 means[branch.row][branch.place - 1] = mean
         for number, row in enumerate(batch):
@@ -83,20 +85,28 @@ def likelihoods(
 
 
 def _means(mllm: Mllm, prefix: Prefix, chunk: list[Branch]) -> list[float]:
-    """Mean log-probability of each branch's tokens. The prefix predicts the first, the last predicts nothing that counts."""
-    rows = torch.tensor([branch.row for branch in chunk], device=mllm.device)
-    logits = prefix.last[rows][:, None]  # (n, 1, V)
-    if max(len(branch.ids) for branch in chunk) > 1:
-        logits = torch.cat([logits, _forward(mllm, prefix, chunk, [branch.ids[:-1] for branch in chunk])], dim=1)
-    logs = logits.float().log_softmax(-1)
+    logs = logs_of(mllm, prefix, chunk)
     return [float(logs[number, range(len(branch.ids)), branch.ids].double().mean()) for number, branch in enumerate(chunk)]
 
 
-def _row(prompts: list[Prompt], ids: list[list[int]], spare: int) -> Row:
-    """spare: tokens that every branch must keep to itself."""
-    shortest = min(map(len, ids))
-    differ = next((place for place, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1), shortest)
-    return Row(prompts, ids, min(differ, shortest - spare))
+def logs_of(mllm: Mllm, prefix: Prefix, chunk: list[Branch]) -> torch.Tensor:
+    """(n, S, V) log-probabilities at each token of branches of up to S. The prefix predicts a branch's first token."""
+    rows = torch.tensor([branch.row for branch in chunk], device=mllm.device)
+    logits = prefix.last[rows][:, None]
+    if max(len(branch.ids) for branch in chunk) > 1:  # the last token predicts nothing that counts
+        logits = torch.cat([logits, _forward(mllm, prefix, chunk, [branch.ids[:-1] for branch in chunk])], dim=1)
+    return logits.float().log_softmax(-1)
+
+
+def row_of(prompts: list[Prompt], ids: list[list[int]], spare: int) -> Row:
+    """ids: of each branch. spare: tokens that every branch must keep to itself."""
+    return Row(prompts, ids, min(shared(ids), min(map(len, ids)) - spare))
+
+
+def shared(ids: Sequence[list[int]]) -> int:
+    """How many first tokens are the same in all."""
+    differ = (place for place, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1)
+    return next(differ, min(map(len, ids)))
 
 
 def _prefixes(mllm: Mllm, rows: list[Row], room: int) -> Iterator[tuple[list[Row], Prefix]]:
@@ -111,14 +121,14 @@ def _prefixes(mllm: Mllm, rows: list[Row], room: int) -> Iterator[tuple[list[Row
         if fitting and len(fitting) < len(batch):
             inputs, lengths = mllm.encode([row.prompts[0] for row in fitting])
         if fitting:
-            yield fitting, _prefix(mllm, fitting, inputs)
+            yield fitting, prefix_of(mllm, fitting, inputs)
 
 
-def _prefix(mllm: Mllm, rows: list[Row], inputs: dict[str, Any]) -> Prefix:
+def prefix_of(mllm: Mllm, rows: list[Row], inputs: dict[str, Any]) -> Prefix:
     trimmed = mllm.placed(_trimmed(inputs, rows, mllm.model_path))
     output = mllm.model(**trimmed, **mllm.last_only, use_cache=True)
     mask = trimmed["attention_mask"]
-    deltas = getattr(mllm.model.model, "rope_deltas", None)
+    deltas = getattr(mllm.keeps_positions, "rope_deltas", None)
     return Prefix(output.cache, mask, output.logits[:, -1], deltas, mask.sum(dim=1).tolist())
 
 
@@ -140,7 +150,7 @@ def _trimmed(inputs: dict[str, Any], rows: list[Row], model_path: str) -> dict[s
     return {**inputs, **{key: value[:, used:] for key, value in per_token.items()}}
 
 
-def _chunks(batch: list[Row], size: int, first: int = 0) -> Iterator[list[Branch]]:
+def chunks_of(batch: list[Row], size: int, first: int = 0) -> Iterator[list[Branch]]:
     """Branches from place `first` on, of like length together."""
     branches = [
         Branch(number, place, row.ids[place][row.common :])

@@ -62,7 +62,9 @@ class MllmRanker:
         self.config = config
         self.wording = load_wording(config.prompts)
         self.mllm = Mllm(config, model_path)
-        alone = self.mllm.keeps_positions or config.trust_remote_code  # what foreign code keeps on a model is not known
+        alone = (
+            self.mllm.keeps_positions is not None or config.trust_remote_code
+        )  # what foreign code keeps on a model is not known
         self.lanes = Lanes(self.mllm.device, most=1 if alone else LANES)
         self.clock = SharedClock()
         if config.method == "letters":

@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from rar.config import Config, Tune
+from rar.ranker.prompt import generate_answer, generate_prompt, letters_prompt, likelihood_prompt
+from rar.ranker.wording import LABELS, Wording
 from rar.schema import UserError
 
 NONE_SHOWN = 0.5  # share of lists that show `none of these`, where ranking does not always
@@ -54,6 +56,17 @@ class Source:
     top_k: int
     always_none: bool = False
     letters: bool = True
+
+
+def turn(lesson: Lesson, wording: Wording, method: str) -> tuple[str, str]:
+    """(what is asked, what is to be answered)."""
+    if method == "letters":
+        names = [*lesson.names, *([wording.none_of_these] if lesson.none else [])]
+        return letters_prompt(names, wording), LABELS[lesson.answer]
+    best = [lesson.names[place] for place in lesson.order]
+    if method == "likelihood":
+        return likelihood_prompt(lesson.names, wording), best[0]
+    return generate_prompt(lesson.names, wording), generate_answer(best)
 
 
 def longest(settings: Config) -> int:

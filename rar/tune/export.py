@@ -14,10 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from rar.config import Config
-from rar.ranker.prompt import generate_answer, generate_prompt, letters_prompt
-from rar.ranker.wording import LABELS, Wording, load_wording
+from rar.ranker.wording import load_wording
 from rar.tune import draw
-from rar.tune.draw import Lesson
 from rar.tune.pictures import Pictures
 
 FILES = {"llava": "llava.json", "swift": "swift.jsonl"}
@@ -28,23 +26,15 @@ def write(settings: Config, rows: pa.Table, folder: Path, kind: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lessons = draw.epoch_of(settings, rows)(0)
     files, ids = _files(rows, sorted({lesson.row for lesson in lessons}), folder), rows["image_id"].to_pylist()
-    wording, letters = load_wording(settings.ranker.prompts), settings.ranker.method == "letters"
+    wording = load_wording(settings.ranker.prompts)
     records = []
     for number, lesson in enumerate(lessons):
-        asked, answer = turn(lesson, wording, letters=letters)
+        asked, answer = draw.turn(lesson, wording, settings.ranker.method)
         records.append(_record(kind, f"{ids[lesson.row]}-{number}", files[lesson.row], asked, answer))
     target = folder / FILES[kind]
     text = json.dumps(records, ensure_ascii=False, indent=1) if kind == "llava" else _lines(records)
     target.write_text(text, encoding="utf-8")
     return target
-
-
-def turn(lesson: Lesson, wording: Wording, *, letters: bool) -> tuple[str, str]:
-    """(what is asked, what is to be answered)."""
-    if letters:
-        names = [*lesson.names, *([wording.none_of_these] if lesson.none else [])]
-        return letters_prompt(names, wording), LABELS[lesson.answer]
-    return generate_prompt(lesson.names, wording), generate_answer([lesson.names[place] for place in lesson.order])
 
 
 def _record(kind: str, name: str, picture: str, asked: str, answer: str) -> dict[str, Any]:

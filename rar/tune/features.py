@@ -2,8 +2,8 @@
 
 With LoRA on the language model alone, tower and projector never change, and neither does what they make of a picture. It is
 kept by the picture's pixels, so that lists of training and of checking find it alike, and given to the model in place of pixels
-(`mm_encoder_outputs` of transformers). It costs memory, tokens x width of the language model a picture (4.7 MB for 576 tokens of
-4,096 in bf16): once KEPT bytes are full, further pictures are computed each time.
+(`mm_encoder_outputs` of transformers). It costs memory, tokens x width of the language model a picture (4.7 MB for 576 tokens
+of 4,096 in bf16): once KEPT bytes are full, further pictures are computed each time.
 """
 
 from __future__ import annotations

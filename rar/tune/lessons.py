@@ -1,12 +1,14 @@
 """Lists as the model meets them: prompts of the ranker's own words, targets as token ids, batches by the model's own processor.
 
-What ranking reads is what is trained: the prompt comes from `rar.ranker.prompt` and the checkpoint's chat template, and the
-labels' tokens from `Mllm.label_forms`. Rows are padded on the left, so a reply's tokens are always the last.
+What ranking reads is what is trained: the prompt comes from `rar.ranker.prompt` and the checkpoint's chat template, the labels'
+tokens from `Mllm.label_forms`, names as labels from `spoken`. Rows are padded on the left, so the tokens of a reply are the
+last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,13 @@ import torch
 from torch.utils.data import Dataset
 
 from rar.ranker.mllm import Mllm, Prompt
-from rar.ranker.prompt import generate_answer, generate_prompt, letters_prompt
-from rar.ranker.wording import LABELS, Wording
+from rar.ranker.prefix import shared
+from rar.ranker.wording import Wording
 from rar.schema import UserError
-from rar.tune.draw import Lesson
+from rar.tune import spoken
+from rar.tune.draw import Lesson, turn
 from rar.tune.pictures import Pictures
+from rar.tune.spoken import Spoken
 
 NO_LABEL = -1
 
@@ -43,50 +47,69 @@ class Course(Dataset):  # type: ignore[type-arg]
 
 
 class Teacher:
-    """Lessons -> model inputs and targets. as_text: the reply as text, else its label alone; letters: how the list is asked."""
+    """Lessons -> model inputs and targets of a ranking `method`.
 
-    def __init__(self, mllm: Mllm, wording: Wording, pictures: Pictures, *, letters: bool, as_text: bool) -> None:
+    as_text: the reply as text; else its label, or its names as labels. anchored: with the listed names as likelihood asks for
+    them, for `losses.drift`.
+    """
+
+    def __init__(
+        self, mllm: Mllm, wording: Wording, pictures: Pictures, *, method: str, as_text: bool, anchored: bool = False
+    ) -> None:
         self.mllm, self.wording, self.pictures = mllm, wording, pictures
-        self.letters, self.as_text = letters, as_text
+        self.method, self.as_text, self.anchored = method, as_text, anchored
 
     def __call__(self, lessons: Sequence[Lesson]) -> dict[str, Any]:
         """The collator of a DataLoader. `model`: inputs; the rest as `losses` needs it. Raises UserError beyond the window."""
         images = self.pictures([lesson.row for lesson in lessons])
-        asked = self.mllm.render([self._question(lesson) for lesson in lessons])
-        if not self.as_text:
-            inputs, lengths = self.mllm.encode([Prompt(0, 0, [image], text) for image, text in zip(images, asked, strict=True)])
-            self._check(lessons, lengths)
-            widest = max(len(lesson.names) + lesson.none for lesson in lessons)
-            order = [lesson.order + [NO_LABEL] * (widest - len(lesson.order)) for lesson in lessons]
-            return {
-                "model": inputs,
-                "shown": torch.tensor([len(lesson.names) + lesson.none for lesson in lessons]),
-                "answer": torch.tensor([lesson.answer for lesson in lessons]),
-                "order": torch.tensor(order),
-            }
-        replies = [text + self.mllm.lead + self._reply(lesson) for text, lesson in zip(asked, lessons, strict=True)]
-        inputs, lengths = self.mllm.encode([Prompt(0, 0, [image], text) for image, text in zip(images, replies, strict=True)])
+        plain = [replace(lesson, names=[self.mllm.harmless(name) for name in lesson.names]) for lesson in lessons]
+        if self.as_text:
+            batch = self._replied(plain, images)
+        elif self.method == "letters":
+            batch = self._labelled(plain, images)
+        else:
+            batch = {"spoken": self._spoken(plain, images, self.method)}
+        if self.anchored:
+            batch["anchor"] = batch["spoken"] if self.method == "likelihood" else self._spoken(plain, images, "likelihood")
+        return batch
+
+    def _labelled(self, lessons: Sequence[Lesson], images: Sequence[np.ndarray]) -> dict[str, Any]:
+        asked, _ = self._turns(lessons, self.method)
+        inputs, lengths = self.mllm.encode([Prompt(0, 0, [image], text) for image, text in zip(images, asked, strict=True)])
+        self._check(lessons, lengths)
+        widest = max(len(lesson.names) + lesson.none for lesson in lessons)
+        order = [lesson.order + [NO_LABEL] * (widest - len(lesson.order)) for lesson in lessons]
+        return {
+            "model": inputs,
+            "shown": torch.tensor([len(lesson.names) + lesson.none for lesson in lessons]),
+            "answer": torch.tensor([lesson.answer for lesson in lessons]),
+            "order": torch.tensor(order),
+        }
+
+    def _replied(self, lessons: Sequence[Lesson], images: Sequence[np.ndarray]) -> dict[str, Any]:
+        asked, replies = self._turns(lessons, self.method)
+        whole = [text + self.mllm.lead + reply for text, reply in zip(asked, replies, strict=True)]
+        inputs, lengths = self.mllm.encode([Prompt(0, 0, [image], text) for image, text in zip(images, whole, strict=True)])
         inputs = self._ended(inputs)
         self._check(lessons, [length + 1 for length in lengths])
-        return {"model": inputs, "reply": torch.tensor(self._reply_tokens(asked, replies))}
+        return {"model": inputs, "reply": torch.tensor(self._reply_tokens(asked, whole))}
 
-    def _question(self, lesson: Lesson) -> str:
-        names = [self.mllm.harmless(name) for name in lesson.names]
-        if not self.letters:
-            return generate_prompt(names, self.wording)
-        return letters_prompt([*names, *([self.wording.none_of_these] if lesson.none else [])], self.wording)
+    def _spoken(self, lessons: Sequence[Lesson], images: Sequence[np.ndarray], method: str) -> Spoken:
+        asked, _ = self._turns(lessons, method)
+        listed = [[lesson.names[place] for place in lesson.order] for lesson in lessons]
+        found = (spoken.names if method == "likelihood" else spoken.lists)(self.mllm, asked, listed, images)
+        self._check(lessons, found.longest)
+        return found
 
-    def _reply(self, lesson: Lesson) -> str:
-        return LABELS[lesson.answer] if self.letters else generate_answer([lesson.names[place] for place in lesson.order])
+    def _turns(self, lessons: Sequence[Lesson], method: str) -> tuple[list[str], list[str]]:
+        """(rendered prompts, replies)."""
+        turns = [turn(lesson, self.wording, method) for lesson in lessons]
+        return self.mllm.render([asked for asked, _ in turns]), [reply for _, reply in turns]
 
     def _reply_tokens(self, asked: list[str], replied: list[str]) -> list[int]:
         """How many tokens each reply has, the one that ends it included."""
-        counts = []
-        for before, after in zip(self.mllm.token_ids(asked), self.mllm.token_ids(replied), strict=True):
-            pairs = zip(before, after, strict=False)
-            same = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(before), len(after)))
-            counts.append(len(after) - same + (self.mllm.end_id is not None))
-        return counts
+        both = zip(self.mllm.token_ids(asked), self.mllm.token_ids(replied), strict=True)
+        return [len(after) - shared([before, after]) + (self.mllm.end_id is not None) for before, after in both]
 
     def _ended(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """With the token that ends a reply after every row."""

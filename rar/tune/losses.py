@@ -63,6 +63,31 @@ def rank_net(scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return ((weights * F.softplus(gaps)).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-9)).mean()
 
 
+def of_names(written: Sequence[Sequence[torch.Tensor]], named: Sequence[Sequence[int]], *, mean: bool) -> torch.Tensor:
+    """Cross entropy of each list's first reply among its replies, each as its name's tokens say.
+
+    written: (T,) log-probabilities of the tokens of each reply of each list; named: how many of them are its name's. mean: a
+    reply's score is their mean, as `likelihood` reads it; else their sum, the log-probability that the name is written.
+    """
+    scores = [
+        torch.stack([one[:count].mean() if mean else one[:count].sum() for one, count in zip(row, counts, strict=True)])
+        for row, counts in zip(written, named, strict=True)
+    ]
+    return -torch.stack([row.log_softmax(0)[0] for row in scores]).mean()
+
+
+def of_first(written: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """`of_text` of each list's first reply."""
+    return -torch.stack([row[0].mean() for row in written]).mean()
+
+
+def drift(before: Sequence[Sequence[torch.Tensor]], now: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """KL divergence from what the model was, (T, V) log-probabilities of each reply of each list: the mean of a list's tokens,
+    then that of the lists."""
+    pairs = [(torch.cat(list(then)), torch.cat(list(new))) for then, new in zip(before, now, strict=True)]
+    return torch.stack([(then.exp() * (then - new)).sum(-1).mean() for then, new in pairs]).mean()
+
+
 def of_text(logits: torch.Tensor, tokens: torch.Tensor, reply: torch.Tensor) -> torch.Tensor:
     """Cross entropy of the last `reply` (B,) tokens of each row: their mean, then that of the lists.
 

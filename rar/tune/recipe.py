@@ -9,8 +9,8 @@ from rar.schema import UserError
 def bare(settings: Config) -> Ranker:
     """The ranker that is trained: asked once a list. Raises UserError for what cannot be trained."""
     ranker, tune, top_k = settings.ranker, settings.tune, settings.retriever.top_k
-    if ranker.method not in ("letters", "generate"):
-        raise UserError(f"rar tune trains ranker.method letters or generate, not {ranker.method}")
+    if ranker.method == "yes_no":
+        raise UserError("rar tune trains ranker.method letters, generate or likelihood, not yes_no")
     if ranker.adapter is not None:
         raise UserError("rar tune begins with the model itself: leave ranker.adapter out, or name a merged model")
     if ranker.quantization != "none" or ranker.exemplars:
@@ -19,6 +19,14 @@ def bare(settings: Config) -> Ranker:
         raise UserError("ranker.precision fp16 overflows in training: use bf16, or fp32")
     if tune.preset != "rar" and ranker.method != "generate":
         raise UserError(f"tune.preset {tune.preset} trains the sorted list as text: set ranker.method: generate")
+    if tune.anchor and tune.weights == "full":
+        raise UserError("tune.anchor needs the model as it was, which tune.weights full does not keep: set tune.weights: lora")
+    prefixed = tune.loss == "labels" and ranker.method != "letters" and tune.preset == "rar"
+    if tune.gradient_checkpointing and (prefixed or tune.anchor):
+        raise UserError(
+            "tune.gradient_checkpointing keeps no prefix of a prompt, which names as labels and tune.anchor need: leave it "
+            "out, or set tune.loss: text and tune.anchor: 0"
+        )
     longest = max([tune.max_list or top_k, *tune.lengths]) + 1  # and "none of these"
     if ranker.method == "letters" and longest > LETTERS:
         raise UserError(

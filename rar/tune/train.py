@@ -10,11 +10,12 @@ gradient that is no number ends the training before it reaches a weight.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from rar import config
 from rar.config import Config
+from rar.ranker.mllm import Mllm
 from rar.ranker.rank import MllmRanker
 from rar.schema import UserError, first_line
-from rar.tune import draw, losses, recipe
+from rar.tune import draw, losses, recipe, spoken
 from rar.tune.draw import Lesson
 from rar.tune.features import Features
 from rar.tune.lessons import Course, Teacher
@@ -128,19 +130,14 @@ def course(settings: Config, rows: pa.Table) -> tuple[Course, int]:
 
 
 def _trainer(settings: Config, ranker: MllmRanker, rows: pa.Table, folder: Path) -> RankTrainer:
-    tune, letters = settings.tune, settings.ranker.method == "letters"
-    pictures = Pictures(rows)
-    teacher = Teacher(ranker.mllm, ranker.wording, pictures, letters=letters, as_text=tune.loss == "text" or not letters)
+    tune, method = settings.tune, settings.ranker.method
+    text = tune.loss == "text" or tune.preset != "rar"
+    pictures, anchored = Pictures(rows), bool(tune.anchor)
+    teacher = Teacher(ranker.mllm, ranker.wording, pictures, method=method, as_text=text, anchored=anchored)
     lists, steps = course(settings, rows)
     longest = max((lists[place] for place in range(min(len(lists), lists.size))), key=lambda lesson: lesson.length)
     teacher([longest])  # beyond the window? better now than in an hour
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    share, left = divmod(tune.batch_size, world * tune.accumulate)
-    if left:
-        raise UserError(
-            f"tune.batch_size {tune.batch_size} cannot be cut into tune.workers {world} times tune.accumulate "
-            f"{tune.accumulate} equal parts: choose a multiple"
-        )
+    share = _share(tune)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -189,6 +186,18 @@ def _trainer(settings: Config, ranker: MllmRanker, rows: pa.Table, folder: Path)
     return trainer
 
 
+def _share(tune: config.Tune) -> int:
+    """Lists of a forward pass in this worker."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    share, left = divmod(tune.batch_size, world * tune.accumulate)
+    if left:
+        raise UserError(
+            f"tune.batch_size {tune.batch_size} cannot be cut into tune.workers {world} times tune.accumulate "
+            f"{tune.accumulate} equal parts: choose a multiple"
+        )
+    return share
+
+
 class RankTrainer(Trainer):
     """A Trainer whose loss is of rankings, and which is judged by ranking."""
 
@@ -200,23 +209,45 @@ class RankTrainer(Trainer):
         self.table = losses.label_table(forms, self.args.device) if forms else None
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        given = self.teacher.mllm.placed(inputs["model"])
-        keep = int(inputs["reply"].max()) + 1 if "reply" in inputs else 1
-        last = {"logits_to_keep": keep} if self.teacher.mllm.last_only else {}
-        logits = model(**given, **last, use_cache=False).logits
-        if "reply" in inputs:
-            loss = losses.of_text(logits, given["input_ids"], inputs["reply"])
-        else:
-            assert self.table is not None
-            shown, answer, order = (inputs[name] for name in ("shown", "answer", "order"))
-            loss = losses.of_labels(
-                logits[:, -1], self.table, shown, answer, order, mass=self.tune.mass, listwise=self.tune.listwise
-            )
+        asked = copy.copy(self.teacher.mllm)
+        asked.model = model  # as several workers wrap it
+        parts = [*self._of_names(asked, inputs), *([self._of_one_pass(asked, inputs)] if "model" in inputs else [])]
+        loss = torch.stack(parts).sum()
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss is no number at step {self.state.global_step + 1}: lower tune.learning_rate{kept(self.args)}"
             )
         return (loss, None) if return_outputs else loss
+
+    def _of_one_pass(self, asked: Mllm, inputs: Any) -> torch.Tensor:
+        """Of label tokens, or of replies as text."""
+        given = asked.placed(inputs["model"])
+        keep = int(inputs["reply"].max()) + 1 if "reply" in inputs else 1
+        last = {"logits_to_keep": keep} if asked.last_only else {}
+        logits = asked.model(**given, **last, use_cache=False).logits
+        if "reply" in inputs:
+            return losses.of_text(logits, given["input_ids"], inputs["reply"])
+        assert self.table is not None
+        shown, answer, order = (inputs[name] for name in ("shown", "answer", "order"))
+        return losses.of_labels(
+            logits[:, -1], self.table, shown, answer, order, mass=self.tune.mass, listwise=self.tune.listwise
+        )
+
+    def _of_names(self, asked: Mllm, inputs: Any) -> Iterator[torch.Tensor]:
+        """Of names as labels; with a list that is written, of its text; of how far the model drifted."""
+        listed, anchor = inputs.get("spoken"), inputs.get("anchor")
+        logs = spoken.logs_of(asked, listed) if listed else None
+        if logs is not None:
+            written, by_mean = spoken.written(logs, listed), self.ranker.config.method == "likelihood"
+            yield losses.of_names(written, listed.named, mean=by_mean)
+            if not by_mean:
+                yield losses.of_first(written)
+        if anchor is not None:
+            before = self.teacher.mllm
+            with torch.no_grad(), before.model.disable_adapter():
+                then = spoken.logs_of(before, anchor)
+            now = logs if logs is not None and anchor is listed else spoken.logs_of(asked, anchor)
+            yield self.tune.anchor * losses.drift(then, now)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Rank accuracy on lists kept out, by the ranker itself; the lists are cut over the workers."""

@@ -18,7 +18,7 @@ from rar.ranker.mllm import Prompt
 from rar.ranker.prompt import generate_answer, generate_prompt
 from rar.ranker.rank import MllmRanker
 from rar.schema import UserError
-from rar.tune import losses
+from rar.tune import losses, spoken
 from rar.tune.draw import Lesson
 from rar.tune.features import Features
 from rar.tune.lessons import Teacher
@@ -50,8 +50,8 @@ def ranker(request: pytest.FixtureRequest, tmp_path: Path) -> MllmRanker:
     return MllmRanker(Ranker(device="cpu"), str(save_family(tmp_path / "model", request.param)))
 
 
-def teacher(ranker: MllmRanker, pictures: Pictures, *, letters: bool = True, as_text: bool = False) -> Teacher:
-    return Teacher(ranker.mllm, ranker.wording, pictures, letters=letters, as_text=as_text)
+def teacher(ranker: MllmRanker, pictures: Pictures, method: str = "letters", **more: bool) -> Teacher:
+    return Teacher(ranker.mllm, ranker.wording, pictures, method=method, **{"as_text": False, **more})
 
 
 def test_the_loss_is_the_score_that_ranking_gives_and_an_adapter_learns_by_it(ranker: MllmRanker, pictures: Pictures) -> None:
@@ -84,7 +84,7 @@ def test_the_loss_is_the_score_that_ranking_gives_and_an_adapter_learns_by_it(ra
 
 def test_a_reply_as_text_is_scored_as_likelihood_scores_it(ranker: MllmRanker, pictures: Pictures) -> None:
     lessons = LESSONS[:2]
-    batch = teacher(ranker, pictures, letters=False, as_text=True)(lessons)
+    batch = teacher(ranker, pictures, "generate", as_text=True)(lessons)
     with torch.inference_mode():
         logits = ranker.mllm.model(**batch["model"], use_cache=False).logits
         found = [float(losses.of_text(logits[row : row + 1], *_row(batch, row))) for row in range(len(lessons))]
@@ -95,6 +95,83 @@ def test_a_reply_as_text_is_scored_as_likelihood_scores_it(ranker: MllmRanker, p
         prompt.row: mean[0] for prompt, mean, *_ in prefix.likelihoods(ranker.mllm, prompts, [[reply] for reply in replies])
     }
     assert found == pytest.approx([-means[row] for row in range(len(lessons))], abs=1e-3)
+
+
+def test_names_as_labels_are_what_likelihood_reads_and_an_adapter_learns_by_them(
+    ranker: MllmRanker, pictures: Pictures, tmp_path: Path
+) -> None:
+    likely = MllmRanker(Ranker(device="cpu", method="likelihood"), str(tmp_path / "model"))
+    ranked = likely.rank(pictures([lesson.row for lesson in LESSONS]), [lesson.names for lesson in LESSONS])
+    scores = [one.scores[lesson.answer] for one, lesson in zip(ranked, LESSONS, strict=True)]
+    batch = teacher(ranker, pictures, "likelihood", anchored=True)(LESSONS)
+    assert batch["anchor"] is batch["spoken"]
+    given = batch["spoken"]
+    before = spoken.logs_of(ranker.mllm, given)
+
+    def loss() -> torch.Tensor:
+        return losses.of_names(spoken.written(spoken.logs_of(ranker.mllm, given), given), given.named, mean=True)
+
+    first = loss()
+    assert first.item() == pytest.approx(-float(np.mean(scores)), abs=1e-4)
+    model = ranker.mllm.model = trainable(ranker, Tune(lora_rank=4))
+    assert float(losses.drift(before, spoken.logs_of(ranker.mllm, given))) == pytest.approx(0, abs=1e-5)
+    optimiser = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.02)
+    for _ in range(4):
+        optimiser.zero_grad()
+        loss().backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    assert loss().item() < first.item()
+    assert float(losses.drift(before, spoken.logs_of(ranker.mllm, given))) > 1e-4
+    with torch.no_grad(), model.disable_adapter():
+        assert float(losses.drift(before, spoken.logs_of(ranker.mllm, given))) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_list_begins_with_each_name_as_one_forward_pass_has_it(ranker: MllmRanker, pictures: Pictures) -> None:
+    given = teacher(ranker, pictures, "generate")(LESSONS)["spoken"]
+    with torch.inference_mode():
+        written = spoken.written(spoken.logs_of(ranker.mllm, given), given)
+    tokenizer = ranker.mllm.processor.tokenizer
+    for number, lesson in enumerate(LESSONS):
+        best = [lesson.names[place] for place in lesson.order]
+        (asked,) = ranker.mllm.render([generate_prompt(lesson.names)])
+        for place, name in enumerate(best):
+            reply = generate_answer(best if place == 0 else [name, "a"])
+            prompt = Prompt(0, 0, pictures([lesson.row]), asked + ranker.mllm.lead + reply)
+            inputs, _ = ranker.mllm.encode([prompt])
+            with torch.inference_mode():
+                logs = ranker.mllm.model(**inputs, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            count = given.named[number][place]
+            ids = given.said()[number][place][:count]
+            start = len(inputs["input_ids"][0]) - len(ranker.mllm.token_ids([prompt.text])[0]) + given.rows[number].common
+            expected = [float(logs[start - 1 + at, token]) for at, token in enumerate(ids)]
+            assert written[number][place][:count].tolist() == pytest.approx(expected, abs=1e-3)
+            assert name.split()[-1] in tokenizer.decode(ids) and "'" in tokenizer.decode(ids[1:])
+    ended = [row[0][-1] for row in given.said()]
+    assert ranker.mllm.end_id is None or set(ended) == {ranker.mllm.end_id}
+    text = teacher(ranker, pictures, "generate", as_text=True)(LESSONS)
+    with torch.inference_mode():
+        logits = ranker.mllm.model(**text["model"], use_cache=False).logits
+    whole = losses.of_text(logits, text["model"]["input_ids"], text["reply"])
+    assert float(losses.of_first(written)) == pytest.approx(float(whole), abs=1e-3)
+
+
+def test_of_names_and_drift_are_loops() -> None:
+    torch.manual_seed(0)
+    written = [[torch.randn(4), torch.randn(2)], [torch.randn(3), torch.randn(3), torch.randn(1)]]
+    named = [[2, 2], [3, 1, 1]]
+    for mean in (False, True):
+        total = 0.0
+        for row, counts in zip(written, named, strict=True):
+            scores = [float(one[:count].sum()) / (count if mean else 1) for one, count in zip(row, counts, strict=True)]
+            total -= scores[0] - float(np.logaddexp.reduce(scores))
+        assert float(losses.of_names(written, named, mean=mean)) == pytest.approx(total / 2, abs=1e-5)
+    then, now = ([[torch.randn(2, 5).log_softmax(-1), torch.randn(1, 5).log_softmax(-1)]] for _ in range(2))
+    divergences = [
+        sum(np.exp(p) * (p - q) for p, q in zip(one.tolist(), other.tolist(), strict=True))
+        for before, after in zip(then[0], now[0], strict=True)
+        for one, other in zip(before, after, strict=True)
+    ]
+    assert float(losses.drift(then, now)) == pytest.approx(np.mean(divergences), abs=1e-5)
 
 
 def test_features_stand_for_pixels_and_are_computed_once(ranker: MllmRanker, pictures: Pictures) -> None:

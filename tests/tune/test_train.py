@@ -128,6 +128,11 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(job: Callable[...,
     ("ranker", "tune"),
     [
         ({"method": "generate"}, {}),
+        ({"method": "generate"}, {"anchor": 1.0, "accumulate": 2}),
+        ({"method": "generate"}, {"loss": "text"}),
+        ({"method": "likelihood"}, {"anchor": 1.0}),
+        ({"method": "likelihood"}, {"loss": "text"}),
+        ({}, {"anchor": 1.0}),
         ({}, {"loss": "text"}),
         ({}, {"listwise": 1.0, "accumulate": 2}),
         ({}, {"weights": "full", "gradient_checkpointing": True, "learning_rate": 1e-3}),
@@ -185,7 +190,10 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(job: Callable[...
 @pytest.mark.parametrize(
     ("ranker", "tune", "wanted"),
     [
-        ({"method": "likelihood"}, {}, "letters or generate"),
+        ({"method": "yes_no"}, {}, "not yes_no"),
+        ({}, {"anchor": 1.0, "weights": "full"}, "set tune.weights: lora"),
+        ({}, {"anchor": 1.0, "gradient_checkpointing": True}, "keeps no prefix"),
+        ({"method": "generate"}, {"gradient_checkpointing": True}, "keeps no prefix"),
         ({"adapter": "some"}, {}, "leave ranker.adapter out"),
         ({"precision": "fp16"}, {}, "use bf16"),
         ({"exemplars": 1}, {}, "without exemplars"),
