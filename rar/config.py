@@ -202,8 +202,10 @@ class Ranker(Placed):
         "miniature",
         description="hub name or local folder of an image-text-to-text model, 'miniature', or the endpoint's model name",
     )
-    method: Literal["letters", "likelihood", "yes_no", "generate", "endpoint", "none"] = Field(
-        "letters", description="letters reads one token; generate is the paper's free text; none keeps the retriever's order"
+    method: Literal["letters", "likelihood", "yes_no", "first", "generate", "endpoint", "none"] = Field(
+        "letters",
+        description="letters reads one token; generate is the paper's free text, first its first name; none keeps the "
+        "retriever's order",
     )
     prompts: str | None = Field(None, description="YAML of prompt templates; default: the built-in ones")
     none_of_these: bool = Field(False, description="letters: one more label for an image that shows no candidate")

@@ -32,6 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "letters_5_rotations": {"permutations": 5},
     "letters_5_rotations_prior": {"permutations": 5, "debias": "prior"},
     "likelihood": {"method": "likelihood"},
+    "first": {"method": "first"},
     "generate": {"method": "generate", "max_new_tokens": 64},
 }
 

@@ -5,8 +5,9 @@ tune` keeps out to judge by as `seen`; judged by as `novel`: test photos of 120 
 questions, an experiment each:
 
 - `describer`: from an MLLM that was taught to name pictures and never shown a list (`python -m rar.miniature.train
-  --describer`, trained here unless --describer names one), asked for the sorted list (`ranker.method: generate`): our lists
-  against RAR's own (presets paper-code and paper-text), for as many steps; and asked for letters instead.
+  --describer`, trained here unless --describer names one), asked for the sorted list: our lists, names as labels and an anchor,
+  and without these, read as they are trained (`ranker.method: first`), against RAR's own (presets paper-code and paper-text, read
+  as the paper does, `generate`, and by `first`), for as many steps; and asked for letters instead.
 - `parts`: from the shipped miniature, which was trained on lists of at most six names, asked for letters about lists of up to
   ten: what is trained on label tokens (`labels`) and with each part of it left out.
 - `long`: from the same, on lists of up to 20; all weights are trained.
@@ -40,11 +41,15 @@ from rar.schema import Unavailable
 PHOTOS, TESTS, SHOTS, JUDGED = 16, 3, 4, 300
 STEPS = {"describer": 300, "parts": 200, "long": 1000, "shifted": 300}
 RATE, FULL_RATE = 0.002, 0.001  # of adapters, of whole models
-WRITTEN, TEN = {"ranker": {"method": "generate", "max_new_tokens": 64}}, {"max_list": 10, "lengths": [10]}
+WRITTEN, FIRST = {"ranker": {"method": "generate", "max_new_tokens": 64}}, {"ranker": {"method": "first"}}
+TEN = {"max_list": 10, "lengths": [10]}
 ARMS: dict[str, dict[str, dict[str, Any]]] = {  # experiment -> arm -> what it has of its own: `ranker`, and else of `tune`
     "describer": {
-        "rar": WRITTEN,
+        "rar": FIRST | {"anchor": 1.0},
+        "no_anchor": FIRST,
+        "loss_of_text": FIRST | {"loss": "text"},
         "paper_code": WRITTEN | {"preset": "paper-code"},
+        "paper_code_first": FIRST | {"preset": "paper-code"},
         "paper_text": WRITTEN | {"preset": "paper-text"},
         "letters": {},
     },

@@ -62,31 +62,25 @@ def next_logits(mllm: Mllm, rows: Sequence[list[Prompt]], ids: list[int]) -> Ite
 
 
 @torch.inference_mode()
-def likelihoods(
-    mllm: Mllm, prompts: Sequence[Prompt], replies: Sequence[list[str]]
+def scores(
+    mllm: Mllm, prompts: Sequence[Prompt], ids: Sequence[list[list[int]]], *, mean: bool
 ) -> Iterator[tuple[Prompt, np.ndarray, int, int]]:
-    """Yield (prompt, mean log-probability a token of each reply (R,), tokens of the prompt, tokens of the replies).
+    """Yield (prompt, log-probability of each reply (R,), tokens of the prompt, tokens of the replies).
 
-    A reply's tokens are those after the common ones of the prompt and of all its replies, and the token that ends a reply.
+    ids: of each prompt, its tokens and those of prompt and reply (naming). mean: a token's mean, else the sum. A reply's tokens
+    are those after the common ones of the prompt and of all its replies.
     """
-    split = []
-    for prompt, listed in zip(prompts, replies, strict=True):
-        asked, *whole = mllm.token_ids([prompt.text, *(prompt.text + mllm.lead + reply for reply in listed)])
-        ended = [[*ids, mllm.end_id] if mllm.end_id is not None else ids for ids in whole]
-        split.append(row_of([prompt], [asked, *ended], spare=0))
+    split = [row_of([prompt], row, spare=0) for prompt, row in zip(prompts, ids, strict=True)]
     for batch, prefix in _prefixes(mllm, split, room=0):
-        means = [np.zeros(len(row.ids) - 1) for row in batch]
+        found = [np.zeros(len(row.ids) - 1) for row in batch]
         for chunk in chunks_of(batch, mllm.config.batch_size, first=1):
-            for branch, mean in zip(chunk, _means(mllm, prefix, chunk), strict=True):
-                means[branch.row][branch.place - 1] = mean
+            logs = logs_of(mllm, prefix, chunk)
+            for number, branch in enumerate(chunk):
+                each = logs[number, range(len(branch.ids)), branch.ids].double()
+                found[branch.row][branch.place - 1] = float(each.mean() if mean else each.sum())
         for number, row in enumerate(batch):
             length = prefix.lengths[number] + len(row.ids[0]) - row.common
-            yield row.prompts[0], means[number], length, sum(len(ids) - row.common for ids in row.ids[1:])
-
-
-def _means(mllm: Mllm, prefix: Prefix, chunk: list[Branch]) -> list[float]:
-    logs = logs_of(mllm, prefix, chunk)
-    return [float(logs[number, range(len(branch.ids)), branch.ids].double().mean()) for number, branch in enumerate(chunk)]
+            yield row.prompts[0], found[number], length, sum(len(reply) - row.common for reply in row.ids[1:])
 
 
 def logs_of(mllm: Mllm, prefix: Prefix, chunk: list[Branch]) -> torch.Tensor:

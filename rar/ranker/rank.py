@@ -1,11 +1,13 @@
-"""The MLLM ranker: one contract, (image, candidates, their exemplar pictures) -> Ranking, and four ways to come by it.
+"""The MLLM ranker: one contract, (image, candidates, their exemplar pictures) -> Ranking, and five ways to come by it.
 
 `letters` labels the candidates A, B, ... and reads the label logits after one forward pass, so the answer is a permutation by
 construction and has scores; permutations > 1 averages log-probabilities over rotations of the list, and a label prior is
 divided out, both against the models' liking for certain labels. `yes_no` asks about one candidate at a time. `likelihood` asks
 once and compares the names as replies, by mean log-probability a token, so that long names do not lose for being long.
-`generate` is the paper's free text (3.2) with greedy decoding, read by `prompt.parse`. What several questions have in common,
-the picture above all, is computed once (`prefix`), except where the candidates' own pictures stand in their midst.
+`generate` is the paper's free text (3.2), decoded greedily, read by `reply.parse`. `first` asks the same and decodes nothing:
+it compares how likely the sorted list is to begin with each name (as FIRST, 2406.15657, does with identifiers), so that no name
+can be written that is not listed. What several questions have in common, the picture above all, is computed once (`prefix`),
+except where the candidates' own pictures stand in their midst.
 
 A row of one candidate costs no call. A row whose prompt is beyond the model's window is a FALLBACK with calls = 0, where a
 reply that nobody can read is a FALLBACK with calls = 1.
@@ -21,7 +23,7 @@ import numpy as np
 
 from rar.config import Ranker
 from rar.device import LANES, Lanes, SharedClock
-from rar.ranker import prefix
+from rar.ranker import naming, prefix
 from rar.ranker.debias import Prior, label_prior, log_softmax, prior_of
 from rar.ranker.labels import Read, judged, together
 from rar.ranker.mllm import Mllm, Prompt
@@ -89,9 +91,9 @@ class MllmRanker:
 
         Returns one Ranking a row. All but `generate` give one score a candidate, a log-probability among the candidates; order
         sorts it, ties in retrieval order; `letters` also tells the labels' mass, which decides the status (`labels.judged`).
-        `letters` gives one output token a call (a call a rotation), `yes_no` a call a candidate, `likelihood` one call whose
-        output tokens are those of the names; prompt tokens that questions share count once. With none_of_these, the response
-        tells that answer's probability. Rows of one candidate are RANKED without a call.
+        `letters` gives one output token a call (a call a rotation), `yes_no` a call a candidate, `likelihood` and `first` one
+        call whose output tokens are those of the names; prompt tokens that questions share count once. With none_of_these, the
+        response tells that answer's probability. Rows of one candidate are RANKED without a call.
         Raises UserError where `letters` has more candidates than the model has labels.
         """
         asked = [row for row, listed in enumerate(names) if len(listed) > 1]
@@ -101,8 +103,8 @@ class MllmRanker:
                 answers = self._letters(questions) if self._plain() else self._varied_letters(questions, self._needed(prior))
             elif self.config.method == "yes_no":
                 answers = self._yes_no(questions)
-            elif self.config.method == "likelihood":
-                answers = self._likelihood(questions)
+            elif self.config.method in ("likelihood", "first"):
+                answers = self._named(questions)
             else:
                 answers = self._generate(questions)
             each = taken() / max(len(asked), 1)
@@ -242,7 +244,7 @@ class MllmRanker:
                 f"not {count}: lower retriever.top_k or set ranker.method to 'likelihood'"
             )
 
-    # yes_no, likelihood, generate ---------------------------------------------------------------------------------------------
+    # yes_no, likelihood, first, generate --------------------------------------------------------------------------------------
 
     def _yes_no(self, questions: list[Question]) -> list[Ranking]:
         """score = log p(yes) - log p(no), as logits of a softmax over the candidates."""
@@ -275,12 +277,16 @@ class MllmRanker:
             )
         return yes, no
 
-    def _likelihood(self, questions: list[Question]) -> list[Ranking]:
-        texts = self.mllm.render([likelihood_prompt(one.names, self.wording, one.counts) for one in questions])
+    def _named(self, questions: list[Question]) -> list[Ranking]:
+        """By how likely each name is: `likelihood` as the whole reply, `first` as the first of the sorted list."""
+        first = self.config.method == "first"
+        prompt_of, replies_of = (generate_prompt, naming.beginnings) if first else (likelihood_prompt, naming.replies)
+        texts = self.mllm.render([prompt_of(one.names, self.wording, one.counts) for one in questions])
         prompts = [Prompt(row, 0, one.images, text) for row, (one, text) in enumerate(zip(questions, texts, strict=True))]
+        ids = replies_of(self.mllm, texts, [question.names for question in questions])
         rankings = [_unasked(len(question.names)) for question in questions]
-        for prompt, means, read, said in prefix.likelihoods(self.mllm, prompts, [question.names for question in questions]):
-            rankings[prompt.row] = _scored(log_softmax(means), "", 1, read, said)
+        for prompt, found, read, said in prefix.scores(self.mllm, prompts, ids, mean=not first):
+            rankings[prompt.row] = _scored(log_softmax(found), "", 1, read, said)
         return rankings
 
     def _generate(self, questions: list[Question]) -> list[Ranking]:
@@ -302,7 +308,7 @@ class MllmRanker:
 
     def _check_exemplars(self) -> None:
         """Raises UserError for a template without a place for the pictures, and for a model that takes one picture alone."""
-        template = getattr(self.wording, self.config.method)
+        template = getattr(self.wording, "generate" if self.config.method == "first" else self.config.method)
         if "{pictures}" not in template.candidate or "{candidates}" not in template.ask:
             raise UserError(
                 f"ranker.exemplars: the template of {self.config.method!r} has no place for them; give it {{candidates}} and "

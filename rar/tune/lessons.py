@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from rar.ranker import naming
 from rar.ranker.mllm import Mllm, Prompt
 from rar.ranker.prefix import shared
 from rar.ranker.wording import Wording
 from rar.schema import UserError
-from rar.tune import spoken
 from rar.tune.draw import Lesson, turn
 from rar.tune.pictures import Pictures
-from rar.tune.spoken import Spoken
+from rar.tune.spoken import Spoken, spoken
 
 NO_LABEL = -1
 
@@ -49,8 +49,8 @@ class Course(Dataset):  # type: ignore[type-arg]
 class Teacher:
     """Lessons -> model inputs and targets of a ranking `method`.
 
-    as_text: the reply as text; else its label, or its names as labels. anchored: with the listed names as likelihood asks for
-    them, for `losses.drift`.
+    as_text: the reply as text; else its label, or names as labels (of `generate` both, text and names). anchored: with the
+    listed names as likelihood asks for them, for `losses.drift`.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Teacher:
         """The collator of a DataLoader. `model`: inputs; the rest as `losses` needs it. Raises UserError beyond the window."""
         images = self.pictures([lesson.row for lesson in lessons])
         plain = [replace(lesson, names=[self.mllm.harmless(name) for name in lesson.names]) for lesson in lessons]
-        if self.as_text:
-            batch = self._replied(plain, images)
-        elif self.method == "letters":
+        if self.method == "letters" and not self.as_text:
             batch = self._labelled(plain, images)
         else:
-            batch = {"spoken": self._spoken(plain, images, self.method)}
+            batch = self._replied(plain, images) if self.as_text or self.method == "generate" else {}
+            batch |= {} if self.as_text else {"spoken": self._spoken(plain, images, self.method)}
         if self.anchored:
-            batch["anchor"] = batch["spoken"] if self.method == "likelihood" else self._spoken(plain, images, "likelihood")
+            same = self.method == "likelihood" and not self.as_text
+            batch["anchor"] = batch["spoken"] if same else self._spoken(plain, images, "likelihood")
         return batch
 
     def _labelled(self, lessons: Sequence[Lesson], images: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -97,7 +97,8 @@ class Teacher:
     def _spoken(self, lessons: Sequence[Lesson], images: Sequence[np.ndarray], method: str) -> Spoken:
         asked, _ = self._turns(lessons, method)
         listed = [[lesson.names[place] for place in lesson.order] for lesson in lessons]
-        found = (spoken.names if method == "likelihood" else spoken.lists)(self.mllm, asked, listed, images)
+        ids = (naming.replies if method == "likelihood" else naming.beginnings)(self.mllm, asked, listed)
+        found = spoken(self.mllm, asked, ids, images)
         self._check(lessons, found.longest)
         return found
 

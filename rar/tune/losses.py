@@ -63,22 +63,13 @@ def rank_net(scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return ((weights * F.softplus(gaps)).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-9)).mean()
 
 
-def of_names(written: Sequence[Sequence[torch.Tensor]], named: Sequence[Sequence[int]], *, mean: bool) -> torch.Tensor:
-    """Cross entropy of each list's first reply among its replies, each as its name's tokens say.
+def of_names(written: Sequence[Sequence[torch.Tensor]], *, mean: bool) -> torch.Tensor:
+    """Cross entropy of each list's first reply among its replies: what `first` and `likelihood` read.
 
-    written: (T,) log-probabilities of the tokens of each reply of each list; named: how many of them are its name's. mean: a
-    reply's score is their mean, as `likelihood` reads it; else their sum, the log-probability that the name is written.
+    written: (T,) log-probabilities of the tokens of each reply of each list. mean: a reply's score is their mean, else the sum.
     """
-    scores = [
-        torch.stack([one[:count].mean() if mean else one[:count].sum() for one, count in zip(row, counts, strict=True)])
-        for row, counts in zip(written, named, strict=True)
-    ]
+    scores = [torch.stack([one.mean() if mean else one.sum() for one in row]) for row in written]
     return -torch.stack([row.log_softmax(0)[0] for row in scores]).mean()
-
-
-def of_first(written: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """`of_text` of each list's first reply."""
-    return -torch.stack([row[0].mean() for row in written]).mean()
 
 
 def drift(before: Sequence[Sequence[torch.Tensor]], now: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:

@@ -10,15 +10,15 @@ def bare(settings: Config) -> Ranker:
     """The ranker that is trained: asked once a list. Raises UserError for what cannot be trained."""
     ranker, tune, top_k = settings.ranker, settings.tune, settings.retriever.top_k
     if ranker.method == "yes_no":
-        raise UserError("rar tune trains ranker.method letters, generate or likelihood, not yes_no")
+        raise UserError("rar tune trains ranker.method letters, first, likelihood or generate, not yes_no")
     if ranker.adapter is not None:
         raise UserError("rar tune begins with the model itself: leave ranker.adapter out, or name a merged model")
     if ranker.quantization != "none" or ranker.exemplars:
         raise UserError("rar tune trains models that are not quantised, without exemplars: leave both out of ranker")
     if ranker.precision == "fp16":
         raise UserError("ranker.precision fp16 overflows in training: use bf16, or fp32")
-    if tune.preset != "rar" and ranker.method != "generate":
-        raise UserError(f"tune.preset {tune.preset} trains the sorted list as text: set ranker.method: generate")
+    if tune.preset != "rar" and ranker.method not in ("generate", "first"):
+        raise UserError(f"tune.preset {tune.preset} trains the sorted list as text: set ranker.method: generate (or first)")
     if tune.anchor and tune.weights == "full":
         raise UserError("tune.anchor needs the model as it was, which tune.weights full does not keep: set tune.weights: lora")
     prefixed = tune.loss == "labels" and ranker.method != "letters" and tune.preset == "rar"

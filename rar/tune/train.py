@@ -234,14 +234,11 @@ class RankTrainer(Trainer):
         )
 
     def _of_names(self, asked: Mllm, inputs: Any) -> Iterator[torch.Tensor]:
-        """Of names as labels; with a list that is written, of its text; of how far the model drifted."""
+        """Of names as labels; of how far the model drifted."""
         listed, anchor = inputs.get("spoken"), inputs.get("anchor")
         logs = spoken.logs_of(asked, listed) if listed else None
         if logs is not None:
-            written, by_mean = spoken.written(logs, listed), self.ranker.config.method == "likelihood"
-            yield losses.of_names(written, listed.named, mean=by_mean)
-            if not by_mean:
-                yield losses.of_first(written)
+            yield losses.of_names(spoken.written(logs, listed), mean=self.ranker.config.method == "likelihood")
         if anchor is not None:
             before = self.teacher.mllm
             with torch.no_grad(), before.model.disable_adapter():

@@ -97,13 +97,17 @@ def test_a_killed_tuning_goes_on_as_if_nothing_had_been(birds: Path, whole: Path
 
 
 @pytest.mark.slow
-def test_two_workers_are_one_of_twice_the_batch(birds: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["ranker.method=first", "tune.anchor=1"]])
+def test_two_workers_are_one_of_twice_the_batch(birds: Path, whole: Path, tmp_path: Path, more: list[str]) -> None:
     from rar.tune import fit
 
-    settings = config.load(birds, ["tune.workers=2"])
     with session.opened() as opened:
-        fit.fit(opened, settings, whole / "data" / "rows.parquet", tmp_path / "train", tmp_path / "adapter")
-    assert curve(tmp_path) == pytest.approx(curve(whole), abs=1e-4)
+        for workers in (1, 2):
+            settings, out = config.load(birds, [f"tune.workers={workers}", *more]), tmp_path / str(workers)
+            out.mkdir()
+            fit.fit(opened, settings, whole / "data" / "rows.parquet", out / "train", out / "adapter")
+    assert curve(tmp_path / "2") == pytest.approx(curve(tmp_path / "1"), abs=1e-4)
+    assert more or curve(tmp_path / "1") == pytest.approx(curve(whole), abs=1e-4)
 
 
 def test_a_dry_run_touches_nothing(world: Path, tmp_path: Path) -> None:
