@@ -6,8 +6,8 @@ questions, an experiment each:
 
 - `describer`: from an MLLM that was taught to name pictures and never shown a list (`python -m rar.miniature.train
   --describer`, trained here unless --describer names one), asked for the sorted list: our lists, names as labels and an anchor,
-  and without these, read as they are trained (`ranker.method: first`), against RAR's own (presets paper-code and paper-text, read
-  as the paper does, `generate`, and by `first`), for as many steps; and asked for letters instead.
+  and without these, read as they are trained (`ranker.method: first`), against RAR's own (presets paper-code and paper-text,
+  read as the paper does, `generate`, and by `first`), for as many steps; and asked for letters instead.
 - `parts`: from the shipped miniature, which was trained on lists of at most six names, asked for letters about lists of up to
   ten: what is trained on label tokens (`labels`) and with each part of it left out.
 - `long`: from the same, on lists of up to 20; all weights are trained.
