@@ -423,7 +423,10 @@ class Tune(Strict):
         0.0, ge=0, description="of labels: weight of RankNet over all pairs, the truth first, then the retriever's order"
     )
     weights: Literal["lora", "full"] = Field("lora", description="what is trained; full writes a model instead of an adapter")
-    vision: bool = Field(False, description="train the vision tower, too")
+    vision: bool | Literal["only"] = Field(
+        False,
+        description="train what sees (tower and projector), too; only: it alone, for pictures in other light, of another kind",
+    )
     lora_rank: int = Field(32, ge=1, description="rank of the adapter")
     lora_alpha: int = Field(64, ge=1, description="its scale; updates are multiplied by lora_alpha / lora_rank")
     learning_rate: float = Field(1e-4, gt=0, description="highest; warmed up, then falling as a cosine")

@@ -10,9 +10,10 @@ questions, an experiment each:
   read as the paper does, `generate`, and by `first`), for as many steps; and asked for letters instead.
 - `parts`: from the shipped miniature, which was trained on lists of at most six names, asked for letters about lists of up to
   ten: what is trained on label tokens (`labels`) and with each part of it left out.
-- `long`: from the same, on lists of up to 20; all weights are trained.
-- `shifted`: from the same, tower too, on photos of the novel classes in poorer light, noisy and small, SHOTS a class.
-  `plain` is its accuracy on the same classes' ordinary photos, `regained` the share of what was lost that came back.
+- `long`: from the same, on lists of up to 20: read by `first`, and by letters (all weights are trained).
+- `shifted`: from the same, on photos of the novel classes in poorer light, noisy and small, SHOTS a class: what sees alone, or
+  all of the model. `plain` is its accuracy on the same classes' ordinary photos, `regained` the share of what was lost that came
+  back.
 
 Accuracy is that on shuffled lists that hold the truth (judge). A gain's interval is over the classes of its own seed; `mean`
 is over seeds. What was run is kept in --out, and not run again.
@@ -39,10 +40,10 @@ from rar.miniature.world import Spec, render, rng_of, vocabulary
 from rar.schema import Unavailable
 
 PHOTOS, TESTS, SHOTS, JUDGED = 16, 3, 4, 300
-STEPS = {"describer": 300, "parts": 200, "long": 1000, "shifted": 300}
-RATE, FULL_RATE = 0.002, 0.001  # of adapters, of whole models
+STEPS = {"describer": 300, "parts": 200, "long": 300, "shifted": 300}
+RATE = 0.002
 WRITTEN, FIRST = {"ranker": {"method": "generate", "max_new_tokens": 64}}, {"ranker": {"method": "first"}}
-TEN = {"max_list": 10, "lengths": [10]}
+TEN, TWENTY = {"max_list": 10, "lengths": [10]}, {"max_list": 20, "lengths": [10, 20]}
 ARMS: dict[str, dict[str, dict[str, Any]]] = {  # experiment -> arm -> what it has of its own: `ranker`, and else of `tune`
     "describer": {
         "rar": FIRST | {"anchor": 1.0},
@@ -59,8 +60,14 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {  # experiment -> arm -> what it h
         "unshuffled": TEN | {"shuffle": False},
         "no_rejections": TEN | {"rejections": 0.0},
     },
-    "long": {"long": {"max_list": 20, "lengths": [10, 20], "weights": "full"}},
-    "shifted": {"shifted": {"vision": True}},
+    "long": {
+        "first": FIRST | TWENTY | {"anchor": 1.0},
+        "letters": TWENTY | {"weights": "full", "learning_rate": 0.001},
+    },
+    "shifted": {
+        "sight_alone": {"vision": "only", "lora_rank": 8, "lora_alpha": 16, "learning_rate": 0.0005},
+        "all": {"vision": True},
+    },
 }
 BESIDE = ("rejection_auroc", "consistency", "label_mass", "parse_failures")  # metrics of judge that a method may not have
 LIGHT, TINT, NOISE, SMALL = (0.45, 0.7), 0.25, 0.05, 0.8  # of a shifted photo
@@ -104,8 +111,7 @@ def _taught(out: Path, experiment: str, arm: str, model: str, seed: int, steps: 
         others = {"novel": str(novel)}
     own = dict(ARMS[experiment][arm])
     ranker = {"model": model, **own.pop("ranker", {})}
-    rate = FULL_RATE if own.get("weights") == "full" else RATE
-    tune = {"max_steps": steps, "learning_rate": rate, "novel_classes": 0, "judged": JUDGED, "check_every": 100, **own}
+    tune = {"max_steps": steps, "learning_rate": RATE, "novel_classes": 0, "judged": JUDGED, "check_every": 100, **own}
     config = {"ranker": ranker, "tune": tune | {"others": others}, "run": {"seed": seed}}
     file = folder / f"{experiment}-{arm}-{steps}.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(learned.read_text()) | config))

@@ -80,7 +80,8 @@ def work(job: Job) -> dict[str, Any]:
 
 
 def trainable(ranker: MllmRanker, tune: config.Tune) -> Any:
-    """The model with what is to be trained marked: a LoRA adapter on the language model's linear layers, or weights.
+    """The model with what is to be trained marked: a LoRA adapter on linear layers (of the language model, of what sees, or of
+    both), or weights.
 
     Raises UserError where peft is missing or the model's language part cannot be found.
     """
@@ -89,9 +90,11 @@ def trainable(ranker: MllmRanker, tune: config.Tune) -> Any:
     inside = {id(module) for module in decoder.modules()}
     head = model.get_output_embeddings()
     if tune.weights == "full":
-        frozen = set() if tune.vision else {id(weight) for weight in vision_weights(model)}
+        speaking = [*decoder.parameters(), *head.parameters()]
+        frozen = {False: vision_weights(model), True: [], "only": speaking}[tune.vision]
+        still = {id(weight) for weight in frozen}
         for weight in model.parameters():
-            weight.requires_grad_(id(weight) not in frozen)
+            weight.requires_grad_(id(weight) not in still)
         return model
     try:
         from peft import LoraConfig, get_peft_model
@@ -100,7 +103,9 @@ def trainable(ranker: MllmRanker, tune: config.Tune) -> Any:
     wanted = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and (tune.vision or id(module) in inside)
+        if isinstance(module, torch.nn.Linear)
+        and module is not head
+        and (tune.vision is True or (id(module) in inside) is (tune.vision is False))
     ]
     lora = LoraConfig(r=tune.lora_rank, lora_alpha=tune.lora_alpha, target_modules=compact(wanted))
     return get_peft_model(model, lora)

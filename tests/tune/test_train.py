@@ -138,6 +138,8 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(job: Callable[...,
         ({}, {"listwise": 1.0, "accumulate": 2}),
         ({}, {"weights": "full", "gradient_checkpointing": True, "learning_rate": 1e-3}),
         ({}, {"vision": True}),
+        ({}, {"vision": "only"}),
+        ({}, {"vision": "only", "weights": "full", "learning_rate": 1e-3}),
         ({"none_of_these": True}, {"shuffle": False}),
     ],
 )
@@ -147,8 +149,10 @@ def test_every_way_to_train_takes_a_step(job: Callable[..., Job], ranker: dict[s
     assert len(losses_of(given)) == 2 and all(np.isfinite(losses_of(given)))
     written = Path(given.adapter)
     assert (written / ("config.json" if tune.get("weights") == "full" else "adapter_config.json")).exists()
-    if tune.get("vision"):
-        assert any("vision" in name for name in load_file(written / "adapter_model.safetensors"))
+    if tune.get("vision") and "weights" not in tune:
+        names = list(load_file(written / "adapter_model.safetensors"))
+        assert any("vision" in name for name in names) and any("projector" in name for name in names)
+        assert any("language_model" in name for name in names) == (tune["vision"] is True)
 
 
 @pytest.mark.long
