@@ -416,7 +416,7 @@ class Tune(Strict):
     anchor: float = Field(
         0.0,
         ge=0,
-        description="weight of the KL divergence from the untuned model's words for the listed names: keeps what it knew",
+        description="weight of the KL divergence from the untuned model's words for two listed names: keeps what it knew",
     )
     mass: float = Field(0.2, ge=0, description="of labels: weight of the loss that draws the reply's first token to some label")
     listwise: float = Field(

@@ -11,9 +11,8 @@ questions, an experiment each:
 - `parts`: from the shipped miniature, which was trained on lists of at most six names, asked for letters about lists of up to
   ten: what is trained on label tokens (`labels`) and with each part of it left out.
 - `long`: from the same, on lists of up to 20: read by `first`, and by letters (all weights are trained).
-- `shifted`: from the same, on photos of the novel classes in poorer light, noisy and small, SHOTS a class: what sees alone, or
-  all of the model. `plain` is its accuracy on the same classes' ordinary photos, `regained` the share of what was lost that came
-  back.
+- `shifted`: from the same, on photos of the novel classes in poorer light, noisy and small, SHOTS a class: what sees or all of
+  the model. `plain` is its accuracy on the same classes' ordinary photos, `regained` the share of what was lost that came back.
 
 Accuracy is that on shuffled lists that hold the truth (judge). A gain's interval is over the classes of its own seed; `mean`
 is over seeds. What was run is kept in --out, and not run again.

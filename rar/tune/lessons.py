@@ -25,6 +25,7 @@ from rar.tune.pictures import Pictures
 from rar.tune.spoken import Spoken, spoken
 
 NO_LABEL = -1
+ANCHORED = 2  # names of a list whose words are held to what they were: its first and another; more cost time alone
 
 
 class Course(Dataset):  # type: ignore[type-arg]
@@ -49,7 +50,7 @@ class Course(Dataset):  # type: ignore[type-arg]
 class Teacher:
     """Lessons -> model inputs and targets of a ranking `method`.
 
-    as_text: the reply as text; else its label, or names as labels (of `generate` both, text and names). anchored: with the
+    as_text: the reply as text; else its label, or names as labels (of `generate` both, text and names). anchored: with some
     listed names as likelihood asks for them, for `losses.drift`.
     """
 
@@ -70,7 +71,8 @@ class Teacher:
             batch |= {} if self.as_text else {"spoken": self._spoken(plain, images, self.method)}
         if self.anchored:
             same = self.method == "likelihood" and not self.as_text
-            batch["anchor"] = batch["spoken"] if same else self._spoken(plain, images, "likelihood")
+            few = [replace(lesson, order=lesson.order[:ANCHORED]) for lesson in plain]
+            batch["anchor"] = batch["spoken"] if same else self._spoken(few, images, "likelihood")
         return batch
 
     def _labelled(self, lessons: Sequence[Lesson], images: Sequence[np.ndarray]) -> dict[str, Any]:
