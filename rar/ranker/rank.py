@@ -64,9 +64,7 @@ class MllmRanker:
         self.config = config
         self.wording = load_wording(config.prompts)
         self.mllm = Mllm(config, model_path)
-        alone = (
-            self.mllm.keeps_positions is not None or config.trust_remote_code
-        )  # what foreign code keeps on a model is not known
+        alone = self.mllm.keeps_positions is not None or config.trust_remote_code  # foreign code may keep anything on a model
         self.lanes = Lanes(self.mllm.device, most=1 if alone else LANES)
         self.clock = SharedClock()
         if config.method == "letters":

@@ -31,6 +31,12 @@ class Features:
         self.computed = 0
         self.takes = inspect.signature(mllm.model.get_image_features).parameters
 
+    @staticmethod
+    def fit(mllm: Mllm) -> bool:
+        """Whether this model takes features; one of foreign code may not."""
+        sees = hasattr(mllm.model, "get_image_features")
+        return sees and "mm_encoder_outputs" in inspect.signature(mllm.model.forward).parameters
+
     def __call__(self, prompts: Sequence[Prompt], inputs: dict[str, Any]) -> dict[str, Any]:
         """The processor's inputs without what the tower alone reads, and with what it made of the pictures."""
         rows = [self._of(prompt) for prompt in prompts]

@@ -65,9 +65,9 @@ def work(job: Job) -> dict[str, Any]:
     settings = Config.model_validate_json(job.settings)
     ranker = MllmRanker(recipe.bare(settings), job.model_path)
     set_seed(settings.run.seed)
+    frozen = settings.tune.weights == "lora" and not settings.tune.vision and Features.fit(ranker.mllm)
     ranker.mllm.model = trainable(ranker, settings.tune)
-    if settings.tune.weights == "lora" and not settings.tune.vision:
-        ranker.mllm.features = Features(ranker.mllm)
+    ranker.mllm.features = Features(ranker.mllm) if frozen else None
     trained = sum(weight.numel() for weight in ranker.mllm.model.parameters() if weight.requires_grad)
     rows = pq.read_table(job.rows)
     trainer = _trainer(settings, ranker, rows, Path(job.folder))

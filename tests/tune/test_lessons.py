@@ -107,6 +107,7 @@ def test_names_as_labels_are_what_is_read_and_an_adapter_learns_by_them(
     batch = teacher(ranker, pictures, method, anchored=True)(LESSONS)
     given, mllm = batch["spoken"], ranker.mllm
     assert (batch["anchor"] is given) == (method == "likelihood") and "model" not in batch
+    assert method == "likelihood" or {len(row.ids) - 1 for row in batch["anchor"].rows} == {2}
     before = spoken.logs_of(mllm, given)
 
     def loss() -> torch.Tensor:
@@ -157,6 +158,7 @@ def test_features_stand_for_pixels_and_are_computed_once(ranker: MllmRanker, pic
         return logits, [found[row] for row in range(3)]
 
     logits, means = seen()
+    assert Features.fit(mllm)
     features = mllm.features = Features(mllm)
     assert not any(key.startswith("pixel_") for key in teacher(ranker, pictures)(LESSONS)["model"])
     for _ in range(2):
