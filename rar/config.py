@@ -387,7 +387,7 @@ class Tune(Strict):
     """`rar tune`: fine-tuning the ranker on lists that the retriever confuses, judged before and after."""
 
     preset: Literal["rar", "paper-code", "paper-text"] = Field(
-        "rar", description="how lists are made; paper-*: windows of five over 20 neighbors, for ranker.method generate"
+        "rar", description="how lists are made; paper-*: windows of five over 20 neighbors, for ranker.method generate or first"
     )
     corpus: Corpus | None = Field(None, description="labelled pictures to learn from; default: memory.support")
     others: dict[str, str] = Field({}, description="more data sets to judge by: name -> their config (corpus and memory)")

@@ -264,6 +264,15 @@ class RankTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _load_best_model(self) -> None:
+        """The best checkpoint's weights; the last's where the difference says nothing."""
+        last = next(entry[f"eval_{METRIC}"] for entry in reversed(self.state.log_history) if f"eval_{METRIC}" in entry)
+        best = self.state.best_metric
+        if best is not None and clearly_below(last, best, len(self.val)):
+            super()._load_best_model()
+        else:
+            self.state.best_global_step, self.state.best_metric = self.state.global_step, last
+
     def _judged(self, lessons: list[Lesson]) -> tuple[float, float]:
         """(right answers, sum of the labels' mass)."""
         right = mass = 0.0
@@ -294,6 +303,12 @@ class RankTrainer(Trainer):
                 f"no checkpoint could be written to {folder}: {first_line(error)}; make room, and the same "
                 f"command goes on{left}"
             ) from None
+
+
+def clearly_below(last: float, best: float, count: int) -> bool:
+    """Whether a share of `count` lists is more than a standard error below the best one: of some dozen lists, the best of
+    several checkpoints is the luckiest, and the last has learned most."""
+    return best - last > float(np.sqrt(best * (1 - best) / count))
 
 
 class Note(TrainerCallback):

@@ -95,6 +95,23 @@ def test_an_adapter_is_trained_and_serves(job: Callable[..., Job], llava: str, t
     assert len(lines) == 7 and lines[0].startswith("step,loss") and lines[3].count(",") == 5 and lines[6].split(",")[4]
 
 
+def test_the_last_checkpoint_serves_unless_it_is_clearly_worse() -> None:
+    assert not train.clearly_below(0.60, 0.63, 43) and train.clearly_below(0.50, 0.63, 43)
+    assert train.clearly_below(0.60, 0.63, 4300) and not train.clearly_below(0.63, 0.63, 43)
+
+
+@pytest.mark.long
+def test_a_clearly_better_checkpoint_is_what_is_written(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "clearly_below", lambda last, best, count: True)
+    judged = iter([(6.0, 0.0), (1.0, 0.0)])
+    monkeypatch.setattr(train.RankTrainer, "_judged", lambda self, lessons: next(judged))
+    given = job()
+    told = train.work(given)
+    kept = load_file(Path(given.folder) / "checkpoint-3" / "adapter_model.safetensors")
+    written = load_file(Path(given.adapter) / "adapter_model.safetensors")
+    assert told["best_step"] == 3 and all(np.array_equal(kept[name], written[name]) for name in kept)
+
+
 @pytest.mark.long
 def test_the_last_step_is_judged_too(job: Callable[..., Job]) -> None:
     given = job(max_steps=4)
