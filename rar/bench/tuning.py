@@ -64,7 +64,10 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {  # experiment -> arm -> what it h
         "letters": TWENTY | {"weights": "full", "learning_rate": 0.001},
     },
     "shifted": {
-        "sight_alone": {"vision": "only", "lora_rank": 8, "lora_alpha": 16, "learning_rate": 0.0005},
+        "sight_alone": {
+            **{"vision": "only", "lora_rank": 8, "lora_alpha": 16, "learning_rate": 0.0005},
+            **{"held_out": 0.05, "rejections": 0.0, "easy": 0.5},  # four pictures a class: to learn from, nearly all
+        },
         "all": {"vision": True},
     },
 }
