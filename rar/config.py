@@ -423,7 +423,7 @@ class Tune(Strict):
         0.0, ge=0, description="of labels: weight of RankNet over all pairs, the truth first, then the retriever's order"
     )
     weights: Literal["lora", "full"] = Field("lora", description="what is trained; full writes a model instead of an adapter")
-    vision: bool | Literal["only"] = Field(
+    vision: Literal[False, True, "only"] = Field(
         False,
         description="train what sees (tower and projector), too; only: it alone, for pictures in other light, of another kind",
     )
