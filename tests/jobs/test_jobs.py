@@ -77,7 +77,7 @@ def one_line(result: Result | subprocess.CompletedProcess[str]) -> str:
         ("memory", {"memory": {"support": None}}, "memory needs"),
         ("detect", {}, "JSON"),
         ("tune", {}, "rar memory"),  # no memory was built
-        ("tune", {"ranker": {"method": "likelihood"}}, "letters or generate"),
+        ("tune", {"ranker": {"method": "yes_no"}}, "letters, first, likelihood or generate, not yes_no"),
         ("tune", {"memory": {"support": None, "classes": ["a"]}}, "rar memory"),
     ],
 )
