@@ -172,6 +172,7 @@ def _trainer(settings: Config, ranker: MllmRanker, rows: pa.Table, folder: Path)
         use_cpu=ranker.mllm.device.type == "cpu",
         dataloader_pin_memory=ranker.mllm.device.type != "cpu" and ranker.mllm.features is None,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # workers may take different numbers of passes a step; buffers here are constants
         seed=settings.run.seed,
     )
     val = draw.judged(rows, "val", draw.longest(settings), settings.run.seed, VAL)
