@@ -1,7 +1,6 @@
 """Names as the labels of a list: how likely each is to be written, from one prefix a picture and a branch a name.
 
-A softmax over the listed names is to `first` and `likelihood` what the label tokens are to `letters`. The text of right replies
-alone teaches the names that are learned from, whatever is listed.
+A softmax over the listed names is to `first` and `likelihood` what the label tokens are to `letters`.
 
 Prefix and branches are those of ranking (`rar.ranker.prefix`, `naming`): gradients are of what is read.
 """
