@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from rar import hardware
 from rar.schema import UserError
 
 LETTERS = 26  # A to Z
@@ -109,7 +110,27 @@ class Placed(Strict):
     )
 
 
-class Encoder(Placed):
+class Precise(Placed):
+    """A model whose weights are narrowed where that is fast."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="of the weights; auto: bf16 where the GPU or processor of the machine that starts the command multiplies "
+        "it (fp32 for a miniature), else fp32, which is exact",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_machine_has_it(cls, data: Any) -> Any:
+        """`auto` is gone once a config is read (hardware): what is kept and sent says which numbers it means."""
+        if not isinstance(data, dict) or data.get("precision", "auto") != "auto":
+            return data
+        model = data.get("model", cls.model_fields["model"].default)
+        exact = model in ("miniature", "precomputed") or data.get("method") in ("none", "endpoint")
+        return {**data, "precision": "fp32" if exact else hardware.native(data.get("device", "auto"))}
+
+
+class Encoder(Precise):
     """The CLIP that embeds images and class names."""
 
     model: str = Field(
@@ -118,7 +139,6 @@ class Encoder(Placed):
         "alone); 'miniature'; or 'precomputed': the corpora hold embeddings",
     )
     source: str = Field("", description="for precomputed embeddings: a name of what made them, part of the fingerprint")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the weights on a GPU; fp32 is exact")
     batch_size: int = Field(64, ge=1, description="images per forward pass")
     templates: str | list[str] = Field(
         ["a photo of a {}."], min_length=1, description="averaged into one prototype a class; or a data set's name, e.g. pets"
@@ -195,7 +215,7 @@ class Retriever(Strict):
     )
 
 
-class Ranker(Placed):
+class Ranker(Precise):
     """The MLLM that ranks candidates. `none` keeps the retriever's order; `endpoint` asks an OpenAI-compatible server."""
 
     model: str = Field(
@@ -216,7 +236,6 @@ class Ranker(Placed):
     )
     adapter: str | None = Field(None, description="folder of a LoRA adapter (peft)")
     quantization: Literal["none", "int8", "int4"] = Field("none", description="of the weights, by bitsandbytes")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the weights on a GPU")
     batch_size: int = Field(32, ge=1, description="images per forward pass, and per request to a replica")
     max_new_tokens: int = Field(256, ge=1, description="generate, endpoint: longest reply")
     trust_remote_code: bool = Field(False, description="run code that a model's folder brings along")

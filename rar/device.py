@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,7 +19,6 @@ R = TypeVar("R")
 
 LANES = 4  # batches at once on a CPU, at most: a shard of default settings has four
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-FLAGS = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "fphp"}}  # Linux's names, x86 and ARM
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -40,16 +38,6 @@ def pick_device(name: str, key: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{key} {name!r} cannot be used here: {first_line(error)}") from None
-
-
-def multiplies(precision: str, told: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this machine's processor multiplies such numbers itself (as Linux tells it; elsewhere it is taken to).
-
-    One that does not is slower with them than in float32, by far.
-    """
-    if precision == "fp32" or not told.exists():
-        return True
-    return not FLAGS[precision].isdisjoint(told.read_text().split())
 
 
 class Lanes:

@@ -12,6 +12,8 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
+from rar import hardware
+
 if TYPE_CHECKING:
     from rar.engine.session import Session
     from tests.run.lab import Lab
@@ -28,10 +30,16 @@ hypothesis_settings.load_profile("rar")
 DEFAULT_MARKS = "not long and not slow and not server"  # as in pyproject.toml
 SHARE_RAY = tuple(f"tests/{folder}/" for folder in ("engine", "gateway", "jobs", "run", "sweep", "tune"))
 ROOT = Path(__file__).resolve().parents[1]
+real_native = hardware.native
 SHARED_DATA = ROOT.parent / "shared" / "data"
 SHARED_CASES = ROOT.parent / "shared" / "cases"
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data")
 needs_shared_cases = pytest.mark.skipif(not SHARED_CASES.exists(), reason="needs ../shared/cases")
+
+
+def pytest_configure() -> None:
+    """Tests compare with oracles to many digits, whatever processor they run on: `precision: auto` is fp32 in them."""
+    pytest.MonkeyPatch().setattr(hardware, "native", lambda device="auto": "fp32")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

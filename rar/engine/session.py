@@ -28,9 +28,9 @@ from ray._private import worker
 from tenacity import retry, stop_after_attempt
 
 from rar import config
-from rar.device import multiplies
 from rar.engine import faults, models
 from rar.engine.actors import ModelActor, Pool
+from rar.hardware import multiplies
 from rar.memory.store import open_store
 from rar.ranker.requests import Offers
 from rar.schema import Unavailable, UserError

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rar.device import multiplies
+from rar.hardware import multiplies
 from rar.miniature.tokens import TEMPLATE, clip_tokenizer
 from rar.miniature.world import MARKINGS, Spec
 

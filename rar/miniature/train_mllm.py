@@ -35,7 +35,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from rar.device import multiplies
+from rar.hardware import multiplies
 from rar.miniature.tokens import CAPTION, mllm_tokenizer
 from rar.miniature.train_clip import MEAN, STD, Images
 from rar.miniature.world import COLOURS, MARKINGS, PATTERNS, SHAPES, Spec

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rar.device import multiplies
+from rar.hardware import multiplies
 from rar.miniature.train_clip import Images
 from rar.miniature.world import COLOURS, MARKINGS, PATTERNS, SHAPES, Spec
 
