@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor
@@ -21,9 +24,17 @@ def model_type(path: str, key: str) -> str:
 
 
 def load(
-    path: str, key: str, auto_model: Any, precision: str, needless: tuple[str, ...] = (), **weights: Any
+    path: str,
+    key: str,
+    auto_model: Any,
+    precision: str,
+    needless: tuple[str, ...] = (),
+    pictures: Mapping[str, Any] = MappingProxyType({}),
+    **weights: Any,
 ) -> tuple[Any, Any]:
     """(processor, model). auto_model: an AutoModelFor... class; weights: what else `from_pretrained` takes.
+
+    pictures: settings of the image processor in place of the checkpoint's; one that it does not have is refused.
 
     A checkpoint with weights missing is refused: transformers would fill them with random numbers. needless: beginnings of the
     names of weights that the caller does not use, and that may be missing.
@@ -31,12 +42,18 @@ def load(
     options = {"trust_remote_code": weights.pop("trust_remote_code", False), "local_files_only": is_model_folder(path, key)}
     logging.disable_progress_bar()
     try:
-        processor = AutoProcessor.from_pretrained(path, **options)
+        processor = AutoProcessor.from_pretrained(path, **pictures, **options)
         loaded: Any = auto_model.from_pretrained(
             path, dtype=dtype_of(precision), output_loading_info=True, **weights, **options
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{key} {path!r} cannot be loaded: {first_line(error)}") from None
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        told = f" with {dict(pictures)}" if pictures else ""
+        raise UserError(f"{key} {path!r} cannot be loaded{told}: {first_line(error)}") from None
+    known = list(processor.image_processor.valid_kwargs.__annotations__) if pictures else []
+    for name in pictures:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0)
+            raise UserError(f"{key} {path!r}: its image processor has no {name!r}; did you mean {near[0]!r}?")
     model, missing = loaded[0], sorted(name for name in loaded[1]["missing_keys"] if not name.startswith(needless))
     if missing:
         raise UserError(f"{key} {path!r} lacks {len(missing)} of its weights, the first is {missing[0]!r}")

@@ -229,6 +229,11 @@ class Ranker(Precise):
     )
     prompts: str | None = Field(None, description="YAML of prompt templates; default: the built-in ones")
     none_of_these: bool = Field(False, description="letters: one more label for an image that shows no candidate")
+    image_processor: dict[str, Any] = Field(
+        {},
+        description="of the model's image processor, in its own words, and so how many tokens a picture takes: e.g. "
+        "{max_pixels: 401408} (Qwen), {max_patches: 4} (InternVL), {do_image_splitting: false} (SmolVLM)",
+    )
     exemplars: int = Field(0, ge=0, le=4, description="pictures of each candidate from the image memory, shown beside its name")
     permutations: int = Field(1, ge=1, le=26, description="rotations of the candidates whose letter scores are averaged")
     debias: Literal["none", "prior"] = Field(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig
 
 from rar import checkpoint
@@ -64,6 +65,8 @@ class Mllm:
         self.features: Callable[[Sequence[Prompt], dict[str, Any]], dict[str, Any]] | None = None
         self._tokenizing = Lock()  # a tokenizer's padding is set on it, and must not change while another thread uses it
         self._special = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+        if config.image_processor:
+            self._check_pictures()
 
     def harmless(self, name: str) -> str:
         """A class name must not smuggle in an image or end the user's turn."""
@@ -96,6 +99,16 @@ class Mllm:
         ]
         ids = [after[len(before)] for after in written if after[: len(before)] == before and len(after) > len(before)]
         return [token for token in dict.fromkeys(ids) if token != tokenizer.unk_token_id]
+
+    def _check_pictures(self) -> None:
+        """Raises UserError where the model cannot see what `ranker.image_processor` makes of a picture, wide or high."""
+        text = self.render(["?"])[0]
+        try:
+            for shape in ((64, 640, 3), (640, 64, 3)):
+                list(self.next_logits([Prompt(0, 0, [np.zeros(shape, np.uint8)], text)], []))
+        except (StrictDataclassError, ValueError, IndexError, TypeError, RuntimeError) as error:
+            told = f"ranker.image_processor {self.config.image_processor} does not fit {self.model_path!r}"
+            raise UserError(f"{told}: {first_line(error.__cause__ or error)}") from None
 
     def check_many_pictures(self) -> None:
         """Raises UserError for a model whose template or processor does not keep pictures where they stand in a prompt."""
@@ -213,7 +226,9 @@ def _user_turn(text: str) -> list[dict[str, Any]]:
 def _load(config: Ranker, model_path: str, device: torch.device) -> tuple[Any, Any]:
     """(processor, model in inference mode), greedy, with the adapter in it."""
     more = {"trust_remote_code": config.trust_remote_code, **_quantized(config, device)}
-    processor, model = checkpoint.load(model_path, "ranker.model", AutoModelForImageTextToText, config.precision, **more)
+    processor, model = checkpoint.load(
+        model_path, "ranker.model", AutoModelForImageTextToText, config.precision, pictures=config.image_processor, **more
+    )
     if not getattr(processor, "chat_template", None):
         raise UserError(f"ranker.model {model_path!r} has no chat template; use an instruction-tuned model")
     _make_greedy(processor.tokenizer, model, config.max_new_tokens)

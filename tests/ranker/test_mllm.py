@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,39 @@ def test_models_that_cannot_serve_are_refused_in_one_line(tmp_path: Path):
         with pytest.raises(UserError, match=reason) as caught:
             Mllm(Ranker(device="cpu"), folder)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "told", "fewer"),
+    [
+        ("qwen25", {"max_pixels": 3136}, True),
+        ("qwen3", {"max_pixels": 4096}, True),
+        ("internvl", {"max_patches": 1}, True),
+        ("idefics3", {"size": {"longest_edge": 64}}, False),
+        ("gemma3", {"do_pan_and_scan": False}, False),
+        ("onevision", {"image_grid_pinpoints": [[64, 64]]}, "does not fit"),
+        ("llava", {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}, "does not fit"),
+        ("qwen3", {"max_pixel": 4096}, "did you mean 'max_pixels'"),
+        ("qwen3", {"max_pixels": "many"}, "does not fit .* expected int"),
+    ],
+)
+def test_how_many_tokens_a_picture_takes_is_a_setting(
+    tmp_path: Path, family: str, told: dict[str, Any], fewer: bool | str
+) -> None:
+    folder = str(save_family(tmp_path, family))
+    if isinstance(fewer, str):
+        with pytest.raises(UserError, match=fewer) as caught:
+            Mllm(Ranker(device="cpu", image_processor=told), folder)
+        assert "\n" not in str(caught.value)
+        return
+    image = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    lengths = []
+    for more in ({}, told):
+        mllm = Mllm(Ranker(device="cpu", image_processor=more), folder)
+        prompt = Prompt(0, 0, [image], mllm.render(["?"])[0])
+        [(_, _, length)] = mllm.next_logits([prompt], [1])
+        lengths.append(length)
+    assert (lengths[1] < lengths[0]) == fewer and lengths[1] <= lengths[0]
 
 
 def drop_weights(folder: Path) -> None:
