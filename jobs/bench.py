@@ -234,7 +234,7 @@ def rank(
 
 
 @bench.command()
-def embed(pictures: int = 256, repeats: Repeats = 5, model: str = "ViT-B-32/random") -> None:
+def embed(pictures: int = 1024, repeats: Repeats = 5, model: str = "ViT-B-32/random") -> None:
     """Pictures/s from JPEG files to vectors, against the bare forward pass and a loop; channels last against planes."""
 
     def work() -> dict[str, Any]:

@@ -28,11 +28,13 @@ MODEL = "ViT-B-32/random"
 CONVOLUTIONAL = "timm/efficientnet_lite0/random"
 LANED = (MODEL, CONVOLUTIONAL, "miniature")
 BATCHES = (8, 16, 32, 64, 128)
+LOOPED, LANED_PICTURES = 64, 128  # of the pictures, as all would take the loop minutes, and show no more of lanes and orders
 Row = dict[str, Any]
 
 
-def run(pictures: int = 256, repeats: int = 5, model: str = MODEL) -> Row:
-    """whole: files to vectors against `bare` (the forward pass alone, in the batch that suits it best) and against `loop`.
+def run(pictures: int = 1024, repeats: int = 5, model: str = MODEL) -> Row:
+    """whole: files to vectors in shards of the command's size, against `bare` (the forward pass alone, in the batch that suits
+    it best) and against `loop`. Of fewer than four shards of pictures, little is done at the same time.
 
     order: of MODEL and of a convolutional one, channels last (as a decoded picture lies, and as we leave it) against planes.
     lanes: of these and of the miniature, a batch a core (`device.Lanes`) against all cores on one batch after the other.
@@ -44,16 +46,18 @@ def run(pictures: int = 256, repeats: int = 5, model: str = MODEL) -> Row:
             config.Config,
             {
                 "corpus": {"uri": str(folder)},
-                "encoder": {"model": model},
+                "encoder": {"model": model, "precision": "fp32"},
                 "ranker": {"method": "none"},
-                "run": {"shard_size": 64},
             },
         )
         whole = from_files(settings, repeats)
-        files = sorted(folder.glob("*.jpg"))
+        files = sorted(folder.glob("*.jpg"))[:LANED_PICTURES]
         squares = squares_of(load_encoder(settings.encoder), files)
-        lanes = {name: by_lanes(load_encoder(config.Encoder(model=name)), files, repeats) for name in LANED}
-    order = {name: by_order(load_encoder(config.Encoder(model=name)), squares, repeats) for name in (MODEL, CONVOLUTIONAL)}
+        lanes = {name: by_lanes(load_encoder(config.Encoder(model=name, precision="fp32")), files, repeats) for name in LANED}
+    order = {
+        name: by_order(load_encoder(config.Encoder(model=name, precision="fp32")), squares, repeats)
+        for name in (MODEL, CONVOLUTIONAL)
+    }
     return {
         "model": model,
         "pictures": pictures,
@@ -89,7 +93,8 @@ def from_files(settings: config.Config, repeats: int) -> Row:
             assert rows.num_rows == len(files) and rows["error"].null_count == len(files)
 
         bare = paired(ours, lambda: forward(encoder, squares, best), len(files), repeats)
-        loop = paired(ours, lambda: one_by_one(encoder, files), len(files), repeats)
+        few = files[:LOOPED]
+        loop = paired(ours, lambda: one_by_one(encoder, few), len(files), repeats, less=len(few))
     return {"bare": bare | {"batch": best}, "loop": loop}
 
 
@@ -115,19 +120,23 @@ def by_order(encoder: ClipEncoder | ImageEncoder, squares: torch.Tensor, repeats
 
 def by_lanes(encoder: ClipEncoder | ImageEncoder, files: list[Path], repeats: int) -> Row:
     """ours: batches as they are embedded; reference: one after the other."""
-    fitting, size = (encoder.side, encoder.resize_mode, encoder.interpolation), encoder.settings.batch_size
-    pixels = np.stack([fit_square(decode(file.read_bytes()), *fitting) for file in files])
+    pixels, size = pixels_of(encoder, files), encoder.settings.batch_size
     batches = [pixels[start : start + size] for start in range(0, len(pixels), size)]
     return paired(lambda: encoder.embed_images(pixels), lambda: list(map(encoder.embed_images, batches)), len(pixels), repeats)
 
 
 def squares_of(encoder: ClipEncoder | ImageEncoder, files: list[Path]) -> torch.Tensor:
     """(N, 3, crop, crop) float32, normalised, as the encoder's forward pass gets them."""
-    fitting, crop = (encoder.side, encoder.resize_mode, encoder.interpolation), encoder.preprocess.crop
-    pixels = torch.from_numpy(np.stack([fit_square(decode(file.read_bytes()), *fitting) for file in files]))
+    pixels, crop = torch.from_numpy(pixels_of(encoder, files)), encoder.preprocess.crop
     start = round((encoder.side - crop) / 2)
     pixels = pixels[:, start : start + crop, start : start + crop].permute(0, 3, 1, 2).float()
     return (pixels - encoder.mean) / encoder.std
+
+
+def pixels_of(encoder: ClipEncoder | ImageEncoder, files: list[Path]) -> np.ndarray:
+    """(N, side, side, 3) uint8, as the pipeline ships them."""
+    fitting = (encoder.side, encoder.resize_mode, encoder.interpolation)
+    return np.stack([fit_square(decode(file.read_bytes()), *fitting) for file in files])
 
 
 def _seconds(encoder: ClipEncoder | ImageEncoder, squares: torch.Tensor, batch: int) -> float:
