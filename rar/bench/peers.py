@@ -1,9 +1,9 @@
 """`rar embed` beside what people use instead: whole commands, from a folder of JPEGs to files of vectors, in turns.
 
 Ours is `rar embed`, not `rar memory`: its parquet of ids and vectors is what the peers leave behind too (npy or parquet), where
-a memory would be written into Milvus besides. It runs twice a round, in fp32 and in bf16; every peer runs once, in fp32, as all
-of them do on a CPU unless told. The peers are `clip-retrieval` (its `inference` command), `open_clip` (a script with torch's
-DataLoader) and `ray_data` (Ray Data's own recipe for batch inference); see peer_scripts.
+a memory would be written into Milvus besides. It runs twice a round, in fp32 and, where the processor multiplies it, in bf16;
+every peer runs once, in fp32, as all of them do on a CPU unless told. The peers are `clip-retrieval` (its `inference` command),
+`open_clip` (a script with torch's DataLoader) and `ray_data` (Ray Data's own recipe for batch inference); see peer_scripts.
 
 All get the same pictures (500 x 375) and one file of random weights of ViT-B/32. That they do the same work is told by vectors:
 `cosine` is the least between ours in fp32 and the peer's (`cosine_bf16`: ours in bf16), `own` the share of pictures whose
@@ -40,6 +40,7 @@ from PIL import Image
 
 from rar.bench import embed
 from rar.bench.timing import compared, seconds_of, spread
+from rar.hardware import multiplies
 from rar.schema import Unavailable, UserError
 
 SIZE = (500, 375)
@@ -77,7 +78,7 @@ def run(environments: Path, pictures: int = 500, repeats: int = 3, peers: Sequen
         folder = Path(temporary)
         write_pictures(folder / "pictures", pictures, coco)
         write_weights(folder / "clip")
-        commands = {precision: partial(ours, folder, precision) for precision in PRECISIONS}
+        commands = {precision: partial(ours, folder, precision) for precision in PRECISIONS if multiplies(precision)}
         commands |= {name: partial(theirs, folder, name, python) for name, python in pythons.items()}
         found, failed = first_round(commands)
         missing |= failed
@@ -92,10 +93,11 @@ def run(environments: Path, pictures: int = 500, repeats: int = 3, peers: Sequen
 def told(found: dict[str, Vectors], seconds: dict[str, list[float]], pictures: int) -> Row:
     rates = {name: [pictures / one for one in taken] for name, taken in seconds.items()}
     rows: Row = {}
+    ours_in = [precision for precision in PRECISIONS if precision in found]
     for name in found.keys() - set(PRECISIONS):
-        rows[name] = {precision: compared(rates[precision], rates[name]) for precision in PRECISIONS}
+        rows[name] = {precision: compared(rates[precision], rates[name]) for precision in ours_in}
         rows[name] |= {"cosine": likeness(found["fp32"], found[name])[0], "own": likeness(found["fp32"], found[name])[1]}
-        rows[name] |= {"cosine_bf16": likeness(found["bf16"], found[name])[0]}
+        rows[name] |= {"cosine_bf16": likeness(found["bf16"], found[name])[0]} if "bf16" in found else {}
     named = {f"ours {name}" if name in PRECISIONS else name: taken for name, taken in seconds.items()}
     commands = {name: spread(taken) for name, taken in named.items()}
     return {**{name: rows[name] for name in PEERS if name in rows}, "commands": commands}

@@ -6,8 +6,10 @@ Boxes: each photo's boxes are asked of a memory of the ground-truth boxes of all
 windows. `matched` memories are treated as the queries are, `plain` ones not at all; gains are over treatment `none`, paired by
 box, with intervals by the bootstrap over photos. Boxes whose class stands in one photo alone are left out.
 
+`precision`: the same groceries, one draw of PRECISE shots, embedded in bf16 and held against fp32.
+
 Vectors are kept in a folder (--out), so that a bench that was stopped goes on. Some 8,000 forward passes and 48 fits of lda:
-the boxes alone took 14 minutes of CPU on two cores.
+the boxes alone took 14 minutes of CPU on two cores. bf16 takes minutes more on a processor that does not multiply it.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from rar.memory.entries import Entries
 from rar.retriever import modes
 
 SHOTS: tuple[int | None, ...] = (4, 16, None)
+PRECISE = 4
 FOLDS = 4  # of photos with boxes: a fit of lda on 1,280 dimensions takes many seconds
 TREATMENTS: dict[str, tuple[windows.Outside, windows.View]] = {
     "none": ("none", "adaptive"),
@@ -46,7 +49,8 @@ TREATMENTS: dict[str, tuple[windows.Outside, windows.View]] = {
 
 
 def run(data: Path, out: Path | None = None, seeds: int = 3) -> dict[str, Any]:
-    """Design 4.4: {"grocery": {SHOTS: {MODE: {...}}}, "crops": {TREATMENT: {"matched": {...}, "plain": {...}}}}.
+    """Design 4.4: {"grocery": {SHOTS: {MODE: {...}}}, "crops": {TREATMENT: {"matched": {...}, "plain": {...}}}},
+    and "precision" (`_precision`).
 
     What cannot be measured is under "skipped", with its reason. data: holds grocery/ and coco/. out: keeps vectors.
     """
@@ -57,7 +61,11 @@ def run(data: Path, out: Path | None = None, seeds: int = 3) -> dict[str, Any]:
             return run(data, Path(folder), seeds)
     encoder = ImageEncoder(Encoder(model=str(weights.convert(out / "lite0"))))
     result: dict[str, Any] = {}
-    for name, folder, measure in (("grocery", "grocery", _grocery), ("crops", "coco", _crops)):
+    for name, folder, measure in (
+        ("grocery", "grocery", _grocery),
+        ("precision", "grocery", _precision),
+        ("crops", "coco", _crops),
+    ):
         if (data / folder).is_dir():
             result[name] = measure(data / folder, out, encoder, seeds)
         else:
@@ -74,8 +82,7 @@ def _grocery(data: Path, out: Path, encoder: ImageEncoder, seeds: int) -> dict[s
     for shots in SHOTS:
         told: dict[str, list[dict[str, float]]] = {}
         for seed in range(seeds if shots else 1):
-            rng = np.random.default_rng(seed)
-            rows = np.concatenate([rng.permutation(np.flatnonzero(labels == one))[:shots] for one in np.unique(labels)])
+            rows = _drawn(labels, shots, seed)
             nearest = labels[rows][(queries @ support[rows].T).argmax(axis=1)]
             told.setdefault("knn1", []).append({"top1": float((nearest == truth).mean())})
             for mode in IMAGE_MODES[1:]:
@@ -85,6 +92,36 @@ def _grocery(data: Path, out: Path, encoder: ImageEncoder, seeds: int) -> dict[s
                 told.setdefault(mode, []).append({"top1": top1, **own})
         result[str(shots or "all")] = {mode: _mean(draws, len(truth)) for mode, draws in told.items()}
     return result
+
+
+def _precision(data: Path, out: Path, encoder: ImageEncoder, seeds: int) -> dict[str, Any]:
+    """top1 of `fused` in both precisions, bf16's gain with its interval over photos, the least cosine of a photo's two vectors.
+
+    seeds: not used; bf16 is embedded for one draw.
+    """
+    narrow = ImageEncoder(encoder.settings.model_copy(update={"precision": "bf16"}))
+    (support, labels), (queries, truth) = (
+        _kept(out / f"grocery_{split}.npz", partial(_listed, data, split, encoder)) for split in ("train", "val")
+    )
+    rows = _drawn(labels, PRECISE, 0)
+    (few, _), (seen, _) = (
+        _kept(out / f"grocery_{split}_bf16.npz", partial(_listed, data, split, narrow, chosen))
+        for split, chosen in (("train", rows), ("val", np.arange(len(truth))))
+    )
+    right = []
+    for known, asked in ((support[rows], queries), (few, seen)):
+        head = modes.fit_head("fused", _entries(known, labels[rows]), None, 0)
+        right.append(head.class_ids[head.scores(asked).argmax(axis=1)] == truth)
+    gain, low, high = paired_difference(right[1], right[0], np.arange(len(truth)), 0)
+    cosines = np.concatenate([(support[rows] * few).sum(axis=1), (queries * seen).sum(axis=1)])
+    both = {name: float(one.mean()) for name, one in zip(("fp32", "bf16"), right, strict=True)}
+    return {"top1": both, "gain": gain, "gain_low": low, "gain_high": high, "least_cosine": float(cosines.min())}
+
+
+def _drawn(labels: np.ndarray, shots: int | None, seed: int) -> np.ndarray:
+    """Rows of `shots` a class (None: all), class by class."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.permutation(np.flatnonzero(labels == one))[:shots] for one in np.unique(labels)])
 
 
 def _mean(draws: list[dict[str, float]], photos: int) -> dict[str, float]:
@@ -127,10 +164,11 @@ def _asked(queries: np.ndarray, memory: np.ndarray, labels: np.ndarray, photos: 
     return found
 
 
-def _listed(data: Path, split: str, encoder: ImageEncoder) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors and classes of a split's photos."""
+def _listed(data: Path, split: str, encoder: ImageEncoder, chosen: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors and classes of a split's photos, or of the rows `chosen` of them."""
     with (data / f"{split}.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
+        listed = list(csv.DictReader(stream))
+    rows = listed if chosen is None else [listed[row] for row in chosen]
     pictures = (decode((data / "images" / row["path"]).read_bytes()) for row in rows)
     return _vectors(pictures, encoder), np.array([int(row["class_id"]) for row in rows])
 

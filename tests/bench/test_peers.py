@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from rar.bench import peers
+from rar.hardware import multiplies
 from rar.schema import Unavailable, UserError
 
 
@@ -39,6 +40,8 @@ def test_peers_are_compared_round_by_round_with_both_precisions() -> None:
     assert row["fp32"]["ratio"] == 1.5 and row["bf16"]["ratio"] == 3 and row["bf16"]["ratio_high"] == 4
     assert row["cosine"] == row["cosine_bf16"] == row["own"] == 1
     assert told["commands"]["ours bf16"] == {"seconds": 3.75, "low": 2.5, "high": 5.0}
+    alone = peers.told({name: found[name] for name in ("fp32", "open_clip")}, {"fp32": [10.0], "open_clip": [20.0]}, 100)
+    assert alone["open_clip"].keys() == {"fp32", "cosine", "own"} and alone["commands"].keys() == {"ours fp32", "open_clip"}
 
 
 def test_rounds_take_turns(tmp_path: Path) -> None:
@@ -123,4 +126,7 @@ def test_scripts_and_ours_make_the_same_vectors(tmp_path: Path) -> None:
     found = peers.run(tmp_path, pictures=6, repeats=1, peers=["open_clip", "ray_data"])
     for name in ("open_clip", "ray_data"):
         assert found[name]["cosine"] > 0.999 and found[name]["fp32"]["ratio"] > 0
-    assert "unavailable" not in found and found["commands"].keys() == {"ours fp32", "ours bf16", "open_clip", "ray_data"}
+    assert "unavailable" not in found and found["commands"].keys() == {
+        *{"ours fp32", "open_clip", "ray_data"},
+        *({"ours bf16"} if multiplies("bf16") else ()),
+    }

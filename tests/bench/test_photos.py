@@ -24,6 +24,8 @@ def test_groceries_of_few_shots(tmp_path: Path) -> None:
     four, sixteen = found["grocery"]["4"], found["grocery"]["16"]
     assert 0.45 < four["knn1"]["top1"] < 0.57 and 0.55 < four["fused"]["top1"] < 0.67
     assert four["fused"]["top1"] > four["knn1"]["top1"] + 0.04 and sixteen["fused"]["top1"] > four["fused"]["top1"] + 0.04
+    narrow = found["precision"]
+    assert narrow["least_cosine"] > 0.99 and abs(narrow["gain"]) < 0.03 and narrow["gain_low"] <= narrow["gain"]
     assert all(abs(one["fused"]["held_out"] - one["fused"]["top1"]) < 0.08 for one in (four, sixteen))
 
 
