@@ -59,7 +59,7 @@ def run(data: Path, out: Path | None = None, seeds: int = 3) -> dict[str, Any]:
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             return run(data, Path(folder), seeds)
-    encoder = ImageEncoder(Encoder(model=str(weights.convert(out / "lite0"))))
+    encoder = ImageEncoder(Encoder(model=str(weights.convert(out / "lite0")), precision="fp32"))
     result: dict[str, Any] = {}
     for name, folder, measure in (
         ("grocery", "grocery", _grocery),
