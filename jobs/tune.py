@@ -27,7 +27,9 @@ class Trainer(StrEnum):
 
 DataOnly = Annotated[bool, typer.Option("--data-only", help="Stop when the data is written.")]
 Which = Annotated[Preset | None, typer.Option("--preset", help="How lists are made; short for --set tune.preset=...")]
-Export = Annotated[Trainer | None, typer.Option("--export", help="Also write the lists for LLaVA or ms-swift trainers.")]
+Export = Annotated[
+    list[Trainer] | None, typer.Option("--export", help="Also write the lists for LLaVA or ms-swift trainers; repeatable.")
+]
 
 
 def tune(
@@ -45,11 +47,11 @@ def tune(
     Example: rar tune birds.yaml --out runs/tuned; rar classify birds.yaml --set ranker.adapter=runs/tuned/adapter
     """
     more = [*(sets or []), *([f"tune.preset={preset.value}"] if preset else [])]
-    guarded(lambda: run(config_file, out, more, dry_run, fresh, data_only, export))
+    guarded(lambda: run(config_file, out, more, dry_run, fresh, data_only, export or []))
 
 
 def run(
-    config_file: Path, out: str | None, sets: list[str], dry_run: bool, fresh: bool, data_only: bool, export: Trainer | None
+    config_file: Path, out: str | None, sets: list[str], dry_run: bool, fresh: bool, data_only: bool, export: list[Trainer]
 ) -> int:
     quiet()
     settings = config.load(config_file, sets)
@@ -73,8 +75,8 @@ def run(
     with alone.driving(path), session.opened(settings.memory, patience_s=settings.run.patience_s) as opened:
         folder = RunFolder.open(path, "tune", settings, fresh=fresh, name=config_file.stem, group="tune")
         rows = tuning.make_data(opened, settings, folder, say)
-        if export is not None:
-            say(f"  exported: {tuning.exported(settings, rows, folder, export.value)}")
+        for trainer in export:
+            say(f"  exported: {tuning.exported(settings, rows, folder, trainer.value)}")
         if data_only:
             return Exit.DONE
         tuning.run(opened, settings, folder, rows, say)

@@ -52,8 +52,9 @@ def load(
     known = list(processor.image_processor.valid_kwargs.__annotations__) if pictures else []
     for name in pictures:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0)
-            raise UserError(f"{key} {path!r}: its image processor has no {name!r}; did you mean {near[0]!r}?")
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise UserError(f"{key} {path!r}: its image processor has no {name!r}; {hint}")
     model, missing = loaded[0], sorted(name for name in loaded[1]["missing_keys"] if not name.startswith(needless))
     if missing:
         raise UserError(f"{key} {path!r} lacks {len(missing)} of its weights, the first is {missing[0]!r}")

@@ -70,6 +70,7 @@ def test_models_that_cannot_serve_are_refused_in_one_line(tmp_path: Path):
         ("onevision", {"image_grid_pinpoints": [[64, 64]]}, "does not fit"),
         ("llava", {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}, "does not fit"),
         ("qwen3", {"max_pixel": 4096}, "did you mean 'max_pixels'"),
+        ("llava", {"max_patches": 2}, "has no 'max_patches'; it has .*crop_size"),
         ("qwen3", {"max_pixels": "many"}, "does not fit .* expected int"),
     ],
 )

@@ -48,7 +48,9 @@ def curve(folder: Path) -> list[float]:
 def whole(birds: Path) -> Path:
     """A run that nobody disturbed."""
     out = birds.parent / "whole"
-    done = rar("tune", birds, "--out", out, "--set", "tune.lengths=[8]", "--export", "llava", cwd=birds.parent)
+    done = rar(
+        "tune", birds, "--out", out, "--set", "tune.lengths=[8]", "--export", "llava", "--export", "swift", cwd=birds.parent
+    )
     assert done.returncode == 0, done.stderr
     return out
 
@@ -65,7 +67,9 @@ def test_what_a_tuning_leaves(birds: Path, whole: Path) -> None:
     assert card["counts"]["ok"] == sum(part["rows"] for part in card["splits"].values()) == 240
     info = json.loads((whole / "run.json").read_text())
     assert info["counts"]["input"] == 240 and info["verb"] == "tune" and "tune" in info["identity"]["code"]
-    assert (whole / "adapter" / "adapter_config.json").exists() and (whole / "export" / "llava.json").exists()
+    assert (whole / "adapter" / "adapter_config.json").exists() and {*(whole / "export").iterdir()} == {
+        *(whole / "export" / name for name in ("llava.json", "swift.jsonl"))
+    }
     page = (whole / "report.html").read_text()
     assert "Before and after" in page and page.count("<svg") == 2 and "<script" not in page
     assert len(curve(whole)) == 12
