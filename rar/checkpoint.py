@@ -49,7 +49,8 @@ def load(
     except (OSError, ValueError, TypeError, ImportError) as error:
         told = f" with {dict(pictures)}" if pictures else ""
         raise UserError(f"{key} {path!r} cannot be loaded{told}: {first_line(error)}") from None
-    known = list(processor.image_processor.valid_kwargs.__annotations__) if pictures else []
+    own: Any = getattr(processor, "image_processor", None)
+    known = list(own.valid_kwargs.__annotations__ if hasattr(own, "valid_kwargs") else vars(own)) if pictures else []
     for name in pictures:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
