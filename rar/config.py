@@ -125,9 +125,10 @@ class Precise(Placed):
         """`auto` is gone once a config is read (hardware): what is kept and sent says which numbers it means."""
         if not isinstance(data, dict) or data.get("precision", "auto") != "auto":
             return data
-        model = data.get("model", cls.model_fields["model"].default)
+        model, device, gpus = (data.get(key, cls.model_fields[key].default) for key in ("model", "device", "num_gpus"))
         exact = model in ("miniature", "precomputed") or data.get("method") in ("none", "endpoint")
-        return {**data, "precision": "fp32" if exact else hardware.native(data.get("device", "auto"))}
+        where = "cpu" if device == "auto" and gpus == 0 else device  # a process that is given no GPU sees none
+        return {**data, "precision": "fp32" if exact else hardware.native(where)}
 
 
 class Encoder(Precise):

@@ -129,6 +129,25 @@ def test_a_config_that_is_read_says_which_numbers(
     assert model.model_validate_json(read.model_dump_json()).precision == expected
 
 
+@pytest.mark.parametrize(
+    ("model", "data", "expected"),
+    [
+        (Encoder, {}, "auto"),
+        (Encoder, {"num_gpus": 0}, "cpu"),
+        (Encoder, {"num_gpus": 0.5}, "auto"),
+        (Ranker, {}, "cpu"),  # which has no GPU unless it is given one
+        (Ranker, {"num_gpus": 1}, "auto"),
+        (Ranker, {"num_gpus": None}, "auto"),
+        (Ranker, {"device": "cuda"}, "cuda"),
+    ],
+)
+def test_the_numbers_are_those_of_where_the_model_runs(
+    monkeypatch: pytest.MonkeyPatch, model: type[Any], data: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setattr("rar.hardware.native", lambda device: {expected: "bf16"}.get(device, "fp32"))
+    assert config.validated(model, {"model": "a/name", **data}).precision == "bf16"
+
+
 def test_a_run_that_goes_on_where_numbers_are_others_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for known in ("bf16", "fp32"):

@@ -105,7 +105,8 @@ class Mllm:
         text = self.render(["?"])[0]
         try:
             for shape in ((64, 640, 3), (640, 64, 3)):
-                list(self.next_logits([Prompt(0, 0, [np.zeros(shape, np.uint8)], text)], []))
+                if not list(self.next_logits([Prompt(0, 0, [np.zeros(shape, np.uint8)], text)], [])):
+                    raise ValueError(f"a picture does not fit into its window of {self.window} tokens")
         except (StrictDataclassError, ValueError, IndexError, TypeError, RuntimeError) as error:
             told = f"ranker.image_processor {self.config.image_processor} does not fit {self.model_path!r}"
             raise UserError(f"{told}: {first_line(error.__cause__ or error)}") from None

@@ -93,6 +93,15 @@ def test_how_many_tokens_a_picture_takes_is_a_setting(
     assert (lengths[1] < lengths[0]) == fewer and lengths[1] <= lengths[0]
 
 
+def test_a_picture_of_more_tokens_than_the_window_is_refused(tmp_path: Path) -> None:
+    folder = save_family(tmp_path, "qwen3")
+    told = json.loads((folder / "config.json").read_text())
+    told["text_config"]["max_position_embeddings"] = 6
+    (folder / "config.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"does not fit .* window of 6 tokens"):
+        Mllm(Ranker(device="cpu", image_processor={"max_pixels": 4096}), str(folder))
+
+
 def drop_weights(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights.pop(next(key for key in weights if "lm_head" in key))
